@@ -1,0 +1,31 @@
+"""ADV²: adversarial inputs that fool a classifier and its interpreter at once, in JAX.
+
+    import adv2_jax as adv2
+
+    model = adv2.models.load("cifar_resnet20", "weights.npz")
+    m = adv2.interpreters.cam(model, image, label)
+    result = adv2.attack(model, images, targets, target_maps, interpreter="cam")
+
+The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep Learning under Fire", USENIX Security 2020.
+"""
+
+from adv2_jax import activations, data, interpreters, losses, maps, metrics, models, presets, threats
+from adv2_jax.attack import Result, attack, explain
+from adv2_jax.types import Classifier
+
+__all__ = [
+    "Classifier",
+    "Result",
+    "activations",
+    "attack",
+    "data",
+    "explain",
+    "interpreters",
+    "losses",
+    "maps",
+    "metrics",
+    "models",
+    "presets",
+    "threats",
+]
+__version__ = "0.1.0"

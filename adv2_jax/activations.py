@@ -1,0 +1,120 @@
+"""Activations whose backward pass is smooth, so that the gradient of a gradient exists.
+
+`relu_h` and `relu_sigmoid` are exactly ReLU in the forward pass; only their derivative is replaced (ADV² §3.2, Fig. 3). The
+replacement is stated as a JVP rule, `tangent = phi'(z) * dz`, and is itself differentiated like any other function, so forward
+mode, reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too.
+
+Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
+"""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.nn import relu
+
+from adv2_jax.types import Activation
+
+__all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
+
+TAU = 1e-4
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def relu_h(z: Array, tau: float = TAU) -> Array:
+    """ReLU whose derivative is h(z) = z / sqrt(z² + tau) + [z < 0] (ADV² §3.2).
+
+    Left of zero h is the derivative of z + sqrt(z² + tau), right of zero that of sqrt(z² + tau). It jumps at 0 (1 on the left, 0
+    on the right) and h'(z) = tau (z² + tau)^(-3/2) on both sides; at 0 the right branch is taken.
+
+    Args:
+        z: pre-activations, any shape.
+        tau: width of the transition, > 0 (the paper uses 1e-4).
+
+    Returns:
+        max(z, 0), same shape.
+    """
+    return jnp.maximum(z, 0)
+
+
+@relu_h.defjvp
+def _relu_h_jvp(tau: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (z,), (dz,) = primals, tangents
+    return relu_h(z, tau), (z * jax.lax.rsqrt(z**2 + tau) + (z < 0)) * dz
+
+
+@lru_cache
+def relu_sigmoid(beta: float = 1.0) -> Activation:
+    """ReLU whose derivative is the logistic sigmoid(beta z); beta = 1 is the sigma of ADV² Fig. 3.
+
+    Args:
+        beta: slope, > 0; the derivative tends to the step function as beta grows.
+
+    Returns:
+        An activation, any shape to the same shape; equal options give the same object.
+    """
+
+    @jax.custom_jvp
+    def activation(z: Array) -> Array:
+        return jnp.maximum(z, 0)
+
+    @activation.defjvp
+    def _jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        (z,), (dz,) = primals, tangents
+        return activation(z), jax.nn.sigmoid(beta * z) * dz
+
+    return activation
+
+
+@lru_cache
+def relu_curved(tau: float = 3e-3) -> Activation:
+    """ReLU with its exact derivative 1[z > 0], whose *second* derivative is tau / 2 (z² + tau)^(-3/2) in place of zero.
+
+    The kernel is h' of `relu_h` scaled to unit mass. A gradient map drawn with it is the true map, to the last digit, and so is
+    every first derivative; only the curvature that an attack on the map descends is made up (the surrogate-gradient idea of
+    spiking networks, Neftci et al. 2019). An attack thus has no gap between the map it optimises and the map the analyst sees.
+
+    Args:
+        tau: squared width of the kernel, > 0.
+
+    Returns:
+        An activation, any shape to the same shape; equal options give the same object.
+    """
+
+    @jax.custom_jvp
+    def step(z: Array) -> Array:
+        return (z > 0).astype(z.dtype)
+
+    @step.defjvp
+    def _step_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        (z,), (dz,) = primals, tangents
+        return step(z), 0.5 * tau * (z**2 + tau) ** -1.5 * dz
+
+    @jax.custom_jvp
+    def activation(z: Array) -> Array:
+        return jnp.maximum(z, 0)
+
+    @activation.defjvp
+    def _jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+        (z,), (dz,) = primals, tangents
+        return activation(z), step(z) * dz
+
+    return activation
+
+
+@lru_cache
+def softplus(beta: float = 1.0) -> Activation:
+    """log(1 + exp(beta z)) / beta, a smooth activation in the forward pass too (Dombrowski et al., NeurIPS 2019).
+
+    Args:
+        beta: slope, > 0; tends to ReLU as beta grows.
+
+    Returns:
+        An activation, any shape to the same shape; equal options give the same object.
+    """
+
+    def activation(z: Array) -> Array:
+        return jax.nn.softplus(beta * z) / beta
+
+    return activation

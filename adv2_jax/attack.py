@@ -1,0 +1,275 @@
+"""The attack: a warm start by plain PGD, the joint descent, the best iterate kept, the result rounded to 8 bits and scored."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from adv2_jax import losses, threats
+from adv2_jax.descent import Driver, Options, Problem, State, descend, init, keep_better, round_to_8_bits, score
+from adv2_jax.interpreters import Explain, Interpreter
+from adv2_jax.presets import Preset, resolve
+from adv2_jax.threats import Params, Threat
+from adv2_jax.types import Classifier, Image, Label, Logits, Map
+
+OnStep = Callable[[int], None]
+
+
+class Result(NamedTuple):
+    """A finished attack on N images. `float_*` is what it was before rounding; everything else is measured on the 8-bit images.
+
+    Attributes:
+        images: uint8 [N, H, W, 3], adversarial.
+        logits: [N, K].
+        maps: [N, h, w] in [0, 1], explained for the targets; empty without an interpreter.
+        float_images: [N, H, W, 3] in [0, 1].
+        float_logits: [N, K].
+        float_maps: [N, h, w].
+        gradient_evaluations: gradients with respect to the image spent on each image, scoring for keep-best included.
+    """
+
+    images: np.ndarray
+    logits: np.ndarray
+    maps: np.ndarray
+    float_images: np.ndarray
+    float_logits: np.ndarray
+    float_maps: np.ndarray
+    gradient_evaluations: int
+
+
+def attack(
+    model: Classifier,
+    images: ArrayLike,
+    targets: ArrayLike,
+    target_maps: ArrayLike | None = None,
+    *,
+    interpreter: str | Interpreter | None = "cam",
+    threat: Threat | None = None,
+    preset: str | Preset = "default",
+    warm_steps: int | None = None,
+    steps: int | None = None,
+    batch_size: int = 32,
+    driver: Driver = "auto",
+    on_step: OnStep | None = None,
+) -> Result:
+    """Fool the classifier and the interpreter at once.
+
+    Args:
+        model: any pytree with `features` and `head` (`adv2_jax.types.Classifier`).
+        images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
+        targets: integers [N], the classes to be predicted.
+        target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
+        interpreter: "grad", "cam", "grad_cam", an `Interpreter` of your own, or None for plain PGD on ℓ_prd.
+        threat: threat model, `threats.linf(0.031)` unless given.
+        preset: "default", "paper", or a `Preset` of your own.
+        warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
+        batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
+        driver: "auto", "fori" or "host" (see `descent.descend`).
+        on_step: called with the number of steps newly done; `count_steps` says how many there will be.
+
+    Returns:
+        The adversarial images and what they do.
+
+    Raises:
+        ValueError: one line: what is wrong, the value, and what is allowed.
+    """
+    plan = resolve(preset, interpreter, warm_steps=warm_steps, steps=steps)
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+    problems = _problems(model, images, targets, target_maps, plan.interpreter)
+    threat = threats.linf() if threat is None else threat
+    n = len(problems.target)
+    outcomes = [
+        _attack_batch(model, batch, plan, threat, driver, on_step) for batch in _batches(problems, min(batch_size, n))
+    ]
+    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *outcomes)
+    return Result(*joined, gradient_evaluations=gradient_evaluations(plan))
+
+
+def explain(
+    model: Classifier,
+    images: ArrayLike,
+    labels: ArrayLike,
+    *,
+    interpreter: Explain,
+    batch_size: int = 64,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and maps of a set of images.
+
+    Args:
+        model: the classifier.
+        images: uint8 [N, H, W, 3] or floating point in [0, 1].
+        labels: integers [N], the classes to explain.
+        interpreter: a pure one-image function (model, image, label) -> map; `jit` knows it again only if it is the same object.
+        batch_size: images at a time.
+
+    Returns:
+        logits [N, K], maps [N, h, w] in [0, 1].
+    """
+    x, c = to_float(images), np.asarray(labels, np.int32)
+    parts = [
+        _inspect(model, x[i : i + batch_size], c[i : i + batch_size], interpreter)
+        for i in range(0, len(x), batch_size)
+    ]
+    logits, maps = zip(*parts, strict=True)
+    return np.concatenate(logits), np.concatenate(maps)
+
+
+def gradient_evaluations(plan: Preset) -> int:
+    """Gradients with respect to the image that a plan spends on each image, scoring for keep-best included.
+
+    A step is one: the gradient of its loss. Scoring is free where the step's own map is the explained one (a faithful surrogate),
+    and one more where it is not.
+    """
+    return plan.warm_steps + plan.steps + len(_chunks(plan)) * _scores_apart(plan)
+
+
+def count_steps(plan: Preset, n: int, batch_size: int) -> int:
+    """Steps that `attack` reports through `on_step` for n images."""
+    return math.ceil(n / min(batch_size, n)) * (plan.warm_steps + plan.steps)
+
+
+def to_float(images: ArrayLike) -> np.ndarray:
+    """uint8 images, or floating point in [0, 1], as float32 [N, H, W, 3] in [0, 1].
+
+    Raises:
+        ValueError: for another type, shape or range, or not-a-number.
+    """
+    x = np.asarray(images)
+    if x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
+        raise ValueError(f"images must be [N, H, W, 3] with N >= 1, got {list(x.shape)}")
+    if x.dtype == np.uint8:
+        return x.astype(np.float32) / 255
+    if x.dtype.kind != "f":
+        raise ValueError(f"images must be uint8, or floating point in [0, 1], got {x.dtype}")
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(f"images must lie in [0, 1], got {x.min()}..{x.max()}")
+    return x.astype(np.float32)
+
+
+def _problems(
+    model: Classifier,
+    images: ArrayLike,
+    targets: ArrayLike,
+    target_maps: ArrayLike | None,
+    interpreter: Interpreter | None,
+) -> Problem:
+    """The caller's arrays, checked and brought to one form."""
+    x, t = to_float(images), np.asarray(targets)
+    if t.shape != x.shape[:1] or t.dtype.kind not in "iu":
+        raise ValueError(f"targets must be integers [{len(x)}], one an image, got {t.dtype} {list(t.shape)}")
+    image, label = jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.ShapeDtypeStruct((), np.int32)
+    (k,) = jax.eval_shape(lambda m, i: m.head(m.features(i)), model, image).shape
+    if t.min() < 0 or t.max() >= k:
+        raise ValueError(f"targets must lie in 0..{k - 1}, the model's classes, got {t.min()}..{t.max()}")
+    if interpreter is None:
+        return Problem(x, t.astype(np.int32), np.zeros((len(x), 1, 1), np.float32))
+    expected = (len(x), *jax.eval_shape(interpreter.explain, model, image, label).shape)
+    maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
+    if maps.shape != expected:
+        raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
+    if not (maps.min() >= 0 and maps.max() <= 1):
+        raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
+    return Problem(x, t.astype(np.int32), maps)
+
+
+def _batches(problems: Problem, size: int) -> Iterator[Problem]:
+    """Batches of one size, so of one compilation; the last is filled up with its last image."""
+    n = len(problems.target)
+    for start in range(0, n, size):
+        index = np.minimum(np.arange(start, start + size), n - 1)
+        yield Problem(*(leaf[index] for leaf in problems))
+
+
+def _scores_apart(plan: Preset) -> bool:
+    return plan.interpreter is not None and not plan.interpreter.faithful and plan.keep_every > 0
+
+
+def _chunks(plan: Preset) -> list[slice]:
+    """The joint steps between two scorings; all of them in one where the steps score themselves."""
+    size = plan.keep_every if _scores_apart(plan) else max(plan.steps, 1)
+    return [slice(start, start + size) for start in range(0, plan.steps, size)]
+
+
+def _attack_batch(
+    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None
+) -> tuple[Array, ...]:
+    """The first six fields of `Result` for one batch."""
+
+    def run(states: State, options: Options, alphas: np.ndarray, lams: np.ndarray) -> State:
+        return descend(model, problems, states, alphas, lams, options, driver=driver, on_step=on_step)
+
+    warm, joint = Options(threat), _joint_options(plan, threat)
+    steps = np.arange(plan.steps)
+    alphas, lams = (np.broadcast_to(schedule(plan.steps)(steps), steps.shape) for schedule in (plan.step_size, plan.balance))
+    states = jax.vmap(lambda problem: init(problem, warm))(problems)
+    states = run(states, warm, np.full(plan.warm_steps, plan.warm_step_size), np.zeros(plan.warm_steps))
+    states = jax.vmap(lambda problem, params: init(problem, joint, params))(problems, states.params)
+    for chunk in _chunks(plan):
+        states = run(states, joint, alphas[chunk], lams[chunk])
+        if _scores_apart(plan):
+            states = _rescore(model, problems, states, joint, plan.interpreter.explain)
+    params = states.best if plan.keep_every else states.params
+    return _finish(model, problems, params, threat, None if plan.interpreter is None else plan.interpreter.explain)
+
+
+def _joint_options(plan: Preset, threat: Threat) -> Options:
+    return Options(
+        threat,
+        None if plan.interpreter is None else plan.interpreter.surrogate,
+        map_loss=plan.map_loss,
+        direction=plan.direction,
+        smoothing=plan.smoothing,
+        rounded=plan.rounded,
+        keep_best=plan.keep_every > 0 and not _scores_apart(plan),
+    )
+
+
+@partial(jax.jit, static_argnames=("options", "interpreter"))
+def _rescore(model: Classifier, problems: Problem, states: State, options: Options, interpreter: Explain) -> State:
+    """Scores the present iterates on the explained map of their 8-bit images."""
+
+    def one(problem: Problem, state: State) -> State:
+        x = round_to_8_bits(options.threat.apply(state.params, problem.image))
+        logits, m = _look(model, x, problem.target, interpreter)
+        f_t = losses.probability(logits, problem.target)
+        return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), options.confidence))
+
+    return jax.vmap(one)(problems, states)
+
+
+@partial(jax.jit, static_argnames=("threat", "interpreter"))
+def _finish(
+    model: Classifier, problems: Problem, params: Params, threat: Threat, interpreter: Explain | None
+) -> tuple[Array, ...]:
+    """The first six fields of `Result`."""
+
+    def one(problem: Problem, p: Params) -> tuple[Array, ...]:
+        x = threat.apply(p, problem.image)
+        rounded = round_to_8_bits(x)
+        image = jnp.round(x * 255).astype(jnp.uint8)
+        return (
+            image,
+            *_look(model, rounded, problem.target, interpreter),
+            x,
+            *_look(model, x, problem.target, interpreter),
+        )
+
+    return jax.vmap(one)(problems, params)
+
+
+@partial(jax.jit, static_argnames="interpreter")
+def _inspect(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> tuple[Array, Array]:
+    return jax.vmap(lambda image, label: _look(model, image, label, interpreter))(images, labels)
+
+
+def _look(model: Classifier, image: Image, label: Label, interpreter: Explain | None) -> tuple[Logits, Map]:
+    """What the analyst sees: the logits, and the map for the label."""
+    m = jnp.zeros((0, 0)) if interpreter is None else interpreter(model, image, label)
+    return model.head(model.features(image)), m

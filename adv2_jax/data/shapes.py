@@ -1,0 +1,271 @@
+"""The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn from a seed.
+
+Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size)` alone, so any slice of the endless set can
+be made on its own. Colours and textures are drawn without looking at the class: only the outline tells it.
+
+Points of the plane are complex numbers: a scene is the unit square, an object lives in the unit disc, a rotation is a
+product. A shape is its signed distance (negative inside), which also gives the anti-aliased edge.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.floating[Any]]
+Points = NDArray[np.complexfloating[Any, Any]]
+Distance = Callable[[Points], Floats]
+
+RADIUS = (0.16, 0.26)  # of an object's circumscribed circle, in sides of the image
+
+
+class Scenes(NamedTuple):
+    """A labelled set of N scenes.
+
+    Attributes:
+        images: uint8 `[N, H, W, 3]`, RGB.
+        labels: int32 `[N]`, indices into `CLASSES`.
+        masks: bool `[N, H, W]`, True on the pixels of the labelled object.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int32]
+    masks: NDArray[np.bool_]
+
+
+def generate(n: int, *, seed: int = 0, size: int = 64, start: int = 0) -> Scenes:
+    """Draws scenes `start, …, start + n - 1` of the endless set that belongs to a seed.
+
+    Args:
+        n: number of scenes, at least 1.
+        seed: which set, at least 0.
+        size: side of the square images in pixels, at least 32 (below, the shapes cannot be told apart).
+        start: index of the first scene, at least 0. Scene `i` has class `i % 10`.
+
+    Returns:
+        The scenes; image `k` depends on `(seed, start + k, size)` only, never on `n`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("size", size, 32), ("start", start, 0)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    labels = np.arange(start, start + n) % len(CLASSES)
+    pairs = [_scene(np.random.default_rng([seed, start + k]), size, int(labels[k])) for k in range(n)]
+    images, masks = (np.stack(parts) for parts in zip(*pairs, strict=True))
+    return Scenes(images, labels.astype(np.int32), masks)
+
+
+def _scene(rng: np.random.Generator, size: int, label: int) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """One scene: background, clutter, then the object on top, so that nothing hides it."""
+    z = _pixel_centres(size)
+    hue, night = rng.random(), rng.random() < 0.5
+    dark, light = (0.2, 0.5), (0.7, 1.0)
+    ground, figure = (dark, light) if night else (light, dark)
+    image = _textured(rng, z, hue, saturation=(0.1, 0.5), value=ground)
+    for _ in range(rng.integers(3, 7)):
+        clutter = _CLUTTER[rng.integers(len(_CLUTTER))](rng)
+        ink = _rgb(rng.random(), rng.uniform(0.2, 0.9), rng.uniform(0.15, 1.0))
+        image = _over(image, ink, clutter(z) * size)
+    radius = rng.uniform(*RADIUS)
+    centre = complex(*rng.uniform(radius, 1 - radius, 2))
+    turned = (z - centre) * (np.exp(2j * np.pi * rng.random()) / radius)
+    distance = _SHAPES[CLASSES[label]](turned) * (radius * size)
+    paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
+    image = _over(image, paint, distance)
+    image = image + rng.normal(0, rng.uniform(0.005, 0.03), image.shape)
+    return np.rint(255 * image.clip(0, 1)).astype(np.uint8), distance < 0
+
+
+@lru_cache(maxsize=4)
+def _pixel_centres(size: int) -> Points:
+    """The points `[H, W]` of the unit square at which an image is sampled."""
+    axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
+    return axis + 1j * axis[:, None]
+
+
+def _over(image: Floats, paint: Floats, distance: Floats) -> Floats:
+    """Paints the inside of a shape over an image; the edge is one pixel wide (`distance` is in pixels)."""
+    return image + (0.5 - distance).clip(0, 1)[..., None] * (paint - image)
+
+
+# Shapes: signed distance of points [H, W] to an outline in the unit disc, negative inside.
+
+
+def _segments(a: Points, b: Points) -> Distance:
+    """Distance to the nearest of the segments `a[i]..b[i]`; a segment may be a single point."""
+    start, side = (ends.astype(np.complex64)[:, None, None] for ends in (a, b - a))
+    along = side.conj() / np.maximum(np.abs(side) ** 2, 1e-12)
+
+    def distance(z: Points) -> Floats:
+        offset = z - start
+        return np.abs(offset - (offset * along).real.clip(0, 1) * side).min(0)
+
+    return distance
+
+
+def _polygon(corners: Points) -> Distance:
+    """Signed distance to a polygon: a point is inside when the ray to its right crosses an odd number of sides."""
+    a, b = (ends.astype(np.complex64)[:, None, None] for ends in (corners, np.roll(corners, -1)))
+    outline = _segments(corners, np.roll(corners, -1))
+
+    def distance(z: Points) -> Floats:
+        spans = (a.imag > z.imag) != (b.imag > z.imag)
+        ahead = ((z - a) * (b - a).conj()).imag * (b - a).imag > 0
+        inside = np.logical_xor.reduce(spans & ahead)
+        return np.where(inside, -1, 1) * outline(z)
+
+    return distance
+
+
+def _mirrored(*half: complex) -> Points:
+    """The corners of a polygon symmetric about the real axis, from those on one side of it."""
+    return np.array(half + tuple(corner.conjugate() for corner in reversed(half)))
+
+
+def _disc(z: Points) -> Floats:
+    return np.abs(z) - 0.85
+
+
+def _ring(z: Points) -> Floats:
+    return np.abs(np.abs(z) - 0.75) - 0.2
+
+
+def _box(z: Points, half_width: float, half_height: float) -> Floats:
+    return np.maximum(np.abs(z.real) - half_width, np.abs(z.imag) - half_height)
+
+
+def _crescent(z: Points) -> Floats:
+    return np.maximum(np.abs(z) - 1, 0.8 - np.abs(z - 0.5))
+
+
+def _heart(z: Points) -> Floats:
+    """A square on its corner and, on two of its sides, discs of the side's width."""
+    side, z = 1.08, z + 0.16
+    square = (np.abs(z.real) + np.abs(z.imag)) / 2**0.5 - side / 2
+    lobe = side / 8**0.5
+    return np.minimum(square, np.abs(z.real + 1j * np.abs(z.imag) - complex(lobe, lobe)) - side / 2)
+
+
+_SHAPES: dict[str, Distance] = {
+    "disc": _disc,
+    "ring": _ring,
+    "square": lambda z: _box(z, 0.72, 0.72),
+    "triangle": _polygon(np.exp(2j * np.pi * np.arange(3) / 3)),
+    "star": _polygon(np.exp(2j * np.pi * np.arange(10) / 10) * np.tile([1, 0.42], 5)),
+    "cross": lambda z: np.minimum(_box(z, 0.95, 0.28), _box(z, 0.28, 0.95)),
+    "crescent": _crescent,
+    "arrow": _polygon(_mirrored(1, 0.1 + 0.75j, 0.1 + 0.26j, -0.95 + 0.26j)),
+    "heart": _heart,
+    "hourglass": _polygon(_mirrored(0.8 + 0.6j, 0.12j, -0.8 + 0.6j)),
+}
+CLASSES: tuple[str, ...] = tuple(_SHAPES)
+
+
+# Clutter: strokes along random paths in the unit square. The paths bend too little to close into an outline.
+
+
+def _stroke(path: Points, half_width: float) -> Distance:
+    line = _segments(path[:-1], path[1:])
+    return lambda z: line(z) - half_width
+
+
+def _path(rng: np.random.Generator, steps: int, length: float, bend: float) -> Points:
+    """A walk `[steps + 1]` from a random point, turning by at most `bend` radians at each corner."""
+    heading = 2 * np.pi * rng.random() + np.cumsum(rng.uniform(-bend, bend, steps))
+    return np.cumsum(np.append(_points(rng, 1), length * np.exp(1j * heading)))
+
+
+def _points(rng: np.random.Generator, n: int) -> Points:
+    return rng.random(n) + 1j * rng.random(n)
+
+
+def _bar(rng: np.random.Generator) -> Distance:
+    return _stroke(_path(rng, 1, rng.uniform(0.15, 0.5), 0), rng.uniform(0.015, 0.04))
+
+
+def _polyline(rng: np.random.Generator) -> Distance:
+    return _stroke(_path(rng, 5, rng.uniform(0.15, 0.3), 1.2), rng.uniform(0.006, 0.012))
+
+
+def _worm(rng: np.random.Generator) -> Distance:
+    return _stroke(_path(rng, 3, rng.uniform(0.04, 0.08), 0.9), rng.uniform(0.03, 0.05))
+
+
+def _squiggle(rng: np.random.Generator) -> Distance:
+    t = np.linspace(0, 1, 10)
+    wave = rng.uniform(0.3, 0.6) * t + 0.05j * np.sin(rng.uniform(10, 20) * t)
+    return _stroke(_points(rng, 1) + wave * np.exp(2j * np.pi * rng.random()), 0.012)
+
+
+def _dots(rng: np.random.Generator) -> Distance:
+    points, radius = _points(rng, 8), rng.uniform(0.012, 0.025)
+    dots = _segments(points, points)
+    return lambda z: dots(z) - radius
+
+
+_CLUTTER = (_bar, _polyline, _worm, _squiggle, _dots)
+
+
+# Textures: fields [H, W] in [0, 1] that mix two shades of a colour.
+
+
+def _textured(
+    rng: np.random.Generator, z: Points, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+) -> Floats:
+    """A random texture `[H, W, 3]` between two shades of about one hue."""
+    field = _TEXTURES[rng.integers(len(_TEXTURES))](rng, z)[..., None]
+    one, other = (_rgb(hue + rng.uniform(-0.06, 0.06), rng.uniform(*saturation), rng.uniform(*value)) for _ in range(2))
+    return one + field * (other - one)
+
+
+def _rgb(hue: float, saturation: float, value: float) -> Floats:
+    """The colour `[3]` of a hue (modulo 1), saturation and value in [0, 1]."""
+    k = (np.array([5, 3, 1]) + 6 * hue) % 6
+    return (value * (1 - saturation * np.minimum(k, 4 - k).clip(0, 1))).astype(np.float32)
+
+
+def _noise(rng: np.random.Generator, z: Points) -> Floats:
+    """Fractal noise: random grids of ever finer mesh, each weighted by its mesh width."""
+    layers = (
+        _interpolation(len(z), k) @ rng.standard_normal((k, k), np.float32) @ _interpolation(len(z), k).T / k
+        for k in (3, 6, 12, 24)
+    )
+    return _unit(sum(layers, np.zeros(z.shape, np.float32)))
+
+
+@lru_cache(maxsize=16)
+def _interpolation(n: int, k: int) -> Floats:
+    """The matrix `[n, k]` that interpolates k values linearly at n pixel centres."""
+    distance = np.abs(np.linspace(0, k - 1, n)[:, None] - np.arange(k))
+    return (1 - distance).clip(0).astype(np.float32)
+
+
+def _unit(field: Floats) -> Floats:
+    low, high = field.min(), field.max()
+    return (field - low) / (high - low)
+
+
+def _gradient(rng: np.random.Generator, z: Points) -> Floats:
+    return _unit((z * np.exp(2j * np.pi * rng.random())).real)
+
+
+def _stripes(rng: np.random.Generator, z: Points) -> Floats:
+    phase = z * (2 * np.pi * rng.uniform(5, 9) * np.exp(2j * np.pi * rng.random()))
+    return (0.5 + np.sin(phase.real)).clip(0, 1)
+
+
+def _checker(rng: np.random.Generator, z: Points) -> Floats:
+    phase = z * (2 * np.pi * rng.uniform(4, 7) * np.exp(2j * np.pi * rng.random()))
+    return (0.5 + 2 * np.sin(phase.real) * np.sin(phase.imag)).clip(0, 1)
+
+
+def _marble(rng: np.random.Generator, z: Points) -> Floats:
+    phase = z * (2 * np.pi * rng.uniform(2, 5) * np.exp(2j * np.pi * rng.random()))
+    return 0.5 + 0.5 * np.sin(phase.real + 8 * _noise(rng, z))
+
+
+_TEXTURES = (_noise, _gradient, _stripes, _checker, _marble)

@@ -1,0 +1,208 @@
+"""The loop: one joint-loss descent for every interpreter and threat model (ADV² eqs. 3 and 4).
+
+    x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i direction(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
+
+`step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
+m_t target map, g the interpreter, α step size, λ `balance`, Π `threat.project`.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from adv2_jax import losses
+from adv2_jax.interpreters import Surrogate
+from adv2_jax.threats import Params, Threat
+from adv2_jax.types import Classifier, Image, Label, Map
+
+Driver = Literal["auto", "fori", "host"]
+Direction = Callable[[], optax.GradientTransformation]
+MapLoss = Callable[[Map, Map], Array]
+
+
+class Problem(NamedTuple):
+    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]."""
+
+    image: Image
+    target: Label
+    target_map: Map
+
+
+class Options(NamedTuple):
+    """What a step is made of. Static under `jit`: every entry is a value, or a function that equal options share.
+
+    Attributes:
+        threat: the threat model.
+        surrogate: (model, image, label) -> (logits, map), or None for the prediction loss alone (PGD).
+        map_loss: ℓ_int, (map, target map) -> [].
+        direction: makes the optax transformation from gradients to directions; the step size is applied after it.
+        smoothing: label smoothing of ℓ_prd.
+        confidence: f_t from which on an iterate is judged by its map.
+        rounded: take losses and gradients at the 8-bit image nearest to the iterate, with the gradient passed straight through, so
+            that what is optimised and scored is what will be delivered.
+        keep_best: whether a step scores the iterate it starts from; meant for faithful surrogates.
+    """
+
+    threat: Threat
+    surrogate: Surrogate | None = None
+    map_loss: MapLoss = losses.map_l2
+    direction: Direction = optax.scale_by_sign
+    smoothing: float = 0.0
+    confidence: float = 0.8
+    rounded: bool = False
+    keep_best: bool = False
+
+
+class State(NamedTuple):
+    """Carried from step to step for one image; `best` are the parameters with the lowest score so far."""
+
+    params: Params
+    optimiser: optax.OptState
+    best: Params
+    best_score: Array
+
+
+class Info(NamedTuple):
+    """Reported by a step for the iterate it starts from: loss [], f_t [], mean absolute difference of the maps []."""
+
+    loss: Array
+    confidence: Array
+    map_l1: Array
+
+
+def round_to_8_bits(image: Image) -> Image:
+    """The nearest image an 8-bit file can hold; the gradient passes straight through."""
+    return image + jax.lax.stop_gradient(jnp.round(image * 255) / 255 - image)
+
+
+def score(f_t: Array, map_l1: Array, confidence: float) -> Array:
+    """What keep-best minimises: the L1 distance of the maps once f_t >= confidence; before that 2 - f_t, which is larger."""
+    return jnp.where(f_t >= confidence, map_l1, 2 - f_t)
+
+
+def keep_better(state: State, found: Array) -> State:
+    """The state with its present parameters as the best ones if their score `found` [] is lower."""
+    best = jax.tree.map(lambda new, old: jnp.where(found < state.best_score, new, old), state.params, state.best)
+    return state._replace(best=best, best_score=jnp.minimum(found, state.best_score))
+
+
+def init(problem: Problem, options: Options, params: Params = None) -> State:
+    """The state at `params`, or at the unchanged image."""
+    start = options.threat.init(problem.image) if params is None else params
+    return State(start, options.direction().init(start), start, jnp.asarray(jnp.inf))
+
+
+def joint_loss(
+    params: Params, model: Classifier, problem: Problem, balance: Array, options: Options
+) -> tuple[Array, Info]:
+    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts."""
+    x = options.threat.apply(params, problem.image)
+    x = round_to_8_bits(x) if options.rounded else x
+    if options.surrogate is None:
+        logits, m, interpretation = model.head(model.features(x)), problem.target_map, 0.0
+    else:
+        logits, m = options.surrogate(model, x, problem.target)
+        interpretation = balance * options.map_loss(m, problem.target_map)
+    loss = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing) + interpretation
+    f_t = losses.probability(logits, problem.target)
+    return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
+
+
+def step(
+    model: Classifier, problem: Problem, state: State, step_size: Array, balance: Array, options: Options
+) -> tuple[State, Info]:
+    """One step of eq. 4 for one image.
+
+    Args:
+        model: the classifier.
+        problem: the image and its targets.
+        state: where the descent stands.
+        step_size: [] α_i, in units of the parameters.
+        balance: [] λ_i.
+        options: static options.
+
+    Returns:
+        The next state, and what was found at the present one.
+    """
+    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, balance, options)
+    if options.keep_best:
+        state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
+    direction, optimiser = options.direction().update(gradient, state.optimiser, state.params)
+    moved = jax.tree.map(lambda p, d: p - step_size * d, state.params, direction)
+    return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser), info
+
+
+@lru_cache
+def _programs(structure: Any, options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The jitted drivers of a batch for one architecture: one step, and a loop over [n] steps.
+
+    The model enters as its leaves: flattening an NNX module at every call would cost milliseconds.
+    """
+
+    def one(leaves: list[Array], problems: Problem, states: State, alpha: Array, lam: Array) -> tuple[State, Info]:
+        model = jax.tree.unflatten(structure, leaves)
+        return jax.vmap(lambda problem, state: step(model, problem, state, alpha, lam, options))(problems, states)
+
+    def loop(leaves: list[Array], problems: Problem, states: State, alphas: Array, lams: Array) -> State:
+        def body(i: Array, carry: State) -> State:
+            return one(leaves, problems, carry, alphas[i], lams[i])[0]
+
+        return jax.lax.fori_loop(0, len(alphas), body, states)
+
+    return jax.jit(one), jax.jit(loop)
+
+
+def descend(
+    model: Classifier,
+    problems: Problem,
+    states: State,
+    step_sizes: ArrayLike,
+    balances: ArrayLike,
+    options: Options,
+    *,
+    driver: Driver = "auto",
+    on_step: Callable[[int], None] | None = None,
+) -> State:
+    """Repeat `step` for a batch.
+
+    Args:
+        model: the classifier.
+        problems: batched, leading axis [B].
+        states: batched, leading axis [B].
+        step_sizes: [n] α_0..α_{n-1}.
+        balances: [n] λ_0..λ_{n-1}.
+        options: static options.
+        driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
+            compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
+        on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
+
+    Returns:
+        The states after n steps.
+
+    Raises:
+        ValueError: for an unknown driver.
+    """
+    if driver not in ("auto", "fori", "host"):
+        raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
+    leaves, structure = jax.tree.flatten(model)
+    one, loop = _programs(structure, options)
+    alphas, lams = np.asarray(step_sizes, np.float32), np.asarray(balances, np.float32)
+    if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
+        states = loop(leaves, problems, states, alphas, lams)
+        if on_step:
+            jax.block_until_ready(states)
+            on_step(len(alphas))
+        return states
+    for alpha, lam in zip(alphas, lams, strict=True):
+        states, info = one(leaves, problems, states, alpha, lam)
+        if on_step:
+            jax.block_until_ready(info)
+            on_step(1)
+    return states

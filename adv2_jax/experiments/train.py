@@ -1,0 +1,168 @@
+"""Training a classifier: AdamW with warm-up and cosine decay on mirrored and shifted images.
+
+The only place where BatchNorm uses batch statistics. The update step is pure and jitted, and the host feeds it batches:
+XLA:CPU compiles convolutions inside loops to slow code.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from adv2_jax.losses import cross_entropy
+
+Model = TypeVar("Model", bound=nnx.Module)
+Images = NDArray[np.uint8]
+Labels = NDArray[np.integer[Any]]
+
+
+class State(NamedTuple):
+    """What an update step carries: trained variables, the others (BatchNorm statistics), and the optimiser's memory."""
+
+    params: Any
+    others: Any
+    memory: optax.OptState
+
+
+Step = Callable[[State, Images, Labels], tuple[State, Array]]
+
+
+def train_classifier(
+    model: Model,
+    images: Images,
+    labels: Labels,
+    *,
+    seed: int = 0,
+    epochs: int = 4,
+    batch_size: int = 32,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 0.05,
+    smoothing: float = 0.05,
+    shift: int = 4,
+    on_step: Callable[[int, float], None] | None = None,
+) -> tuple[Model, NDArray[np.float32]]:
+    """Trains a copy of a classifier; the same arguments give the same weights.
+
+    Args:
+        model: an NNX module whose `features` and `head` also take batches; its present weights are the start.
+        images: uint8 `[N, H, W, 3]`, N >= `batch_size`; the rest of an epoch that does not fill a batch is left out.
+        labels: integers `[N]` in 0..K-1.
+        seed: of the order of the images and of their augmentation.
+        epochs: passes over the images.
+        batch_size: images a step.
+        learning_rate: peak, reached after a twentieth of the steps; then it falls to zero along a cosine.
+        weight_decay: decoupled, times the learning rate; of kernels, not of biases and BatchNorm.
+        smoothing: mass that label smoothing takes from the true class, in [0, 1).
+        shift: largest random shift in pixels, in each direction.
+        on_step: called with the number of steps done and the loss of the last one.
+
+    Returns:
+        The trained classifier, BatchNorm set to running statistics, and the loss of every step `[steps]`.
+
+    Raises:
+        ValueError: images and labels do not fit each other, the classifier or `batch_size`.
+    """
+    _check(model, images, labels, batch_size)
+    steps = epochs * (len(images) // batch_size)
+    optimiser = _optimiser(learning_rate, weight_decay, steps)
+    trainee = nnx.clone(model)
+    trainee.train()
+    graph, params, others = nnx.split(trainee, nnx.Param, ...)
+    step = _make_step(graph, optimiser, smoothing)
+    state, losses = State(params, others, optimiser.init(params)), []
+    for batch, batch_labels in _batches(images, labels, epochs, batch_size, shift, seed):
+        state, loss = step(state, batch, batch_labels)
+        losses.append(loss)
+        if on_step:
+            on_step(len(losses), float(loss))
+    trained = nnx.merge(graph, state.params, state.others)
+    trained.eval()
+    return trained, np.array(losses, np.float32)
+
+
+def accuracy(model: nnx.Module, images: Images, labels: Labels, *, batch_size: int = 256) -> float:
+    """The share of images that a classifier gets right, in [0, 1].
+
+    Args:
+        model: classifier, its BatchNorm set to running statistics.
+        images: uint8 `[N, H, W, 3]`, N >= 1.
+        labels: integers `[N]`.
+        batch_size: images at a time; changes memory and speed, not the result.
+    """
+    starts = range(0, len(images), batch_size)
+    predictions = [_predict(model, images[i : i + batch_size]).argmax(-1) for i in starts]
+    return float(np.mean(np.concatenate(predictions) == labels))
+
+
+def _logits(model: Any, image: Array) -> Array:
+    """uint8 `[..., H, W, 3]` -> `[..., K]`."""
+    return model.head(model.features(image.astype(jnp.float32) / 255))
+
+
+_predict = jax.jit(jax.vmap(_logits, (None, 0)))
+
+
+def _check(model: nnx.Module, images: Images, labels: Labels, batch_size: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+    if len(labels) != len(images):
+        raise ValueError(f"there must be one label an image, got {len(labels)} for {len(images)} images")
+    if not 1 <= batch_size <= len(images):
+        raise ValueError(f"batch_size must lie in 1..{len(images)}, the number of images, got {batch_size}")
+    k = jax.eval_shape(_logits, model, images[0]).shape[-1]
+    if labels.min() < 0 or labels.max() >= k:
+        raise ValueError(f"labels must lie in 0..{k - 1}, the model's classes, got {labels.min()}..{labels.max()}")
+
+
+def _optimiser(learning_rate: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    return optax.adamw(schedule, weight_decay=weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1))
+
+
+def _make_step(graph: nnx.GraphDef[Any], optimiser: optax.GradientTransformation, smoothing: float) -> Step:
+    """The jitted update step of one architecture: (state, images, labels) -> (state, loss)."""
+
+    def loss_of(params: Any, others: Any, images: Array, labels: Array) -> tuple[Array, Any]:
+        # a copy: variables must not be written from inside another trace
+        model = nnx.merge(graph, params, others, copy=True)
+        loss = jax.vmap(partial(cross_entropy, smoothing=smoothing))(_logits(model, images), labels).mean()
+        return loss, nnx.split(model, nnx.Param, ...)[2]
+
+    @jax.jit
+    def step(state: State, images: Array, labels: Array) -> tuple[State, Array]:
+        value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
+        (loss, others), grads = value_and_grad(state.params, state.others, images, labels)
+        updates, memory = optimiser.update(grads, state.memory, state.params)
+        return State(optax.apply_updates(state.params, updates), others, memory), loss
+
+    return step
+
+
+def _batches(
+    images: Images, labels: Labels, epochs: int, batch_size: int, shift: int, seed: int
+) -> Iterator[tuple[Images, Labels]]:
+    """Augmented batches, in a new order each epoch."""
+    rng = np.random.default_rng(seed)
+    for _ in range(epochs):
+        order = rng.permutation(len(images))
+        for i in range(0, len(images) - batch_size + 1, batch_size):
+            chosen = order[i : i + batch_size]
+            yield _augment(rng, images[chosen], shift), labels[chosen]
+
+
+def _augment(rng: np.random.Generator, images: Images, shift: int) -> Images:
+    """Shifts each image by up to `shift` pixels (edges are repeated) and mirrors every second one, by chance."""
+    n, height, width, _ = images.shape
+    padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
+    top, left = rng.integers(0, 2 * shift + 1, (2, n))
+    shifted = np.moveaxis(windows[np.arange(n), top, left], 1, -1)
+    mirrored = rng.random(n) < 0.5
+    return np.where(mirrored[:, None, None, None], shifted[:, :, ::-1], shifted)

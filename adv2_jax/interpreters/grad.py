@@ -1,0 +1,96 @@
+"""GRAD: the map is the gradient of a class score with respect to the image (ADV² eq. 5)."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+
+from adv2_jax import maps
+from adv2_jax.activations import relu
+from adv2_jax.losses import log_odds
+from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
+
+Score = Callable[[Logits, Label], Array]
+
+
+def input_gradient(
+    model: Classifier, image: Image, label: Label, *, act: Activation = relu, score: Score = log_odds
+) -> tuple[Array, Logits]:
+    """Gradient of a class score with respect to the image, and the logits the same pass gave.
+
+    Args:
+        model: the classifier.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c.
+        act: stands in for every ReLU, in this pass and in whatever is differentiated through it.
+        score: (logits, label) -> [], one of `log_odds`, `logit`, `probability` or your own.
+
+    Returns:
+        gradient [H, W, 3] per unit of pixel value, logits [K].
+    """
+
+    def class_score(x: Image) -> tuple[Array, Logits]:
+        logits = model.head(model.features(x, act=act))
+        return score(logits, label), logits
+
+    return jax.grad(class_score, has_aux=True)(image)
+
+
+def reduce_channels(gradient: Array, pool: int) -> Map:
+    """[H, W, 3] -> [H/pool, W/pool]: largest absolute value over colours, mean pooling, min-max (ADV² §3.2)."""
+    return maps.min_max(maps.pool(maps.channel_max(gradient), pool))
+
+
+def grad(
+    model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int = 1, score: Score = log_odds
+) -> Map:
+    """GRAD map, |∂f_c/∂x| reduced over colours and scaled to [0, 1] (ADV² eq. 5).
+
+    The score differentiated is the log-odds u_c. Since ∂f_c/∂x = f_c (1 - f_c) ∂u_c/∂x, the min-max map, and the gradient of any
+    loss on it, are the same functions of the image as with f_c itself; but f_c rounds to exactly 1 in float32 for confident
+    networks and its gradient is then rounding noise, while that of u_c stays exact to 1e-6. `score=probability` is the literal
+    formula, for those who study its Hessian.
+
+    Args:
+        model: the classifier.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c the map explains.
+        act: stands in for every ReLU: `relu` explains the network, `relu_h` gives the map a useful second derivative.
+        pool: side of the mean-pooling blocks (the paper pools 4 x 4 at 224²).
+        score: (logits, label) -> [].
+
+    Returns:
+        [H/pool, W/pool] in [0, 1].
+
+    Raises:
+        ValueError: if `pool` does not divide the image sides.
+    """
+    gradient, _ = input_gradient(model, image, label, act=act, score=score)
+    return reduce_channels(gradient, pool)
+
+
+def grad_surrogate(
+    model: Classifier, image: Image, label: Label, *, act: Activation, pool: int = 1
+) -> tuple[Logits, Map]:
+    """Logits and GRAD map from one linearisation, for an `act` whose first derivative is exact (`relu_curved`).
+
+    A gradient of any function of both costs about four forward passes.
+
+    Returns:
+        logits [K], map [H/pool, W/pool].
+    """
+    gradient, logits = input_gradient(model, image, label, act=act)
+    return logits, reduce_channels(gradient, pool)
+
+
+def smooth_grad_surrogate(
+    model: Classifier, image: Image, label: Label, *, act: Activation, pool: int = 1
+) -> tuple[Logits, Map]:
+    """Logits through the true ReLU and the GRAD map through an `act` whose first derivative is replaced (ADV² §3.2).
+
+    The forward pass is the same for both and XLA merges it; the backward passes differ, one more than `grad_surrogate`.
+
+    Returns:
+        logits [K], map [H/pool, W/pool].
+    """
+    return model.head(model.features(image)), grad(model, image, label, act=act, pool=pool)

@@ -1,0 +1,49 @@
+"""Operations on attribution maps [h, w], all safe to differentiate twice."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adv2_jax.types import Map
+
+
+def min_max(raw: Array) -> Map:
+    """Scale a map to [0, 1] by its own minimum and maximum.
+
+    A constant map gives zeros with a zero gradient. Constant means: its range is within float rounding of its largest absolute
+    value, so the rule does not depend on the scale of the map.
+
+    Args:
+        raw: [h, w], any range.
+
+    Returns:
+        [h, w] in [0, 1].
+    """
+    low, high = raw.min(), raw.max()
+    span = high - low
+    resolution = 4 * jnp.finfo(raw.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
+    varies = span > resolution
+    # the inner `where` keeps 0/0 out of the branch that the outer one discards: its gradient would be NaN
+    return jnp.where(varies, (raw - low) / jnp.where(varies, span, 1), 0)
+
+
+def channel_max(gradient: Array) -> Array:
+    """Largest absolute value over colour channels: [H, W, C] -> [H, W] (ADV² eq. 5)."""
+    return jnp.abs(gradient).max(axis=-1)
+
+
+def pool(raw: Array, size: int) -> Array:
+    """Mean over non-overlapping size x size blocks: [H, W] -> [H/size, W/size].
+
+    Raises:
+        ValueError: if `size` is below 1 or does not divide both sides.
+    """
+    h, w = raw.shape
+    if size < 1 or h % size or w % size:
+        raise ValueError(f"pool = {size} must be at least 1 and divide the map sides {h} x {w}")
+    return raw.reshape(h // size, size, w // size, size).mean(axis=(1, 3))
+
+
+def resize(values: Array, shape: tuple[int, int]) -> Array:
+    """Bilinear resize of [h, w] with half-pixel centres and no antialiasing (as torch's align_corners=False)."""
+    return jax.image.resize(values, shape, "bilinear", antialias=False)

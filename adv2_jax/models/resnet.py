@@ -1,0 +1,189 @@
+"""Residual networks in Flax NNX: CIFAR style (He et al. 2016 §4.2, option-A shortcuts) and ImageNet style (v1.5).
+
+Attribute names are those of the widespread PyTorch implementations, so a state dict maps key by key (`adv2_jax.models.convert`).
+Every method takes `[..., H, W, C]`: one image in the library, a batch in training.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from adv2_jax.activations import relu
+from adv2_jax.types import Activation, Features, Image, Logits
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
+    init = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+    return nnx.Conv(
+        c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=init, rngs=rngs
+    )
+
+
+def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """BatchNorm that uses its running statistics unless training says otherwise (NNX defaults to batch statistics)."""
+    return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 when `expansion` > 1 (stride on the 3x3: v1.5)."""
+
+    def __init__(self, c_in: int, c: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs):
+        c_out = c * expansion
+        if expansion == 1:
+            self.conv1, self.bn1 = conv(c_in, c, 3, stride, rngs), batch_norm(c, rngs)
+            self.conv2, self.bn2 = conv(c, c, 3, 1, rngs), batch_norm(c, rngs)
+        else:
+            self.conv1, self.bn1 = conv(c_in, c, 1, 1, rngs), batch_norm(c, rngs)
+            self.conv2, self.bn2 = conv(c, c, 3, stride, rngs), batch_norm(c, rngs)
+            self.conv3, self.bn3 = conv(c, c_out, 1, 1, rngs), batch_norm(c_out, rngs)
+        self.bottleneck = expansion > 1
+        self.stride, self.widening = stride, c_out - c_in
+        self.projects = projection and (stride != 1 or c_in != c_out)
+        if self.projects:
+            self.downsample = nnx.List([conv(c_in, c_out, 1, stride, rngs), batch_norm(c_out, rngs)])
+
+    def shortcut(self, x: Array) -> Array:
+        """Identity; else a 1x1 projection, or option A: every stride-th pixel and zero channels on both sides."""
+        if self.projects:
+            return self.downsample[1](self.downsample[0](x))
+        x = x[..., :: self.stride, :: self.stride, :]
+        before = self.widening // 2
+        return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, self.widening - before)])
+
+    def __call__(self, x: Array, act: Activation) -> Array:
+        y = self.bn2(self.conv2(act(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(act(y)))
+        return act(y + self.shortcut(x))
+
+
+def stage(
+    c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
+) -> nnx.List:
+    """`depth` blocks, the first with the stride and the change of width."""
+    widths = [c_in] + [c * expansion] * (depth - 1)
+    strides = [stride] + [1] * (depth - 1)
+    return nnx.List(
+        [
+            Block(w, c, s, expansion=expansion, projection=projection, rngs=rngs)
+            for w, s in zip(widths, strides, strict=True)
+        ]
+    )
+
+
+def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(image - mean) / std a channel."""
+    return (image - jnp.asarray(mean, image.dtype)) / jnp.asarray(std, image.dtype)
+
+
+def run(blocks: nnx.List, x: Array, act: Activation) -> Array:
+    for block in blocks:
+        x = block(x, act)
+    return x
+
+
+class CifarResNet(nnx.Module):
+    """ResNet-20/32/44/56/110 for small images: 3x3 stem, three stages of widths w, 2w, 4w, features at 1/4 of the image.
+
+    Args:
+        depth: blocks a stage (3, 5, 7, 9, 18).
+        num_classes: K.
+        width: channels of the first stage (16 in the paper).
+        mean, std: normalisation of the [0, 1] image, a channel.
+        rngs: initialisation.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        num_classes: int = 10,
+        width: int = 16,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        rngs: nnx.Rngs,
+    ):
+        def widen(c_in: int, c: int, stride: int) -> nnx.List:
+            return stage(c_in, c, depth, stride, expansion=1, projection=False, rngs=rngs)
+
+        self.mean, self.std = mean, std
+        self.conv1, self.bn1 = conv(3, width, 3, 1, rngs), batch_norm(width, rngs)
+        self.layer1 = widen(width, width, 1)
+        self.layer2 = widen(width, 2 * width, 2)
+        self.layer3 = widen(2 * width, 4 * width, 2)
+        self.linear = nnx.Linear(4 * width, num_classes, rngs=rngs)
+
+    def features(self, image: Image, act: Activation = relu) -> Features:
+        """[..., H, W, 3] -> [..., H/4, W/4, 4 width]."""
+        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
+        for blocks in (self.layer1, self.layer2, self.layer3):
+            x = run(blocks, x, act)
+        return x
+
+    def head(self, features: Features) -> Logits:
+        """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
+        return self.linear(features.mean(axis=(-3, -2)))
+
+
+class ImageNetResNet(nnx.Module):
+    """ResNet-18/34/50/101/152 v1.5: 7x7 stem and max pooling, four stages, features at 1/32 of the image.
+
+    Args:
+        depths: blocks of the four stages.
+        expansion: 1 for basic blocks (18, 34), 4 for bottlenecks.
+        num_classes: K.
+        width: channels of the first stage (64 in the paper).
+        mean, std: normalisation of the [0, 1] image, a channel.
+        rngs: initialisation.
+    """
+
+    def __init__(
+        self,
+        depths: Sequence[int],
+        expansion: int,
+        *,
+        num_classes: int = 1000,
+        width: int = 64,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        rngs: nnx.Rngs,
+    ):
+        def widen(c_in: int, c: int, depth: int, stride: int) -> nnx.List:
+            return stage(c_in, c, depth, stride, expansion=expansion, projection=True, rngs=rngs)
+
+        out = width * expansion
+        self.mean, self.std = mean, std
+        self.conv1, self.bn1 = conv(3, width, 7, 2, rngs), batch_norm(width, rngs)
+        self.layer1 = widen(width, width, depths[0], 1)
+        self.layer2 = widen(out, 2 * width, depths[1], 2)
+        self.layer3 = widen(2 * out, 4 * width, depths[2], 2)
+        self.layer4 = widen(4 * out, 8 * width, depths[3], 2)
+        self.fc = nnx.Linear(8 * out, num_classes, rngs=rngs)
+
+    def features(self, image: Image, act: Activation = relu) -> Features:
+        """[..., H, W, 3] -> [..., H/32, W/32, 8 width expansion]."""
+        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
+        x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = run(blocks, x, act)
+        return x
+
+    def head(self, features: Features) -> Logits:
+        """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
+        return self.fc(features.mean(axis=(-3, -2)))
+
+
+def cifar(depth: int) -> Callable[..., CifarResNet]:
+    """Builder of a CIFAR-style network with `depth` blocks a stage."""
+    return lambda **options: CifarResNet(depth, **options)
+
+
+def imagenet(depths: Sequence[int], expansion: int) -> Callable[..., ImageNetResNet]:
+    """Builder of an ImageNet-style network."""
+    return lambda **options: ImageNetResNet(depths, expansion, **options)

@@ -1,0 +1,158 @@
+"""The numbers of an attack, an interpreter each: `paper` (the released constants) and `default` (the best we found)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import optax
+
+from adv2_jax import losses
+from adv2_jax.activations import relu_h
+from adv2_jax.descent import Direction, MapLoss
+from adv2_jax.interpreters import Interpreter, cam_interpreter, grad_cam_interpreter, grad_interpreter
+
+PIXEL = 1 / 255
+
+T = TypeVar("T")
+Plan = Callable[[int], optax.Schedule]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The numbers of one attack.
+
+    Attributes:
+        interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
+        warm_steps: steps of plain PGD before the joint stage.
+        steps: joint steps.
+        step_size: n -> optax schedule of α over n joint steps.
+        balance: n -> optax schedule of λ over n joint steps.
+        map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
+        direction: makes the optax transformation from gradients to directions, joint stage.
+        smoothing: label smoothing, joint stage.
+        rounded: take joint steps at 8-bit images (see `descent.Options`).
+        keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
+        warm_step_size: α of the warm start.
+    """
+
+    interpreter: Interpreter | None
+    warm_steps: int
+    steps: int
+    step_size: Plan
+    balance: Plan
+    map_loss: MapLoss = losses.map_l2
+    direction: Direction = optax.scale_by_sign
+    smoothing: float = 0.0
+    rounded: bool = False
+    keep_every: int = 0
+    warm_step_size: float = PIXEL
+
+
+def constant(value: float) -> Plan:
+    """The same value at every step."""
+    return lambda n: optax.constant_schedule(value)
+
+
+def ramp(first: float, last: float) -> Plan:
+    """A straight line from `first` to `last`."""
+    return lambda n: optax.linear_schedule(first, last, max(n, 1))
+
+
+def decay(first: float, last: float) -> Plan:
+    """Half a cosine from `first` down to `last`."""
+    return lambda n: optax.cosine_decay_schedule(first, max(n, 1), last / first)
+
+
+def paper_grad_balance(n: int) -> optax.Schedule:
+    """λ = .001, .004, .01, .05 for 301, 201, 101 and 101 of 704 steps (released code), stretched to n steps."""
+    factors = {301: 4.0, 502: 2.5, 603: 5.0}
+    return optax.piecewise_constant_schedule(0.001, {round(at * n / 704): factor for at, factor in factors.items()})
+
+
+def momentum_sign() -> optax.GradientTransformation:
+    """Sign of a decaying sum of normalised gradients (MI-FGSM, Dong et al. 2018)."""
+    return optax.chain(optax.normalize_by_update_norm(), optax.trace(0.5), optax.scale_by_sign())
+
+
+_PGD = Preset(None, warm_steps=0, steps=1200, step_size=constant(PIXEL), balance=constant(0.0))
+_PAPER_CAM = Preset(
+    cam_interpreter(),
+    warm_steps=400,
+    steps=1200,
+    step_size=constant(PIXEL),
+    balance=ramp(5.0, 10.0),
+    map_loss=losses.map_mse,
+)
+_PAPER_GRAD = Preset(
+    grad_interpreter(act=relu_h),
+    warm_steps=300,
+    steps=704,
+    step_size=constant(PIXEL),
+    balance=paper_grad_balance,
+    smoothing=0.05,
+    keep_every=10,
+)
+_DEFAULT_CAM = Preset(
+    cam_interpreter(),
+    warm_steps=10,
+    steps=140,
+    step_size=decay(PIXEL, PIXEL / 20),
+    balance=ramp(1.0, 2.0),
+    direction=momentum_sign,
+    smoothing=0.05,
+    rounded=True,
+    keep_every=1,
+)
+
+PRESETS: dict[str, dict[str, Preset]] = {
+    "paper": {
+        "pgd": _PGD,
+        "grad": _PAPER_GRAD,
+        "cam": _PAPER_CAM,
+        "grad_cam": replace(_PAPER_CAM, interpreter=grad_cam_interpreter()),
+    },
+    "default": {
+        "pgd": replace(_PGD, steps=300),
+        "grad": replace(_DEFAULT_CAM, interpreter=grad_interpreter(), steps=290),
+        "cam": _DEFAULT_CAM,
+        "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),
+    },
+}
+
+
+def resolve(
+    preset: str | Preset,
+    interpreter: str | Interpreter | None,
+    *,
+    warm_steps: int | None = None,
+    steps: int | None = None,
+) -> Preset:
+    """A preset with the caller's own interpreter and step counts in it.
+
+    Args:
+        preset: a key of `PRESETS`, or a `Preset`.
+        interpreter: a key of `interpreters.INTERPRETERS`; an `Interpreter`, which takes the numbers found for its name; or None
+            for plain PGD.
+        warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
+
+    Raises:
+        ValueError: for an unknown preset or interpreter, or a negative number of steps.
+    """
+    own = interpreter if isinstance(interpreter, Interpreter) else None
+    if isinstance(preset, str):
+        name = "pgd" if interpreter is None else own.name if own else interpreter
+        preset = _look_up(_look_up(PRESETS, "preset", preset), "interpreter", str(name))
+    preset = preset if own is None else replace(preset, interpreter=own)
+    for key, value in (("warm_steps", warm_steps), ("steps", steps)):
+        if value is None:
+            continue
+        if value < 0:
+            raise ValueError(f"{key} = {value} must be 0 or more")
+        preset = replace(preset, **{key: value})
+    return preset
+
+
+def _look_up(table: dict[str, T], what: str, name: str) -> T:
+    if name not in table:
+        raise ValueError(f"{what} {name!r} is not one of {', '.join(key for key in table if key != 'pgd')}")
+    return table[name]

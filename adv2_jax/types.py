@@ -1,0 +1,36 @@
+"""Names for the arrays that pass between modules, and the one thing asked of a classifier.
+
+Everything below `adv2_jax.attack.attack` sees one image. Shapes are written
+
+    image     [H, W, 3]  float32 in [0, 1]
+    features  [h, w, C]  last convolutional features
+    logits    [K]        one score a class
+    label     []         int32, a class in 0..K-1
+    map       [h, w]     float32 in [0, 1], large = important
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
+
+from jax import Array
+
+Image = Array
+Features = Array
+Logits = Array
+Label = Array
+Map = Array
+
+Activation = Callable[[Array], Array]
+
+
+@runtime_checkable
+class Classifier(Protocol):
+    """Any pytree with these two pure methods; its weights are its leaves."""
+
+    def features(self, image: Image, act: Activation = ...) -> Features:
+        """Last convolutional features [h, w, C]; normalises the [0, 1] image inside; `act` replaces every ReLU."""
+        ...
+
+    def head(self, features: Features) -> Logits:
+        """Global average pooling and the linear layer: logits [K]."""
+        ...
