@@ -1,13 +1,13 @@
 """Activations whose backward pass is smooth, so that the gradient of a gradient exists.
 
-`relu_h` and `relu_sigmoid` are exactly ReLU in the forward pass; only their derivative is replaced (ADV² §3.2, Fig. 3). The
-replacement is stated as a JVP rule, `tangent = phi'(z) * dz`, and is itself differentiated like any other function, so forward
-mode, reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too.
+`relu_h`, `relu_curved` and `relu_sigmoid` are exactly ReLU in the forward pass; only a derivative is replaced (ADV² §3.2, Fig. 3).
+The replacement is a JVP rule, `tangent = phi'(z) * dz`, and is itself differentiated like any other function, so forward mode,
+reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too.
 
 Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
 """
 
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ __all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
 TAU = 1e-4
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(1,))
-def relu_h(z: Array, tau: float = TAU) -> Array:
+@jax.custom_jvp
+def relu_h(z: Array, tau: Array | float = TAU) -> Array:
     """ReLU whose derivative is h(z) = z / sqrt(z² + tau) + [z < 0] (ADV² §3.2).
 
     Left of zero h is the derivative of z + sqrt(z² + tau), right of zero that of sqrt(z² + tau). It jumps at 0 (1 on the left, 0
@@ -30,7 +30,7 @@ def relu_h(z: Array, tau: float = TAU) -> Array:
 
     Args:
         z: pre-activations, any shape.
-        tau: width of the transition, > 0 (the paper uses 1e-4).
+        tau: squared width of the transition, > 0 (the paper uses 1e-4); may be traced.
 
     Returns:
         max(z, 0), same shape.
@@ -39,8 +39,8 @@ def relu_h(z: Array, tau: float = TAU) -> Array:
 
 
 @relu_h.defjvp
-def _relu_h_jvp(tau: float, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (z,), (dz,) = primals, tangents
+def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (z, tau), (dz, _) = primals, tangents  # tau is an option: nothing is differentiated with respect to it
     return relu_h(z, tau), (z * jax.lax.rsqrt(z**2 + tau) + (z < 0)) * dz
 
 
@@ -67,40 +67,39 @@ def relu_sigmoid(beta: float = 1.0) -> Activation:
     return activation
 
 
-@lru_cache
-def relu_curved(tau: float = 3e-3) -> Activation:
+@jax.custom_jvp
+def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
     """ReLU with its exact derivative 1[z > 0], whose *second* derivative is tau / 2 (z² + tau)^(-3/2) in place of zero.
 
-    The kernel is h' of `relu_h` scaled to unit mass. A gradient map drawn with it is the true map, to the last digit, and so is
-    every first derivative; only the curvature that an attack on the map descends is made up (the surrogate-gradient idea of
-    spiking networks, Neftci et al. 2019). An attack thus has no gap between the map it optimises and the map the analyst sees.
+    The kernel is h' of `relu_h` at unit mass. A gradient map drawn with it is the true map to the last digit, and so is every
+    first derivative; only the curvature that an attack on the map descends is made up (the surrogate gradients of spiking
+    networks, Neftci et al. 2019). An attack thus has no gap between the map it optimises and the map the analyst sees.
 
     Args:
-        tau: squared width of the kernel, > 0.
+        z: pre-activations, any shape.
+        tau: squared width of the kernel, > 0; may be traced, so that a schedule can narrow it.
 
     Returns:
-        An activation, any shape to the same shape; equal options give the same object.
+        max(z, 0), same shape.
     """
+    return jnp.maximum(z, 0)
 
-    @jax.custom_jvp
-    def step(z: Array) -> Array:
-        return (z > 0).astype(z.dtype)
 
-    @step.defjvp
-    def _step_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        (z,), (dz,) = primals, tangents
-        return step(z), 0.5 * tau * (z**2 + tau) ** -1.5 * dz
+@relu_curved.defjvp
+def _relu_curved_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (z, tau), (dz, _) = primals, tangents
+    return relu_curved(z, tau), _step(z, tau) * dz
 
-    @jax.custom_jvp
-    def activation(z: Array) -> Array:
-        return jnp.maximum(z, 0)
 
-    @activation.defjvp
-    def _jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        (z,), (dz,) = primals, tangents
-        return activation(z), step(z) * dz
+@jax.custom_jvp
+def _step(z: Array, tau: Array) -> Array:
+    return (z > 0).astype(z.dtype)
 
-    return activation
+
+@_step.defjvp
+def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (z, tau), (dz, _) = primals, tangents
+    return _step(z, tau), 0.5 * tau * jax.lax.rsqrt(z**2 + tau) ** 3 * dz
 
 
 @lru_cache

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,25 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adv2_jax import losses, threats
-from adv2_jax.descent import Driver, Options, Problem, State, descend, init, keep_better, round_to_8_bits, score
+from adv2_jax.descent import (
+    Driver,
+    Numbers,
+    Options,
+    Problem,
+    State,
+    descend,
+    init,
+    keep_better,
+    round_to_8_bits,
+    score,
+)
 from adv2_jax.interpreters import Explain, Interpreter
-from adv2_jax.presets import Preset, resolve
-from adv2_jax.threats import Params, Threat
+from adv2_jax.presets import Plan, Preset, constant, resolve
+from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 OnStep = Callable[[int], None]
+T = TypeVar("T")
 
 
 class Result(NamedTuple):
@@ -84,12 +96,21 @@ def attack(
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
     problems = _problems(model, images, targets, target_maps, plan.interpreter)
     threat = threats.linf() if threat is None else threat
-    n = len(problems.target)
-    outcomes = [
-        _attack_batch(model, batch, plan, threat, driver, on_step) for batch in _batches(problems, min(batch_size, n))
-    ]
-    joined = jax.tree.map(lambda *parts: np.concatenate(parts)[:n], *outcomes)
-    return Result(*joined, gradient_evaluations=gradient_evaluations(plan))
+    batches = _batches(problems, batch_size)
+    parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches]
+    x = np.concatenate(parts)[: len(problems.target)]
+    rounded = np.round(x * 255).astype(np.uint8)
+
+    def look(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        interpreter = no_map if plan.interpreter is None else plan.interpreter.explain
+        return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size)
+
+    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan))
+
+
+def no_map(model: Classifier, image: Image, label: Label) -> Map:
+    """The explanation of no interpreter: a map of no pixels, [0, 0]."""
+    return jnp.zeros((0, 0))
 
 
 def explain(
@@ -112,13 +133,10 @@ def explain(
     Returns:
         logits [N, K], maps [N, h, w] in [0, 1].
     """
-    x, c = to_float(images), np.asarray(labels, np.int32)
-    parts = [
-        _inspect(model, x[i : i + batch_size], c[i : i + batch_size], interpreter)
-        for i in range(0, len(x), batch_size)
-    ]
-    logits, maps = zip(*parts, strict=True)
-    return np.concatenate(logits), np.concatenate(maps)
+    inputs = jnp.asarray(to_float(images)), jnp.asarray(labels, np.int32)
+    parts = [_explain_batch(model, *batch, interpreter) for batch in _batches(inputs, batch_size)]
+    logits, maps = (np.concatenate(part)[: len(inputs[0])] for part in zip(*parts, strict=True))
+    return logits, maps
 
 
 def gradient_evaluations(plan: Preset) -> int:
@@ -169,22 +187,22 @@ def _problems(
     if t.min() < 0 or t.max() >= k:
         raise ValueError(f"targets must lie in 0..{k - 1}, the model's classes, got {t.min()}..{t.max()}")
     if interpreter is None:
-        return Problem(x, t.astype(np.int32), np.zeros((len(x), 1, 1), np.float32))
+        return Problem(jnp.asarray(x), jnp.asarray(t, np.int32), jnp.zeros((len(x), 1, 1)))
     expected = (len(x), *jax.eval_shape(interpreter.explain, model, image, label).shape)
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
     if not (maps.min() >= 0 and maps.max() <= 1):
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(x, t.astype(np.int32), maps)
+    return Problem(jnp.asarray(x), jnp.asarray(t, np.int32), jnp.asarray(maps))
 
 
-def _batches(problems: Problem, size: int) -> Iterator[Problem]:
-    """Batches of one size, so of one compilation; the last is filled up with its last image."""
-    n = len(problems.target)
-    for start in range(0, n, size):
-        index = np.minimum(np.arange(start, start + size), n - 1)
-        yield Problem(*(leaf[index] for leaf in problems))
+def _batches(arrays: T, size: int) -> Iterator[T]:
+    """Batches of one size, so of one compilation; the last is filled up with its last entry."""
+    n = len(jax.tree.leaves(arrays)[0])
+    for start in range(0, n, min(size, n)):
+        index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+        yield jax.tree.map(lambda leaf: leaf[index], arrays)
 
 
 def _scores_apart(plan: Preset) -> bool:
@@ -199,27 +217,32 @@ def _chunks(plan: Preset) -> list[slice]:
 
 def _attack_batch(
     model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None
-) -> tuple[Array, ...]:
-    """The first six fields of `Result` for one batch."""
+) -> Array:
+    """Warm start, joint stage and keep-best for one batch: adversarial images [B, H, W, 3], not yet rounded."""
 
-    def run(states: State, options: Options, alphas: np.ndarray, lams: np.ndarray) -> State:
-        return descend(model, problems, states, alphas, lams, options, driver=driver, on_step=on_step)
+    def run(states: State, options: Options, schedule: Numbers) -> State:
+        return descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
 
-    warm, joint = Options(threat), _joint_options(plan, threat)
-    steps = np.arange(plan.steps)
-    alphas, lams = (np.broadcast_to(schedule(plan.steps)(steps), steps.shape) for schedule in (plan.step_size, plan.balance))
+    warm, joint = Options(threat), joint_options(plan, threat)
     states = jax.vmap(lambda problem: init(problem, warm))(problems)
-    states = run(states, warm, np.full(plan.warm_steps, plan.warm_step_size), np.zeros(plan.warm_steps))
+    states = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
     states = jax.vmap(lambda problem, params: init(problem, joint, params))(problems, states.params)
+    interpreter = None if plan.interpreter is None else plan.interpreter.explain
+    numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
     for chunk in _chunks(plan):
-        states = run(states, joint, alphas[chunk], lams[chunk])
-        if _scores_apart(plan):
-            states = _rescore(model, problems, states, joint, plan.interpreter.explain)
-    params = states.best if plan.keep_every else states.params
-    return _finish(model, problems, params, threat, None if plan.interpreter is None else plan.interpreter.explain)
+        states = run(states, joint, Numbers(*(values[chunk] for values in numbers)))
+        if interpreter is not None and _scores_apart(plan):
+            states = _rescore(model, problems, states, joint, interpreter)
+    return jax.vmap(threat.apply)(states.best if plan.keep_every else states.params, problems.image)
 
 
-def _joint_options(plan: Preset, threat: Threat) -> Options:
+def _tabulate(n: int, *plans: Plan) -> Numbers:
+    """Schedules as numbers: no retrace for another schedule."""
+    return Numbers(*(jax.vmap(plan(n))(jnp.arange(n)) for plan in plans))
+
+
+def joint_options(plan: Preset, threat: Threat) -> Options:
+    """What the joint steps of a preset are made of."""
     return Options(
         threat,
         None if plan.interpreter is None else plan.interpreter.surrogate,
@@ -237,39 +260,16 @@ def _rescore(model: Classifier, problems: Problem, states: State, options: Optio
 
     def one(problem: Problem, state: State) -> State:
         x = round_to_8_bits(options.threat.apply(state.params, problem.image))
-        logits, m = _look(model, x, problem.target, interpreter)
-        f_t = losses.probability(logits, problem.target)
+        m = interpreter(model, x, problem.target)
+        f_t = losses.probability(model.head(model.features(x)), problem.target)
         return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), options.confidence))
 
     return jax.vmap(one)(problems, states)
 
 
-@partial(jax.jit, static_argnames=("threat", "interpreter"))
-def _finish(
-    model: Classifier, problems: Problem, params: Params, threat: Threat, interpreter: Explain | None
-) -> tuple[Array, ...]:
-    """The first six fields of `Result`."""
-
-    def one(problem: Problem, p: Params) -> tuple[Array, ...]:
-        x = threat.apply(p, problem.image)
-        rounded = round_to_8_bits(x)
-        image = jnp.round(x * 255).astype(jnp.uint8)
-        return (
-            image,
-            *_look(model, rounded, problem.target, interpreter),
-            x,
-            *_look(model, x, problem.target, interpreter),
-        )
-
-    return jax.vmap(one)(problems, params)
-
-
 @partial(jax.jit, static_argnames="interpreter")
-def _inspect(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> tuple[Array, Array]:
-    return jax.vmap(lambda image, label: _look(model, image, label, interpreter))(images, labels)
+def _explain_batch(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> tuple[Array, Array]:
+    def one(image: Image, label: Label) -> tuple[Logits, Map]:
+        return model.head(model.features(image)), interpreter(model, image, label)
 
-
-def _look(model: Classifier, image: Image, label: Label, interpreter: Explain | None) -> tuple[Logits, Map]:
-    """What the analyst sees: the logits, and the map for the label."""
-    m = jnp.zeros((0, 0)) if interpreter is None else interpreter(model, image, label)
-    return model.head(model.features(image)), m
+    return jax.vmap(one)(images, labels)

@@ -3,9 +3,10 @@
     x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i direction(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
-m_t target map, g the interpreter, α step size, λ `balance`, Π `threat.project`.
+m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`.
 """
 
+import operator
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from adv2_jax import losses
 from adv2_jax.interpreters import Surrogate
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
     Attributes:
         threat: the threat model.
-        surrogate: (model, image, label) -> (logits, map), or None for the prediction loss alone (PGD).
+        surrogate: (model, image, label, tau) -> (logits, map), or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
         direction: makes the optax transformation from gradients to directions; the step size is applied after it.
         smoothing: label smoothing of ℓ_prd.
@@ -58,6 +58,17 @@ class Options(NamedTuple):
     confidence: float = 0.8
     rounded: bool = False
     keep_best: bool = False
+
+
+class Numbers(NamedTuple):
+    """What a schedule sets at each step: step size α in units of the parameters, weight λ, width τ of the surrogate.
+
+    Each is [] in a step and [n] over n steps.
+    """
+
+    alpha: Array
+    lam: Array
+    tau: Array
 
 
 class State(NamedTuple):
@@ -100,42 +111,40 @@ def init(problem: Problem, options: Options, params: Params = None) -> State:
 
 
 def joint_loss(
-    params: Params, model: Classifier, problem: Problem, balance: Array, options: Options
+    params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options
 ) -> tuple[Array, Info]:
     """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts."""
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
     if options.surrogate is None:
-        logits, m, interpretation = model.head(model.features(x)), problem.target_map, 0.0
+        logits, m = model.head(model.features(x)), problem.target_map
+        interpretation = jnp.zeros(())
     else:
-        logits, m = options.surrogate(model, x, problem.target)
-        interpretation = balance * options.map_loss(m, problem.target_map)
+        logits, m = options.surrogate(model, x, problem.target, numbers.tau)
+        interpretation = numbers.lam * options.map_loss(m, problem.target_map)
     loss = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing) + interpretation
     f_t = losses.probability(logits, problem.target)
     return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
 
 
-def step(
-    model: Classifier, problem: Problem, state: State, step_size: Array, balance: Array, options: Options
-) -> tuple[State, Info]:
+def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options) -> tuple[State, Info]:
     """One step of eq. 4 for one image.
 
     Args:
         model: the classifier.
         problem: the image and its targets.
         state: where the descent stands.
-        step_size: [] α_i, in units of the parameters.
-        balance: [] λ_i.
+        numbers: of this step.
         options: static options.
 
     Returns:
         The next state, and what was found at the present one.
     """
-    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, balance, options)
+    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, numbers, options)
     if options.keep_best:
         state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
     direction, optimiser = options.direction().update(gradient, state.optimiser, state.params)
-    moved = jax.tree.map(lambda p, d: p - step_size * d, state.params, direction)
+    moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, direction)
     return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser), info
 
 
@@ -146,25 +155,34 @@ def _programs(structure: Any, options: Options) -> tuple[Callable[..., Any], Cal
     The model enters as its leaves: flattening an NNX module at every call would cost milliseconds.
     """
 
-    def one(leaves: list[Array], problems: Problem, states: State, alpha: Array, lam: Array) -> tuple[State, Info]:
+    def one(leaves: list[Array], problems: Problem, states: State, numbers: Numbers) -> tuple[State, Info]:
         model = jax.tree.unflatten(structure, leaves)
-        return jax.vmap(lambda problem, state: step(model, problem, state, alpha, lam, options))(problems, states)
+        return jax.vmap(lambda problem, state: step(model, problem, state, numbers, options))(problems, states)
 
-    def loop(leaves: list[Array], problems: Problem, states: State, alphas: Array, lams: Array) -> State:
+    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> State:
         def body(i: Array, carry: State) -> State:
-            return one(leaves, problems, carry, alphas[i], lams[i])[0]
+            return one(leaves, problems, carry, Numbers(*(values[i] for values in schedule)))[0]
 
-        return jax.lax.fori_loop(0, len(alphas), body, states)
+        return jax.lax.fori_loop(0, len(schedule.alpha), body, states)
 
     return jax.jit(one), jax.jit(loop)
+
+
+def batched_step(model: Classifier, options: Options) -> tuple[list[Array], Callable[..., tuple[State, Info]]]:
+    """The jitted step of a batch, as the host driver calls it.
+
+    Returns:
+        the leaves of the model, and (leaves, problems, states, numbers) -> (states, info), all but the numbers with axis [B].
+    """
+    leaves, structure = jax.tree.flatten(model)
+    return leaves, _programs(structure, options)[0]
 
 
 def descend(
     model: Classifier,
     problems: Problem,
     states: State,
-    step_sizes: ArrayLike,
-    balances: ArrayLike,
+    schedule: Numbers,
     options: Options,
     *,
     driver: Driver = "auto",
@@ -176,8 +194,7 @@ def descend(
         model: the classifier.
         problems: batched, leading axis [B].
         states: batched, leading axis [B].
-        step_sizes: [n] α_0..α_{n-1}.
-        balances: [n] λ_0..λ_{n-1}.
+        schedule: the numbers of each step, [n].
         options: static options.
         driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
             compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
@@ -193,15 +210,16 @@ def descend(
         raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
     leaves, structure = jax.tree.flatten(model)
     one, loop = _programs(structure, options)
-    alphas, lams = np.asarray(step_sizes, np.float32), np.asarray(balances, np.float32)
+    schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
+    n = len(schedule.alpha)
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states = loop(leaves, problems, states, alphas, lams)
+        states = loop(leaves, problems, states, schedule)
         if on_step:
             jax.block_until_ready(states)
-            on_step(len(alphas))
+            on_step(n)
         return states
-    for alpha, lam in zip(alphas, lams, strict=True):
-        states, info = one(leaves, problems, states, alpha, lam)
+    for i in range(n):
+        states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
         if on_step:
             jax.block_until_ready(info)
             on_step(1)

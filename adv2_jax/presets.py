@@ -7,45 +7,20 @@ from typing import TypeVar
 import optax
 
 from adv2_jax import losses
-from adv2_jax.activations import relu_h
+from adv2_jax.activations import TAU
 from adv2_jax.descent import Direction, MapLoss
-from adv2_jax.interpreters import Interpreter, cam_interpreter, grad_cam_interpreter, grad_interpreter
+from adv2_jax.interpreters import (
+    Interpreter,
+    cam_interpreter,
+    grad_cam_interpreter,
+    grad_interpreter,
+    smooth_grad_interpreter,
+)
 
 PIXEL = 1 / 255
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
-
-
-@dataclass(frozen=True)
-class Preset:
-    """The numbers of one attack.
-
-    Attributes:
-        interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
-        warm_steps: steps of plain PGD before the joint stage.
-        steps: joint steps.
-        step_size: n -> optax schedule of α over n joint steps.
-        balance: n -> optax schedule of λ over n joint steps.
-        map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
-        direction: makes the optax transformation from gradients to directions, joint stage.
-        smoothing: label smoothing, joint stage.
-        rounded: take joint steps at 8-bit images (see `descent.Options`).
-        keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
-        warm_step_size: α of the warm start.
-    """
-
-    interpreter: Interpreter | None
-    warm_steps: int
-    steps: int
-    step_size: Plan
-    balance: Plan
-    map_loss: MapLoss = losses.map_l2
-    direction: Direction = optax.scale_by_sign
-    smoothing: float = 0.0
-    rounded: bool = False
-    keep_every: int = 0
-    warm_step_size: float = PIXEL
 
 
 def constant(value: float) -> Plan:
@@ -61,6 +36,47 @@ def ramp(first: float, last: float) -> Plan:
 def decay(first: float, last: float) -> Plan:
     """Half a cosine from `first` down to `last`."""
     return lambda n: optax.cosine_decay_schedule(first, max(n, 1), last / first)
+
+
+def geometric(first: float, last: float) -> Plan:
+    """A constant factor a step, from `first` to `last`."""
+    return lambda n: optax.exponential_decay(first, max(n, 1), last / first)
+
+
+_TAU = constant(TAU)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The numbers of one attack.
+
+    Attributes:
+        interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
+        warm_steps: steps of plain PGD before the joint stage.
+        steps: joint steps.
+        step_size: n -> optax schedule of α over n joint steps.
+        balance: n -> optax schedule of λ over n joint steps.
+        tau: n -> optax schedule of the surrogate's width.
+        map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
+        direction: makes the optax transformation from gradients to directions, joint stage.
+        smoothing: label smoothing, joint stage.
+        rounded: take joint steps at 8-bit images (see `descent.Options`).
+        keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
+        warm_step_size: α of the warm start.
+    """
+
+    interpreter: Interpreter | None
+    warm_steps: int
+    steps: int
+    step_size: Plan
+    balance: Plan
+    tau: Plan = _TAU
+    map_loss: MapLoss = losses.map_l2
+    direction: Direction = optax.scale_by_sign
+    smoothing: float = 0.0
+    rounded: bool = False
+    keep_every: int = 0
+    warm_step_size: float = PIXEL
 
 
 def paper_grad_balance(n: int) -> optax.Schedule:
@@ -84,7 +100,7 @@ _PAPER_CAM = Preset(
     map_loss=losses.map_mse,
 )
 _PAPER_GRAD = Preset(
-    grad_interpreter(act=relu_h),
+    smooth_grad_interpreter(),
     warm_steps=300,
     steps=704,
     step_size=constant(PIXEL),
@@ -96,13 +112,14 @@ _DEFAULT_CAM = Preset(
     cam_interpreter(),
     warm_steps=10,
     steps=140,
-    step_size=decay(PIXEL, PIXEL / 20),
+    step_size=decay(PIXEL / 2, PIXEL / 40),
     balance=ramp(1.0, 2.0),
     direction=momentum_sign,
-    smoothing=0.05,
+    smoothing=0.02,
     rounded=True,
     keep_every=1,
 )
+_DEFAULT_GRAD = replace(_DEFAULT_CAM, interpreter=grad_interpreter(), steps=290, tau=geometric(3e-2, 1e-3))
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
@@ -113,7 +130,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
     },
     "default": {
         "pgd": replace(_PGD, steps=300),
-        "grad": replace(_DEFAULT_CAM, interpreter=grad_interpreter(), steps=290),
+        "grad": _DEFAULT_GRAD,
         "cam": _DEFAULT_CAM,
         "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),
     },
@@ -142,14 +159,15 @@ def resolve(
     if isinstance(preset, str):
         name = "pgd" if interpreter is None else own.name if own else interpreter
         preset = _look_up(_look_up(PRESETS, "preset", preset), "interpreter", str(name))
-    preset = preset if own is None else replace(preset, interpreter=own)
     for key, value in (("warm_steps", warm_steps), ("steps", steps)):
-        if value is None:
-            continue
-        if value < 0:
+        if value is not None and value < 0:
             raise ValueError(f"{key} = {value} must be 0 or more")
-        preset = replace(preset, **{key: value})
-    return preset
+    return replace(
+        preset,
+        interpreter=preset.interpreter if own is None else own,
+        warm_steps=preset.warm_steps if warm_steps is None else warm_steps,
+        steps=preset.steps if steps is None else steps,
+    )
 
 
 def _look_up(table: dict[str, T], what: str, name: str) -> T:

@@ -152,6 +152,22 @@ def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: in
     return np.concatenate([np.concatenate([_tile(*tile, side, gap) for tile in strip], axis=1) for strip in strips])
 
 
+def gallery(directory: Path | str, *, images: int = 2) -> bytes:
+    """Draws the first images of a finished run under every interpreter, as a PNG file.
+
+    Args:
+        directory: the folder of the run.
+        images: lines an interpreter, at most.
+
+    Returns:
+        The PNG file: the lines of `overview`, one interpreter below the other.
+    """
+    results = read_arrays(Path(directory) / "results.npz")
+    interpreters = dict.fromkeys(key.split("/")[0] for key in results if key.endswith("/benign_maps"))
+    shown = range(min(images, len(results["images"])))
+    return png(np.concatenate([overview(results, name, shown) for name in interpreters]))
+
+
 def colour_map(values: ArrayLike) -> Pixels:
     """Colours of map values, dark to light.
 

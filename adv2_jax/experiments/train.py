@@ -16,7 +16,11 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from adv2_jax.data import ImageSet, load, shapes
 from adv2_jax.losses import cross_entropy
+
+EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 32, 3e-3
+TRAIN_SCENES, HELD_OUT_SCENES = 16000, 2000
 
 Model = TypeVar("Model", bound=nnx.Module)
 Images = NDArray[np.uint8]
@@ -40,9 +44,9 @@ def train_classifier(
     labels: Labels,
     *,
     seed: int = 0,
-    epochs: int = 4,
-    batch_size: int = 32,
-    learning_rate: float = 3e-3,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    learning_rate: float = LEARNING_RATE,
     weight_decay: float = 0.05,
     smoothing: float = 0.05,
     shift: int = 4,
@@ -67,14 +71,16 @@ def train_classifier(
         The trained classifier, BatchNorm set to running statistics, and the loss of every step `[steps]`.
 
     Raises:
-        ValueError: images and labels do not fit each other, the classifier or `batch_size`.
+        ValueError: an option is out of its range, or images and labels do not fit each other, the classifier or `batch_size`.
     """
-    _check(model, images, labels, batch_size)
+    _check_options(epochs, learning_rate, weight_decay, smoothing, shift)
+    _check_images(model, images, labels, batch_size)
     steps = epochs * (len(images) // batch_size)
     optimiser = _optimiser(learning_rate, weight_decay, steps)
     trainee = nnx.clone(model)
     trainee.train()
-    graph, params, others = nnx.split(trainee, nnx.Param, ...)
+    graph = nnx.graphdef(trainee)
+    params, others = nnx.state(trainee, nnx.Param, ...)
     step = _make_step(graph, optimiser, smoothing)
     state, losses = State(params, others, optimiser.init(params)), []
     for batch, batch_labels in _batches(images, labels, epochs, batch_size, shift, seed):
@@ -85,6 +91,30 @@ def train_classifier(
     trained = nnx.merge(graph, state.params, state.others)
     trained.eval()
     return trained, np.array(losses, np.float32)
+
+
+class TrainingSets(NamedTuple):
+    """Images to train on, and images held out to measure the accuracy."""
+
+    train: ImageSet
+    held_out: ImageSet
+
+
+def training_sets(source: str, *, seed: int = 0) -> TrainingSets:
+    """The two sets of a source: for `shapes`, scenes of two seeds; for a file, nine tenths and one tenth drawn from the seed.
+
+    Raises:
+        ValueError: if the source cannot be read, or a file holds fewer than ten images.
+    """
+    if source == "shapes":
+        scenes = shapes.generate(TRAIN_SCENES, seed=0)
+        return TrainingSets(ImageSet(scenes.images, scenes.labels), load(f"shapes:{HELD_OUT_SCENES}"))
+    images = load(source)
+    n = len(images.images)
+    if n < 10:
+        raise ValueError(f"{source} holds {n} images; training needs at least 10, one tenth is held out")
+    order = np.random.default_rng(seed).permutation(n)
+    return TrainingSets(images.take(order[n // 10 :]), images.take(order[: n // 10]))
 
 
 def accuracy(model: nnx.Module, images: Images, labels: Labels, *, batch_size: int = 256) -> float:
@@ -109,7 +139,20 @@ def _logits(model: Any, image: Array) -> Array:
 _predict = jax.jit(jax.vmap(_logits, (None, 0)))
 
 
-def _check(model: nnx.Module, images: Images, labels: Labels, batch_size: int) -> None:
+def _check_options(epochs: int, learning_rate: float, weight_decay: float, smoothing: float, shift: int) -> None:
+    if epochs < 1:
+        raise ValueError(f"epochs must be at least 1, got {epochs}")
+    if not 0 < learning_rate < float("inf"):
+        raise ValueError(f"learning_rate must be positive and finite, got {learning_rate}")
+    if not 0 <= weight_decay < float("inf"):
+        raise ValueError(f"weight_decay must be finite and not negative, got {weight_decay}")
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing must lie in [0, 1), got {smoothing}")
+    if shift < 0:
+        raise ValueError(f"shift must be at least 0, got {shift}")
+
+
+def _check_images(model: nnx.Module, images: Images, labels: Labels, batch_size: int) -> None:
     if images.dtype != np.uint8 or images.ndim != 4:
         raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
     if len(labels) != len(images):
@@ -133,7 +176,7 @@ def _make_step(graph: nnx.GraphDef[Any], optimiser: optax.GradientTransformation
         # a copy: variables must not be written from inside another trace
         model = nnx.merge(graph, params, others, copy=True)
         loss = jax.vmap(partial(cross_entropy, smoothing=smoothing))(_logits(model, images), labels).mean()
-        return loss, nnx.split(model, nnx.Param, ...)[2]
+        return loss, nnx.state(model, nnx.Not(nnx.Param))
 
     @jax.jit
     def step(state: State, images: Array, labels: Array) -> tuple[State, Array]:
@@ -159,7 +202,7 @@ def _batches(
 
 def _augment(rng: np.random.Generator, images: Images, shift: int) -> Images:
     """Shifts each image by up to `shift` pixels (edges are repeated) and mirrors every second one, by chance."""
-    n, height, width, _ = images.shape
+    n, (height, width) = len(images), images.shape[1:3]
     padded = np.pad(images, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (height, width), axis=(1, 2))
     top, left = rng.integers(0, 2 * shift + 1, (2, n))

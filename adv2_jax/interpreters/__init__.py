@@ -2,17 +2,20 @@
 
     m = adv2.interpreters.cam(model, image, label)
 
-`explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label) -> (logits, map)`, which
-shares one pass over the network between the two terms of the joint loss. `Interpreter` pairs the two faces.
+`explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label, tau) -> (logits, map)`,
+which shares one pass over the network between the two terms of the joint loss; `tau` is the width of whatever it smooths, so that
+a schedule can sharpen it on the way. `Interpreter` pairs the two faces.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
-from adv2_jax.activations import relu_curved
-from adv2_jax.interpreters.cam import cam, cam_surrogate, grad_cam, grad_cam_surrogate
-from adv2_jax.interpreters.grad import grad, grad_surrogate, input_gradient, smooth_grad_surrogate
+from jax import Array
+
+from adv2_jax.activations import relu_curved, relu_h
+from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
+from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
 
 __all__ = [
@@ -27,11 +30,12 @@ __all__ = [
     "grad_cam_interpreter",
     "grad_interpreter",
     "input_gradient",
+    "smooth_grad_interpreter",
 ]
 
 
 Explain = Callable[[Classifier, Image, Label], Map]
-Surrogate = Callable[[Classifier, Image, Label], tuple[Logits, Map]]
+Surrogate = Callable[[Classifier, Image, Label, Array], tuple[Logits, Map]]
 
 
 class Interpreter(NamedTuple):
@@ -40,7 +44,7 @@ class Interpreter(NamedTuple):
     Attributes:
         name: as in results.
         explain: (model, image, label) -> map, what the analyst sees.
-        surrogate: (model, image, label) -> (logits, map), what the adversary differentiates. The logits' first gradient is exact.
+        surrogate: (model, image, label, tau) -> (logits, map), what the adversary differentiates; the logits' gradient is exact.
         faithful: whether the surrogate's map *is* the explained map (only its gradient may differ), so that an iterate is scored
             by the pass that differentiates it.
     """
@@ -53,40 +57,58 @@ class Interpreter(NamedTuple):
 
 @lru_cache
 def cam_interpreter() -> Interpreter:
-    """CAM; the analyst and the adversary use the same function."""
-    return Interpreter("cam", cam, cam_surrogate)
+    """CAM; analyst and adversary use the same function, there is nothing to smooth."""
+    return Interpreter("cam", cam, lambda model, image, label, tau: cam_with_logits(model, image, label))
 
 
 @lru_cache
 def grad_cam_interpreter() -> Interpreter:
-    """Grad-CAM; the analyst and the adversary use the same function."""
-    return Interpreter("grad_cam", grad_cam, grad_cam_surrogate)
+    """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
+    return Interpreter("grad_cam", grad_cam, lambda model, image, label, tau: grad_cam_with_logits(model, image, label))
 
 
 @lru_cache
-def grad_interpreter(*, pool: int = 1, act: Activation | None = None) -> Interpreter:
-    """GRAD and a surrogate whose second derivative is of use.
+def grad_interpreter(*, pool: int = 1) -> Interpreter:
+    """GRAD, and the true map with a curved ReLU (`relu_curved`, kernel width `tau`) for the adversary.
 
     Args:
         pool: side of the mean-pooling blocks of the map.
-        act: None for the surrogate with the true map and a curved ReLU (`relu_curved`); or the paper's kind, an activation whose
-            *first* derivative is replaced, such as `relu_h` or `relu_sigmoid(beta)`, used for the map term only.
 
     Returns:
         An interpreter; equal options give the same object.
     """
 
-    def explain(model: Classifier, image: Image, label: Label) -> Map:
-        return grad(model, image, label, pool=pool)
+    def surrogate(model: Classifier, image: Image, label: Label, tau: Array) -> tuple[Logits, Map]:
+        return grad_with_logits(model, image, label, act=lambda z: relu_curved(z, tau), pool=pool)
 
-    def faithful(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
-        return grad_surrogate(model, image, label, act=relu_curved(), pool=pool)
+    return Interpreter("grad", _grad(pool), surrogate)
 
-    def smooth(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
-        assert act is not None
-        return smooth_grad_surrogate(model, image, label, act=act, pool=pool)
 
-    return Interpreter("grad", explain, faithful) if act is None else Interpreter("grad", explain, smooth, faithful=False)
+@lru_cache
+def smooth_grad_interpreter(*, act: Activation | None = None, pool: int = 1) -> Interpreter:
+    """GRAD, and a map whose *first* derivative is smoothed for the adversary: the paper's way (§3.2).
+
+    The smoothed activation serves the map term only; the logits go through the true ReLU.
+
+    Args:
+        act: the activation, such as `relu_sigmoid(beta)`; None is `relu_h` of width `tau`.
+        pool: side of the mean-pooling blocks of the map.
+
+    Returns:
+        An interpreter; equal options give the same object.
+    """
+
+    def surrogate(model: Classifier, image: Image, label: Label, tau: Array) -> tuple[Logits, Map]:
+        smooth = (lambda z: relu_h(z, tau)) if act is None else act
+        # the forward pass is the same for both terms, and XLA merges it
+        return model.head(model.features(image)), grad(model, image, label, act=smooth, pool=pool)
+
+    return Interpreter("grad", _grad(pool), surrogate, faithful=False)
+
+
+@lru_cache
+def _grad(pool: int) -> Explain:
+    return lambda model, image, label: grad(model, image, label, pool=pool)
 
 
 INTERPRETERS: dict[str, Callable[..., Interpreter]] = {

@@ -38,7 +38,7 @@ def cam(model: Classifier, image: Image, label: Label) -> Map:
     Returns:
         [h, w] in [0, 1], of the size of the last features.
     """
-    return cam_surrogate(model, image, label)[1]
+    return cam_with_logits(model, image, label)[1]
 
 
 def grad_cam(model: Classifier, image: Image, label: Label) -> Map:
@@ -52,16 +52,16 @@ def grad_cam(model: Classifier, image: Image, label: Label) -> Map:
     Returns:
         [h, w] in [0, 1], of the size of the last features.
     """
-    return grad_cam_surrogate(model, image, label)[1]
+    return grad_cam_with_logits(model, image, label)[1]
 
 
-def cam_surrogate(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
+def cam_with_logits(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
     """Logits [K] and CAM [h, w] from one set of features."""
     features = model.features(image)
     return model.head(features), maps.min_max(raw_cam(model, features, label))
 
 
-def grad_cam_surrogate(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
+def grad_cam_with_logits(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
     """Logits [K] and Grad-CAM [h, w] from one set of features."""
     features = model.features(image)
     return model.head(features), maps.min_max(raw_grad_cam(model, features, label))

@@ -36,9 +36,21 @@ def input_gradient(
     return jax.grad(class_score, has_aux=True)(image)
 
 
-def reduce_channels(gradient: Array, pool: int) -> Map:
-    """[H, W, 3] -> [H/pool, W/pool]: largest absolute value over colours, mean pooling, min-max (ADV² §3.2)."""
-    return maps.min_max(maps.pool(maps.channel_max(gradient), pool))
+def grad_with_logits(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    *,
+    act: Activation = relu,
+    pool: int = 1,
+    score: Score = log_odds,
+) -> tuple[Logits, Map]:
+    """The logits [K] and the map of `grad`, from one linearisation.
+
+    A gradient of any function of both costs about four forward passes.
+    """
+    gradient, logits = input_gradient(model, image, label, act=act, score=score)
+    return logits, maps.min_max(maps.pool(maps.channel_max(gradient), pool))
 
 
 def grad(
@@ -65,32 +77,4 @@ def grad(
     Raises:
         ValueError: if `pool` does not divide the image sides.
     """
-    gradient, _ = input_gradient(model, image, label, act=act, score=score)
-    return reduce_channels(gradient, pool)
-
-
-def grad_surrogate(
-    model: Classifier, image: Image, label: Label, *, act: Activation, pool: int = 1
-) -> tuple[Logits, Map]:
-    """Logits and GRAD map from one linearisation, for an `act` whose first derivative is exact (`relu_curved`).
-
-    A gradient of any function of both costs about four forward passes.
-
-    Returns:
-        logits [K], map [H/pool, W/pool].
-    """
-    gradient, logits = input_gradient(model, image, label, act=act)
-    return logits, reduce_channels(gradient, pool)
-
-
-def smooth_grad_surrogate(
-    model: Classifier, image: Image, label: Label, *, act: Activation, pool: int = 1
-) -> tuple[Logits, Map]:
-    """Logits through the true ReLU and the GRAD map through an `act` whose first derivative is replaced (ADV² §3.2).
-
-    The forward pass is the same for both and XLA merges it; the backward passes differ, one more than `grad_surrogate`.
-
-    Returns:
-        logits [K], map [H/pool, W/pool].
-    """
-    return model.head(model.features(image)), grad(model, image, label, act=act, pool=pool)
+    return grad_with_logits(model, image, label, act=act, pool=pool, score=score)[1]

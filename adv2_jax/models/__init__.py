@@ -1,10 +1,11 @@
 """Classifiers by name, and their weights.
 
-    model = adv2.models.load("cifar_resnet20", "weights.npz")
+model = adv2.models.load("cifar_resnet20", "weights.npz")
 """
 
 import os
 from collections.abc import Callable
+from importlib import resources
 from typing import Any
 
 from flax import nnx
@@ -13,9 +14,11 @@ from adv2_jax.files import read_arrays
 from adv2_jax.models import convert, resnet
 from adv2_jax.models.resnet import CifarResNet, ImageNetResNet
 
-__all__ = ["MODELS", "CifarResNet", "ImageNetResNet", "build", "convert", "load", "resnet"]
+__all__ = ["MODELS", "CifarResNet", "ImageNetResNet", "build", "convert", "embedded", "load", "resnet"]
 
-MODELS: dict[str, Callable[..., nnx.Module]] = {
+ResNet = CifarResNet | ImageNetResNet
+
+MODELS: dict[str, Callable[..., ResNet]] = {
     "cifar_resnet20": resnet.cifar(3),
     "cifar_resnet32": resnet.cifar(5),
     "cifar_resnet44": resnet.cifar(7),
@@ -29,7 +32,7 @@ MODELS: dict[str, Callable[..., nnx.Module]] = {
 }
 
 
-def build(name: str, *, seed: int = 0, **options: Any) -> nnx.Module:
+def build(name: str, *, seed: int = 0, **options: Any) -> ResNet:
     """A freshly initialised network.
 
     Args:
@@ -40,12 +43,11 @@ def build(name: str, *, seed: int = 0, **options: Any) -> nnx.Module:
     Raises:
         ValueError: for an unknown name; lists the valid ones.
     """
-    if name not in MODELS:
-        raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}")
+    _check_name(name)
     return MODELS[name](rngs=nnx.Rngs(seed), **options)
 
 
-def load(name: str, path: str | os.PathLike[str], **options: Any) -> nnx.Module:
+def load(name: str, path: str | os.PathLike[str], **options: Any) -> ResNet:
     """A network with the weights of a torch-style state dict in an `.npz` or `.safetensors` file.
 
     Args:
@@ -57,12 +59,24 @@ def load(name: str, path: str | os.PathLike[str], **options: Any) -> nnx.Module:
         ValueError: for an unknown name, an unreadable file, or weights that do not fit (every key that does not match is listed
             with the expected and the found shape).
     """
+    _check_name(name)
     arrays = read_arrays(path)
     abstract = nnx.eval_shape(lambda: build(name, **{**_sizes(arrays), **options}))
     try:
         return convert.from_state_dict(abstract, arrays)
     except ValueError as error:
         raise ValueError(f"weights {path} do not fit {name}: {error}") from None
+
+
+def embedded() -> ResNet:
+    """The network that comes with the package: a CIFAR-style ResNet-20 trained on `data.shapes` (64 x 64, 10 classes)."""
+    with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_resnet20.npz") as path:
+        return load("cifar_resnet20", path)
+
+
+def _check_name(name: str) -> None:
+    if name not in MODELS:
+        raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}")
 
 
 def _sizes(arrays: dict[str, Any]) -> dict[str, int]:

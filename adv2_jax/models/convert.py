@@ -6,7 +6,7 @@ moved. Only the names of the parameters themselves and the layouts differ.
 
 import os
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,11 +22,11 @@ TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # convolution HWIO -> OIHW, li
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
-def _torch_key(path: tuple) -> str:
+def _torch_key(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, (*path[:-1], TORCH_NAME[path[-1]])))
 
 
-def _torch_shape(variable: nnx.Variable) -> tuple[int, ...]:
+def _torch_shape(variable: nnx.Variable[Any]) -> tuple[int, ...]:
     shape = variable.shape
     return tuple(shape[axis] for axis in TO_TORCH[len(shape)])
 
@@ -58,12 +58,14 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     variables = {_torch_key(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     wrong = mismatches({k: _torch_shape(v) for k, (_, v) in variables.items()}, {k: v.shape for k, v in arrays.items()})
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(variables.keys() | arrays.keys())} keys do not match: {'; '.join(wrong)}")
+        raise ValueError(
+            f"{len(wrong)} of {len(variables.keys() | arrays.keys())} keys do not match: {'; '.join(wrong)}"
+        )
     not_finite = [k for k, v in arrays.items() if v.dtype.kind != "f" or not np.isfinite(v).all()]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {', '.join(not_finite)}")
 
-    def filled(key: str, variable: nnx.Variable) -> nnx.Variable:
+    def filled(key: str, variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
         value = arrays[key].astype(np.float32).transpose(FROM_TORCH[arrays[key].ndim])
         return variable.replace(jnp.asarray(value))
 
@@ -84,5 +86,3 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
 def save(model: nnx.Module, path: str | os.PathLike[str]) -> None:
     """Write a module's weights as a torch-style `.npz`, atomically."""
     write_arrays(path, to_state_dict(model))
-
-

@@ -20,9 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
     init = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-    return nnx.Conv(
-        c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=init, rngs=rngs
-    )
+    return nnx.Conv(c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=init, rngs=rngs)
 
 
 def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -57,15 +55,14 @@ class Block(nnx.Module):
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, self.widening - before)])
 
     def __call__(self, x: Array, act: Activation) -> Array:
+        """[..., H, W, C_in] -> [..., H/stride, W/stride, C_out]."""
         y = self.bn2(self.conv2(act(self.bn1(self.conv1(x)))))
         if self.bottleneck:
             y = self.bn3(self.conv3(act(y)))
         return act(y + self.shortcut(x))
 
 
-def stage(
-    c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
-) -> nnx.List:
+def stage(c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs) -> nnx.List[Block]:
     """`depth` blocks, the first with the stride and the change of width."""
     widths = [c_in] + [c * expansion] * (depth - 1)
     strides = [stride] + [1] * (depth - 1)
@@ -82,7 +79,8 @@ def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Arra
     return (image - jnp.asarray(mean, image.dtype)) / jnp.asarray(std, image.dtype)
 
 
-def run(blocks: nnx.List, x: Array, act: Activation) -> Array:
+def run(blocks: nnx.List[Block], x: Array, act: Activation) -> Array:
+    """The blocks one after the other."""
     for block in blocks:
         x = block(x, act)
     return x
@@ -109,7 +107,7 @@ class CifarResNet(nnx.Module):
         std: tuple[float, ...] = IMAGENET_STD,
         rngs: nnx.Rngs,
     ):
-        def widen(c_in: int, c: int, stride: int) -> nnx.List:
+        def widen(c_in: int, c: int, stride: int) -> nnx.List[Block]:
             return stage(c_in, c, depth, stride, expansion=1, projection=False, rngs=rngs)
 
         self.mean, self.std = mean, std
@@ -154,7 +152,7 @@ class ImageNetResNet(nnx.Module):
         std: tuple[float, ...] = IMAGENET_STD,
         rngs: nnx.Rngs,
     ):
-        def widen(c_in: int, c: int, depth: int, stride: int) -> nnx.List:
+        def widen(c_in: int, c: int, depth: int, stride: int) -> nnx.List[Block]:
             return stage(c_in, c, depth, stride, expansion=expansion, projection=True, rngs=rngs)
 
         out = width * expansion

@@ -1,0 +1,33 @@
+# make demo   the demo, in a virtual environment of its own
+# make test   the tests
+# make lint   style and types
+PYTHON ?= python3
+VENV ?= .venv
+RUFF = $(VENV)/bin/ruff
+
+.PHONY: demo test lint format
+demo: $(VENV)/installed
+	$(VENV)/bin/adv2 demo
+
+test: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-dev
+	$(RUFF) check --line-length 132 --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
+		--per-file-ignores 'tests/*:D,notebooks/*:D' .
+	$(RUFF) format --line-length 132 --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-dev
+	$(RUFF) format --line-length 132 .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
+	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	touch $@

@@ -1,0 +1,55 @@
+"""The directory of a run: `summary.json`, `results.npz`, `report.html`."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from adv2_jax.files import atomic, write_arrays
+
+SCHEMA = 1
+
+
+@contextlib.contextmanager
+def output_directory(path: str) -> Iterator[Path]:
+    """A directory that can be written to; made if it is not there, and unmade if nothing was written to it.
+
+    Raises:
+        ValueError: names the directory and why it cannot be written to.
+    """
+    directory = Path(path)
+    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        _remove_empty(new)
+        raise ValueError(f"cannot write to --out {path}: {error.strerror}") from None
+    try:
+        yield directory
+    except BaseException:
+        _remove_empty(new)
+        raise
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def write_run(directory: Path, summary: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write `results.npz`, then `summary.json`, each atomically: where there is a summary, there are its results."""
+    write_arrays(directory / "results.npz", arrays)
+    write_summary(directory, summary)
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
+    """Write `summary.json` atomically."""
+    with atomic(directory / "summary.json", "w") as file:
+        json.dump({"schema": SCHEMA, **summary}, file, indent=2, allow_nan=False)
+        file.write("\n")

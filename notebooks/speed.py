@@ -1,0 +1,63 @@
+"""Speed on this machine, as ratios within one run: python notebooks/speed.py [--batch-size 16] [--steps 30]
+
+Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and GRAD as a multiple of it; and
+an attack of n steps as a multiple of n such steps. Medians over repeats; everything is compiled before it is timed.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import adv2_jax as adv2
+from adv2_jax.attack import joint_options
+from adv2_jax.descent import Numbers, Options, Problem, batched_step, descend, init
+
+
+def median_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median wall-clock time of a call that has been made once before."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=30)
+    options = parser.parse_args()
+    b, n, repeats = options.batch_size, options.steps, options.repeats
+    model = adv2.models.build("cifar_resnet20")
+    rng = np.random.default_rng(0)
+    images, targets = jnp.asarray(rng.random((b, 32, 32, 3), np.float32)), jnp.asarray(rng.integers(0, 10, b))
+    forward = jax.jit(jax.vmap(lambda m, x: m.head(m.features(x)), (None, 0)))
+    unit = median_seconds(lambda: forward(model, images), repeats)
+    print(f"{jax.devices()[0].device_kind}, batch {b}: one forward pass {1e3 * unit / b:.3f} ms an image")
+    threat = adv2.threats.linf()
+    presets = adv2.presets.PRESETS["default"]
+    for name in ("pgd", "cam", "grad_cam", "grad"):
+        plan = presets[name]
+        joint = Options(threat) if plan.interpreter is None else joint_options(plan, threat)
+        side = {"pgd": 1, "grad": 32}.get(name, 8)
+        problems = Problem(images, targets, jnp.asarray(rng.random((b, side, side), np.float32)))
+        states = jax.jit(jax.vmap(lambda problem, joint=joint: init(problem, joint)))(problems)
+        numbers = Numbers(*np.float32((1 / 255, 1.0, 1e-3)))
+        schedule = Numbers(*(np.full(n, value) for value in numbers))
+        leaves, step = batched_step(model, joint)
+        one = median_seconds(lambda: step(leaves, problems, states, numbers), repeats)
+        whole = median_seconds(lambda: descend(model, problems, states, schedule, joint), max(3, repeats // 6))
+        print(f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What the tests share: where the real data are, and networks small enough to be checked by hand."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adv2_jax import models
+from adv2_jax.activations import relu
+
+
+@pytest.fixture(scope="session")
+def data_dir():
+    """Real images and weights; never part of the repository."""
+    path = Path(os.environ.get("ADV2_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not path.is_dir():
+        pytest.skip(f"no test data in {path}: set ADV2_TEST_DATA")
+    return path
+
+
+def _draw(kind, shape, rng):
+    """Weights at which every term of a network is seen: no BatchNorm is the identity, no bias is zero."""
+    if kind == "kernel":
+        return rng.standard_normal(shape) * (2 / np.prod(shape[:-1])) ** 0.5
+    if kind in ("var", "scale"):
+        return rng.uniform(0.5, 1.5, shape)
+    return 0.3 * rng.standard_normal(shape)
+
+
+@pytest.fixture(scope="session")
+def randomised():
+    """(build, seed) -> the network that build() would make, with NumPy's numbers; initialising one in JAX takes seconds."""
+
+    def make(build, seed=0):
+        rng = np.random.default_rng(seed)
+        graph, state = nnx.split(nnx.eval_shape(build))
+        flat = nnx.to_flat_state(state)
+        drawn = [jnp.asarray(_draw(path[-1], variable.shape, rng), jnp.float32) for path, variable in flat]
+        return nnx.merge(
+            graph, nnx.from_flat_state([(path, v.replace(a)) for (path, v), a in zip(flat, drawn, strict=True)])
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny(randomised):
+    """seed -> a CIFAR ResNet of eight layers and 4, 8, 16 channels."""
+    return lambda seed=0: randomised(lambda: models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), seed)
+
+
+@pytest.fixture(scope="session")
+def model(tiny):
+    return tiny()
+
+
+@pytest.fixture(scope="session")
+def images():
+    """Six 8-bit images of 16 x 16 pixels, from very dark to very light."""
+    noise = np.random.default_rng(1).integers(-60, 60, (6, 16, 16, 3))
+    return np.clip(noise + np.linspace(0, 255, 6)[:, None, None, None], 0, 255).astype(np.uint8)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """Classifier whose features are linear in each pixel: everything about it is known in closed form.
+
+    features[h, w, k] = sum_c mix[h, w, c, k] image[h, w, c]; head: mean over positions, then weights [k, K] and bias [K].
+    """
+
+    mix: jax.Array
+    weights: jax.Array
+    bias: jax.Array
+
+    def features(self, image, act=relu):
+        return jnp.einsum("hwc,hwck->hwk", image, self.mix)
+
+    def head(self, features):
+        return features.mean((0, 1)) @ self.weights + self.bias
+
+
+@pytest.fixture(scope="session")
+def make_linear():
+    """seed -> a linear classifier of 4 x 4 images, 5 features and 3 classes; class 0 is the likely one."""
+
+    def make(seed=0):
+        rng = np.random.default_rng(seed)
+        shapes = {"mix": (4, 4, 3, 5), "weights": (5, 3), "bias": (3,)}
+        return Linear(**{name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def linear(make_linear):
+    return make_linear()
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """One float image of 4 x 4 pixels, for the linear classifier."""
+    return jnp.asarray(np.random.default_rng(2).uniform(0.1, 0.9, (4, 4, 3)), jnp.float32)
+
+
+@pytest.fixture
+def double():
+    """Runs a test in float64, where central differences are good to nine digits."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def slope():
+    """(f, x, v) -> central difference of f at x along v, for float64 arguments."""
+    return lambda f, x, v, step=1e-5: (f(x + step * v) - f(x - step * v)) / (2 * step)

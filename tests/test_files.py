@@ -1,0 +1,126 @@
+"""Reading never unpickles and says what is wrong; writing is all or nothing."""
+
+import os
+
+import numpy as np
+import pytest
+
+from adv2_jax import files
+
+ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "layer/0.weight": np.array([1, 2], np.uint8)}
+
+
+class Dangerous:
+    """Unpickling it ends the test run."""
+
+    def __reduce__(self):
+        return (os._exit, (3,))
+
+
+@pytest.fixture
+def archive(tmp_path):
+    path = tmp_path / "arrays.npz"
+    files.write_arrays(path, ARRAYS)
+    return path
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for key, array in expected.items():
+        np.testing.assert_array_equal(found[key], array)
+        assert found[key].dtype == array.dtype
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path])
+def test_arrays_come_back_under_their_names(archive, kind):
+    assert_same(files.read_arrays(kind(archive)), ARRAYS)
+
+
+def test_safetensors_are_read(tmp_path):
+    safetensors = pytest.importorskip("safetensors.numpy")
+    safetensors.save_file(ARRAYS, tmp_path / "arrays.safetensors")
+    assert_same(files.read_arrays(tmp_path / "arrays.safetensors"), ARRAYS)
+
+
+def damaged(path, archive):
+    path.write_bytes(archive.read_bytes()[:-30])
+
+
+def flipped(path, archive):
+    """A whole directory with a broken member: only its checksum tells."""
+    data = bytearray(archive.read_bytes())
+    data[90] ^= 0xFF
+    path.write_bytes(data)
+
+
+def pickled(path, archive):
+    np.savez(path, a=np.array([Dangerous(), None], object))
+
+
+def single(path, archive):
+    with path.open("wb") as file:
+        np.save(file, ARRAYS["a"])
+
+
+BROKEN = {
+    "weights.npz": (lambda path, archive: None, "no such file"),
+    "truncated.npz": (damaged, "not a whole .npz archive"),
+    "flipped.npz": (flipped, "."),
+    "empty.npz": (lambda path, archive: path.touch(), "not a whole .npz archive"),
+    "single.npz": (single, "not a whole .npz archive"),
+    "pickled.npz": (pickled, "it holds pickled objects, only plain arrays are read"),
+    "folder.npz": (lambda path, archive: path.mkdir(), "directory"),
+    "weights.pt": (lambda path, archive: path.touch(), r"suffix '\.pt' is not one of \.npz, \.safetensors"),
+    "weights": (lambda path, archive: path.touch(), "suffix '' is not one of"),
+    "garbage.safetensors": (lambda path, archive: path.write_bytes(b"\xff" * 40), "."),
+    "missing.safetensors": (lambda path, archive: None, "no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_unreadable_files_are_one_line_with_the_path_and_the_reason(tmp_path, archive, name):
+    if name.endswith("safetensors"):
+        pytest.importorskip("safetensors")
+    spoil, reason = BROKEN[name]
+    path = tmp_path / name
+    spoil(path, archive)
+    with pytest.raises(ValueError, match=reason) as caught:
+        files.read_arrays(path)
+    assert str(caught.value).startswith(f"cannot read {path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with pytest.raises(error), files.atomic(path, "w") as file:
+        file.write("half of the n")
+        file.flush()
+        raise error
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_the_old_file_stays_until_the_end(tmp_path):
+    path = tmp_path / "summary.json"
+    path.write_text("old")
+    with files.atomic(path, "w") as file:
+        file.write("ADV²")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text(encoding="utf-8") == "ADV²"
+    assert os.listdir(tmp_path) == ["summary.json"]
+
+
+def test_objects_are_not_written(tmp_path, archive):
+    with pytest.raises(ValueError):
+        files.write_arrays(archive, {"a": np.array([None, {}], object)})
+    assert_same(files.read_arrays(archive), ARRAYS)
+    assert os.listdir(tmp_path) == [archive.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes")
+def test_permissions_are_those_of_any_new_file(tmp_path, archive):
+    (tmp_path / "plain").touch()
+    assert archive.stat().st_mode == (tmp_path / "plain").stat().st_mode

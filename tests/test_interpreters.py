@@ -1,0 +1,285 @@
+"""Interpreters in closed form on a linear classifier, and as functions that compose on a small network."""
+
+import dataclasses
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adv2_jax import interpreters, losses
+from adv2_jax.activations import relu_curved, relu_h, relu_sigmoid
+from adv2_jax.interpreters import INTERPRETERS, grad_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters.cam import raw_cam, raw_grad_cam
+
+LABEL = 1
+TAU = 1e-3
+EVERY = {**INTERPRETERS, "smooth_grad": smooth_grad_interpreter}
+
+
+@pytest.fixture(scope="module", params=EVERY)
+def interpreter(request):
+    return EVERY[request.param]()
+
+
+@pytest.fixture(scope="module")
+def photos(images):
+    return jnp.asarray(images[1:5] / np.float32(255))
+
+
+def surrogate_loss(interpreter, model, image, tau=TAU):
+    """A function of logits and map with neither symmetry nor zero curvature."""
+    logits, m = interpreter.surrogate(model, image, LABEL, tau)
+    return jnp.sin(logits).sum() + jnp.sum(jnp.cos(jnp.arange(m.size).reshape(m.shape)) * m**2)
+
+
+@pytest.fixture(scope="module")
+def seen(model, photos, interpreter):
+    """What the tests below ask of one interpreter on the network and the photos, from one compilation."""
+    v = jnp.asarray(np.random.default_rng(0).normal(size=photos[0].shape), jnp.float32)
+
+    def cross_entropy(forward, image):
+        return losses.cross_entropy(forward(image), 2)
+
+    def one(image):
+        def loss(x):
+            return surrogate_loss(interpreter, model, x)
+
+        def true_logits(x):
+            return model.head(model.features(x))
+
+        def surrogate_logits(x):
+            return interpreter.surrogate(model, x, LABEL, TAU)[0]
+
+        gradient = jax.grad(loss)(image)
+        return {
+            "true": (true_logits(image), interpreter.explain(model, image, LABEL)),
+            "surrogate": interpreter.surrogate(model, image, LABEL, TAU),
+            "true gradient": jax.grad(partial(cross_entropy, true_logits))(image),
+            "surrogate gradient": jax.grad(partial(cross_entropy, surrogate_logits))(image),
+            "gradient": gradient,
+            "reverse": jnp.vdot(gradient, v),
+            "forward": jax.jvp(loss, (image,), (v,))[1],
+        }
+
+    return jax.jit(jax.vmap(one))(jnp.concatenate([photos, jnp.zeros_like(photos[:1])]))
+
+
+class Closed:
+    """What the linear classifier of conftest.py makes of an image, in float64."""
+
+    def __init__(self, linear, image):
+        mix, self.weights, bias = (np.asarray(leaf, float) for leaf in (linear.mix, linear.weights, linear.bias))
+        self.size = mix.shape[0] * mix.shape[1]
+        self.features = np.einsum("hwc,hwck->hwk", np.asarray(image, float), mix)
+        self.logits = self.features.mean((0, 1)) @ self.weights + bias
+        self.slopes = np.einsum("hwck,kj->hwcj", mix, self.weights) / self.size  # of every logit
+        self.cam = self.features @ self.weights[:, LABEL]
+        self.grad_cam = np.maximum(self.cam, 0) / self.size
+
+    def log_odds_slope(self):
+        others = np.where(np.arange(3) == LABEL, 0, np.exp(self.logits))
+        return self.slopes[..., LABEL] - self.slopes @ (others / others.sum())
+
+    def probability_slope(self):
+        f_c = np.exp(self.logits[LABEL]) / np.exp(self.logits).sum()
+        return f_c * (1 - f_c) * self.log_odds_slope()
+
+
+def scaled(raw):
+    return (raw - raw.min()) / np.ptp(raw)
+
+
+@pytest.fixture(scope="module")
+def closed(linear, pixels):
+    return Closed(linear, pixels)
+
+
+SLOPES = {
+    losses.log_odds: Closed.log_odds_slope,
+    losses.logit: lambda closed: closed.slopes[..., LABEL],
+    losses.probability: Closed.probability_slope,
+}
+
+
+@pytest.mark.parametrize("score", SLOPES)
+def test_input_gradient_is_that_of_the_score(linear, pixels, closed, score):
+    gradient, logits = interpreters.input_gradient(linear, pixels, LABEL, score=score)
+    np.testing.assert_allclose(gradient, SLOPES[score](closed), rtol=1e-4, atol=1e-6)  # float32 sums of 240 terms
+    np.testing.assert_allclose(logits, closed.logits, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", SLOPES)
+@pytest.mark.parametrize("pool", [1, 2])
+def test_grad_map(linear, pixels, closed, score, pool):
+    raw = np.abs(SLOPES[score](closed)).max(-1)
+    pooled = raw.reshape(4 // pool, pool, 4 // pool, pool).mean((1, 3))
+    found = interpreters.grad(linear, pixels, LABEL, pool=pool, score=score)
+    np.testing.assert_allclose(found, scaled(pooled), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["cam", "grad_cam"])
+def test_cam_and_grad_cam_maps(linear, pixels, closed, name):
+    features = linear.features(pixels)
+    raw = {"cam": raw_cam, "grad_cam": raw_grad_cam}[name](linear, features, LABEL)
+    np.testing.assert_allclose(raw, getattr(closed, name), rtol=1e-5, atol=1e-6)
+    found = getattr(interpreters, name)(linear, pixels, LABEL)
+    np.testing.assert_allclose(found, scaled(getattr(closed, name)), atol=1e-6)
+
+
+def test_part_of_the_grad_cam_map_is_cut_off(closed):
+    assert 0 < (closed.cam < 0).sum() < closed.size  # or the test above would not see the ReLU
+
+
+def test_grad_cam_averages_the_gradient_of_a_head_that_is_not_linear(linear, pixels, closed):
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Quadratic(type(linear)):
+        def head(self, features):
+            return (features**2).mean((0, 1)) @ self.weights
+
+    model = Quadratic(*jax.tree.leaves(linear))
+    alpha = 2 * closed.features.mean((0, 1)) * closed.weights[:, LABEL] / closed.size
+    raw = raw_grad_cam(model, model.features(pixels), LABEL)
+    np.testing.assert_allclose(raw, np.maximum(closed.features @ alpha, 0), rtol=1e-5, atol=1e-6)
+
+
+def test_log_odds_and_probability_give_one_map_where_nothing_saturates(model, photos):
+    @jax.jit
+    def both(image):
+        f_c = losses.probability(model.head(model.features(image)), LABEL)
+        literal = interpreters.grad(model, image, LABEL, score=losses.probability)
+        return f_c, literal, interpreters.grad(model, image, LABEL)
+
+    for image in photos:
+        f_c, literal, m = both(image)
+        assert 1e-3 < f_c < 0.99
+        np.testing.assert_allclose(m, literal, atol=1e-5)  # float32 gradients
+
+
+def test_cam_reads_the_weights_of_the_last_layer(model, photos):
+    features = jax.jit(model.features)(photos[0])
+    expected = np.asarray(features, float) @ np.asarray(model.linear.kernel[...], float)[:, LABEL]
+    np.testing.assert_allclose(raw_cam(model, features, LABEL), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_jit_and_vmap_change_nothing(model, photos, interpreter):
+    alone, batch = jax.jit(interpreter.explain), jax.jit(jax.vmap(interpreter.explain, (None, 0, 0)))
+    maps = batch(model, photos, np.arange(4))
+    for image, label, m in zip(photos, np.arange(4), maps, strict=True):
+        assert m.min() == 0 and m.max() <= 1
+        np.testing.assert_allclose(m, alone(model, image, label), atol=1e-5)  # float32 sums in another order
+
+
+def test_surrogate_shows_the_same_logits_and_when_faithful_the_same_map(seen, interpreter):
+    (logits, m), (true_logits, true_map) = seen["surrogate"], seen["true"]
+    np.testing.assert_array_equal(logits, true_logits)
+    if interpreter.faithful:
+        np.testing.assert_array_equal(m, true_map)
+    else:
+        assert 0 < jnp.abs(m - true_map).mean() < 0.2
+
+
+def test_gradient_of_the_surrogate_logits_is_exact(seen):
+    expected = seen["true gradient"]
+    atol = 1e-6 * jnp.abs(expected).max()  # float32 sums in another order
+    np.testing.assert_allclose(seen["surrogate gradient"], expected, rtol=1e-4, atol=atol)
+
+
+def test_forward_and_reverse_mode_agree_and_are_finite(seen):
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(seen))
+    assert (seen["reverse"][:4] != 0).all()
+    np.testing.assert_allclose(seen["reverse"], seen["forward"], rtol=1e-3)  # kernels as high as 1 / sqrt(tau) in float32
+
+
+def test_hessian_is_symmetric_and_that_of_central_differences(linear, pixels, interpreter, double, slope):
+    model, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (linear, pixels))
+    v = np.random.default_rng(0).normal(size=x.shape)
+    loss = jax.jit(partial(surrogate_loss, interpreter, model))
+    gradient = jax.jit(jax.grad(loss))
+    hessian = jax.jit(jax.hessian(loss))(x).reshape(x.size, x.size)
+    np.testing.assert_allclose(jnp.vdot(gradient(x), v), slope(loss, x, v), rtol=1e-7)
+    np.testing.assert_allclose(hessian @ v.ravel(), slope(gradient, x, v).ravel(), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-10)
+
+
+@pytest.mark.parametrize(("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)])
+def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
+    def through_surrogate(x, tau):
+        return losses.map_l2(factory().surrogate(model, x, LABEL, tau)[1], jnp.ones((16, 16)))
+
+    def through_activation(x, tau):
+        m = interpreters.grad(model, x, LABEL, act=lambda z: act(z, tau))
+        return losses.map_l2(m, jnp.ones((16, 16)))
+
+    @jax.jit
+    def gradients(tau):
+        return jax.grad(through_surrogate)(photos[0], tau), jax.grad(through_activation)(photos[0], tau)
+
+    (wide, _), (narrow, expected) = gradients(1e-2), gradients(1e-4)
+    np.testing.assert_allclose(narrow, expected, rtol=1e-4, atol=1e-5 * jnp.abs(expected).max())
+    assert jnp.abs(wide - narrow).max() > 0.1 * jnp.abs(narrow).max()
+
+
+def test_own_activation_of_the_smooth_surrogate(model, photos):
+    @jax.jit
+    def maps(image):
+        own = smooth_grad_interpreter(act=relu_sigmoid()).surrogate(model, image, LABEL, TAU)[1]
+        return own, interpreters.grad(model, image, LABEL, act=relu_sigmoid()), interpreters.grad(model, image, LABEL)
+
+    own, expected, plain = maps(photos[0])
+    np.testing.assert_allclose(own, expected, atol=1e-6)
+    assert jnp.abs(own - plain).max() > 0.1
+
+
+def test_constant_map_is_zeros(linear, pixels):
+    same_everywhere = dataclasses.replace(linear, mix=jnp.broadcast_to(linear.mix[:1, :1], linear.mix.shape))
+    np.testing.assert_array_equal(interpreters.grad(same_everywhere, pixels, LABEL), np.zeros((4, 4)))
+    flat = jnp.broadcast_to(pixels[:1, :1], pixels.shape)
+    for interpreter in (interpreters.cam, interpreters.grad_cam):
+        np.testing.assert_array_equal(interpreter(same_everywhere, flat, LABEL), np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("factory", [grad_interpreter, smooth_grad_interpreter])
+def test_pool_serves_both_faces(linear, pixels, factory):
+    interpreter = factory(pool=2)
+    assert interpreter.explain(linear, pixels, LABEL).shape == (2, 2)
+    assert interpreter.surrogate(linear, pixels, LABEL, TAU)[1].shape == (2, 2)
+    np.testing.assert_array_equal(
+        interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2)
+    )
+
+
+@pytest.mark.parametrize("factory", EVERY.values())
+def test_equal_options_give_the_same_object(factory):
+    assert factory() is factory()
+
+
+@pytest.mark.parametrize("factory", [grad_interpreter, smooth_grad_interpreter])
+def test_an_option_spelt_out_is_the_same_object(factory):
+    assert factory(pool=2) is factory(pool=2)
+    assert factory() is factory(pool=1)
+
+
+def test_names_are_keys():
+    assert all(factory().name == name for name, factory in INTERPRETERS.items())
+
+
+@pytest.mark.parametrize("pool", [0, 3])
+def test_pool_that_does_not_fit_is_named(linear, pixels, pool):
+    with pytest.raises(ValueError, match=rf"^pool = {pool} must .* 4 x 4$"):
+        interpreters.grad(linear, pixels, LABEL, pool=pool)
+
+
+FUNCTIONS = [name for name in interpreters.__all__ if name.islower() and not name.endswith("_interpreter")]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_signature_is_model_image_label_and_options_by_name(name):
+    parameters = list(inspect.signature(getattr(interpreters, name)).parameters.values())
+    assert [parameter.name for parameter in parameters[:3]] == ["model", "image", "label"]
+    assert all(parameter.default is inspect.Parameter.empty for parameter in parameters[:3])
+    assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters[3:])
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters[3:])

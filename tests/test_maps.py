@@ -1,0 +1,98 @@
+"""Map operations against plain loops; min-max at its edge, to second order."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adv2_jax import maps
+
+
+@pytest.fixture(scope="module")
+def raw():
+    return np.random.default_rng(0).normal(size=(6, 8)) * 3 - 1
+
+
+def test_min_max_reaches_from_zero_to_one(raw):
+    m = maps.min_max(jnp.asarray(raw, jnp.float32))
+    np.testing.assert_allclose(m, (raw - raw.min()) / np.ptp(raw), atol=2e-7)  # one float32 rounding of numbers up to 1
+    assert m.min() == 0 and m.max() == pytest.approx(1, abs=6e-8)  # XLA divides by multiplying with the reciprocal
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 1e30])
+def test_min_max_knows_no_scale(raw, factor):
+    np.testing.assert_allclose(maps.min_max(jnp.asarray(raw * factor, jnp.float32)), maps.min_max(raw), atol=2e-6)
+
+
+def loss(raw):
+    """A function of the scaled map with neither symmetry nor zero curvature."""
+    m = maps.min_max(raw)
+    return jnp.sum(jnp.sin(jnp.arange(m.size).reshape(m.shape)) * (m + 1) ** 2)
+
+
+gradient = jax.jit(jax.grad(loss))
+hessian = jax.jit(jax.hessian(loss))
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, -1e-20, 1e30])
+def test_constant_map_gives_zeros_and_a_zero_gradient(value):
+    raw = jnp.full((3, 4), value)
+    np.testing.assert_array_equal(maps.min_max(raw), np.zeros((3, 4)))
+    np.testing.assert_array_equal(gradient(raw), np.zeros((3, 4)))
+    np.testing.assert_array_equal(hessian(raw), np.zeros((3, 4, 3, 4)))
+
+
+def test_rounding_noise_on_a_large_number_is_a_constant_map():
+    noisy = jnp.float32(1000) * (1 + jnp.finfo(jnp.float32).eps * jnp.array([[0.0, 1.0], [2.0, 1.0]]))
+    assert np.ptp(noisy) > 0
+    np.testing.assert_array_equal(maps.min_max(noisy), np.zeros((2, 2)))
+
+
+def test_small_structure_on_a_large_number_is_a_map():
+    np.testing.assert_allclose(maps.min_max(jnp.array([[1000.0, 1000.25], [1000.5, 1001.0]])), [[0, 0.25], [0.5, 1]])
+
+
+def test_gradient_of_min_max_is_a_central_difference(raw, double, slope):
+    v = np.random.default_rng(1).normal(size=raw.shape)
+    np.testing.assert_allclose(jnp.vdot(gradient(raw), v), slope(jax.jit(loss), raw, v), rtol=1e-7)
+    curvature = jax.jit(lambda x: jax.jvp(gradient, (x,), (v,))[1])(raw)
+    np.testing.assert_allclose(curvature, slope(gradient, raw, v), rtol=1e-5, atol=1e-8)
+
+
+def test_channel_max_is_the_largest_absolute_value():
+    gradient = jnp.array([[[1.0, -3.0, 2.0], [0.0, 0.5, -0.25]]])
+    np.testing.assert_array_equal(maps.channel_max(gradient), [[3.0, 0.5]])
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_pool_is_the_mean_of_blocks(raw, size):
+    expected = [
+        [raw[i : i + size, j : j + size].mean() for j in range(0, raw.shape[1], size)]
+        for i in range(0, raw.shape[0], size)
+    ]
+    np.testing.assert_allclose(maps.pool(jnp.asarray(raw, jnp.float32), size), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [0, -2, 3, 4, 16])
+def test_pool_names_what_does_not_fit(raw, size):
+    with pytest.raises(ValueError, match=rf"^pool = {size} must .* 6 x 8$"):
+        maps.pool(raw, size)
+
+
+def bilinear(values, shape):
+    """Half-pixel centres, edges repeated, no antialiasing: a plain loop."""
+    out = np.empty(shape)
+    for i, j in np.ndindex(*shape):
+        y = np.clip((i + 0.5) * values.shape[0] / shape[0] - 0.5, 0, values.shape[0] - 1)
+        x = np.clip((j + 0.5) * values.shape[1] / shape[1] - 0.5, 0, values.shape[1] - 1)
+        top, left = int(min(y, values.shape[0] - 2)), int(min(x, values.shape[1] - 2))
+        down, right = y - top, x - left
+        rows = values[top : top + 2, left : left + 2]
+        out[i, j] = np.array([1 - down, down]) @ rows @ np.array([1 - right, right])
+    return out
+
+
+@pytest.mark.parametrize("shape", [(12, 16), (17, 9), (6, 8), (3, 4), (4, 5)])
+def test_resize_is_bilinear_and_never_antialiases(raw, shape):
+    found = maps.resize(jnp.asarray(raw, jnp.float32), shape)
+    np.testing.assert_allclose(found, bilinear(raw, shape), atol=2e-5)  # float32 sample positions

@@ -1,0 +1,92 @@
+"""Measures against plain loops over images and pixels."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from adv2_jax import metrics
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(size=(5, 4)).astype(np.float32)
+MAPS, TARGET_MAPS = RNG.random((2, 5, 6, 8)).astype(np.float32)
+IMAGES, BENIGN = RNG.random((2, 5, 6, 8, 3)).astype(np.float32)
+MASKS = RNG.random((5, 12, 16)) < 0.3
+
+
+def iou(a, b):
+    return len(a & b) / len(a | b)
+
+
+def pixels_above(m, threshold, inclusive):
+    return {p for p in np.ndindex(m.shape) if m[p] > threshold or (inclusive and m[p] == threshold)}
+
+
+def top_quarter(m):
+    """The 12 brightest of 48 pixels."""
+    return set(sorted(np.ndindex(m.shape), key=lambda p: -m[p])[: m.size // 4])
+
+
+MEASURES = {
+    metrics.map_l1: lambda m, t: sum(abs(m[p] - t[p]) for p in np.ndindex(m.shape)) / m.size,
+    metrics.map_l2: lambda m, t: (sum((m[p] - t[p]) ** 2 for p in np.ndindex(m.shape)) / m.size) ** 0.5,
+    metrics.iou_quantile: lambda m, t: iou(top_quarter(m), top_quarter(t)),
+    metrics.iou_threshold: lambda m, t: iou(pixels_above(m, 0.5, True), pixels_above(t, 0.5, True)),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_map_measures(measure):
+    expected = [MEASURES[measure](m, t) for m, t in zip(MAPS, TARGET_MAPS, strict=True)]
+    np.testing.assert_allclose(measure(MAPS, TARGET_MAPS), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("measure", "norm"),
+    [(metrics.linf, lambda d: max(map(abs, d))), (metrics.l2, lambda d: sum(x * x for x in d) ** 0.5)],
+)
+def test_perturbation_norms(measure, norm):
+    expected = [norm((x - b).ravel()) for x, b in zip(IMAGES, BENIGN, strict=True)]
+    np.testing.assert_allclose(measure(IMAGES, BENIGN), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", [*MEASURES, metrics.linf, metrics.l2])
+def test_same_against_same(measure):
+    batch = IMAGES if measure in (metrics.linf, metrics.l2) else MAPS
+    np.testing.assert_array_equal(measure(batch, batch), np.full(5, float(measure.__name__.startswith("iou"))))
+
+
+def test_success_and_confidence():
+    targets = jnp.array([0, 1, 2, 3, 0])
+    for i, t in enumerate(np.asarray(targets)):
+        probabilities = np.exp(LOGITS[i]) / np.exp(LOGITS[i]).sum()
+        assert metrics.success(LOGITS, targets)[i] == (probabilities[t] == probabilities.max())
+        assert metrics.confidence(LOGITS, targets)[i] == pytest.approx(probabilities[t], rel=1e-5)
+
+
+def test_two_empty_maps_agree_fully():
+    empty = np.zeros((1, 4, 4), np.float32)
+    assert metrics.iou_threshold(empty, empty) == 1
+    assert metrics.iou_threshold(empty, empty + 1) == 0
+    assert metrics.iou_quantile(empty, empty) == 1
+
+
+@pytest.mark.parametrize(("quantile", "expected"), [(0.75, 0.0), (0.5, 0.25 / 0.75), (0.25, 0.5)])
+def test_quantile_is_an_option(quantile, expected):
+    rising = np.arange(16, dtype=np.float32).reshape(1, 4, 4) / 16
+    shifted = np.roll(rising.ravel(), 4).reshape(1, 4, 4)
+    assert metrics.iou_quantile(rising, shifted, quantile) == pytest.approx(expected)
+
+
+def test_threshold_is_an_option_and_belongs_to_the_object():
+    a, b = np.full((1, 2, 2), 0.25, np.float32), np.full((1, 2, 2), 1.0, np.float32)
+    assert metrics.iou_threshold(a, b) == 0
+    assert metrics.iou_threshold(a, b, 0.25) == 1
+
+
+@pytest.mark.parametrize(("place", "hit"), [((1, 6), True), ((1, 2), False), ((4, 6), False)])
+def test_pointing_game_asks_where_the_peak_lies(place, hit):
+    maps = np.zeros((1, 6, 8), np.float32)
+    maps[0][place] = 1
+    masks = np.zeros((1, 12, 16), bool)
+    masks[0, :6, 8:] = True
+    assert metrics.pointing_game(maps, masks)[0] == hit
