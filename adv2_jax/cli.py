@@ -16,7 +16,7 @@ from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.experiments.files import output_directory, write_run, write_summary
 from adv2_jax.experiments.run import Outcome, Settings, environment, run
-from adv2_jax.experiments.train import EPOCHS, accuracy, train_classifier, training_sets
+from adv2_jax.experiments.train import BATCH_SIZE, EPOCHS, LEARNING_RATE, accuracy, train_classifier, training_sets
 from adv2_jax.files import atomic
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.presets import PRESETS
@@ -147,8 +147,8 @@ def _train_arguments(parser: Parser) -> None:
     add("--model", default="cifar_resnet20", metavar="NAME", help=f"one of {', '.join(models.MODELS)} (default: %(default)s)")
     add("--images", default="shapes", metavar="SOURCE", help="shapes or FILE.npz (default: %(default)s)")
     add("--epochs", type=_positive, default=EPOCHS, metavar="N", help="passes over the images (default: %(default)s)")
-    add("--batch-size", type=_positive, default=64, metavar="N", help="images a step (default: %(default)s)")
-    add("--learning-rate", type=float, default=0.1, metavar="R", help="its peak (default: %(default)s)")
+    add("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="images a step (default: %(default)s)")
+    add("--learning-rate", type=float, default=LEARNING_RATE, metavar="R", help="its peak (default: %(default)s)")
     add("--seed", type=_whole, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write weights.npz and summary.json")
 

@@ -44,6 +44,7 @@ class Options(NamedTuple):
         map_loss: ℓ_int, (map, target map) -> [].
         direction: makes the optax transformation from gradients to directions; the step size is applied after it.
         smoothing: label smoothing of ℓ_prd.
+        gated: weigh the map term by the iterate's own f_t (held constant in the gradient): prediction first, map once it holds.
         confidence: f_t from which on an iterate is judged by its map.
         rounded: take losses and gradients at the 8-bit image nearest to the iterate, with the gradient passed straight through, so
             that what is optimised and scored is what will be delivered.
@@ -55,6 +56,7 @@ class Options(NamedTuple):
     map_loss: MapLoss = losses.map_l2
     direction: Direction = optax.scale_by_sign
     smoothing: float = 0.0
+    gated: bool = False
     confidence: float = 0.8
     rounded: bool = False
     keep_best: bool = False
@@ -118,12 +120,12 @@ def joint_loss(
     x = round_to_8_bits(x) if options.rounded else x
     if options.surrogate is None:
         logits, m = model.head(model.features(x)), problem.target_map
-        interpretation = jnp.zeros(())
     else:
         logits, m = options.surrogate(model, x, problem.target, numbers.tau)
-        interpretation = numbers.lam * options.map_loss(m, problem.target_map)
-    loss = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing) + interpretation
     f_t = losses.probability(logits, problem.target)
+    gate = jax.lax.stop_gradient(f_t) if options.gated else 1.0
+    prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
+    loss = prediction + gate * numbers.lam * options.map_loss(m, problem.target_map)
     return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeVar
 
 import optax
@@ -60,6 +61,7 @@ class Preset:
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
         direction: makes the optax transformation from gradients to directions, joint stage.
         smoothing: label smoothing, joint stage.
+        gated: weigh the map term by f_t (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
         keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
         warm_step_size: α of the warm start.
@@ -74,6 +76,7 @@ class Preset:
     map_loss: MapLoss = losses.map_l2
     direction: Direction = optax.scale_by_sign
     smoothing: float = 0.0
+    gated: bool = False
     rounded: bool = False
     keep_every: int = 0
     warm_step_size: float = PIXEL
@@ -85,9 +88,10 @@ def paper_grad_balance(n: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(0.001, {round(at * n / 704): factor for at, factor in factors.items()})
 
 
-def momentum_sign() -> optax.GradientTransformation:
-    """Sign of a decaying sum of normalised gradients (MI-FGSM, Dong et al. 2018)."""
-    return optax.chain(optax.normalize_by_update_norm(), optax.trace(0.5), optax.scale_by_sign())
+@lru_cache
+def momentum_sign(decay: float) -> Direction:
+    """Sign of a sum of normalised gradients that decays by `decay` a step (MI-FGSM, Dong et al. 2018)."""
+    return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay), optax.scale_by_sign())
 
 
 _PGD = Preset(None, warm_steps=0, steps=1200, step_size=constant(PIXEL), balance=constant(0.0))
@@ -110,16 +114,26 @@ _PAPER_GRAD = Preset(
 )
 _DEFAULT_CAM = Preset(
     cam_interpreter(),
-    warm_steps=10,
-    steps=140,
+    warm_steps=0,
+    steps=150,
     step_size=decay(PIXEL / 2, PIXEL / 40),
-    balance=ramp(1.0, 2.0),
-    direction=momentum_sign,
+    balance=ramp(300.0, 600.0),
+    map_loss=losses.map_mse,
+    direction=momentum_sign(0.85),
     smoothing=0.02,
+    gated=True,
     rounded=True,
     keep_every=1,
 )
-_DEFAULT_GRAD = replace(_DEFAULT_CAM, interpreter=grad_interpreter(), steps=290, tau=geometric(3e-2, 1e-3))
+_DEFAULT_GRAD = replace(
+    _DEFAULT_CAM,
+    interpreter=grad_interpreter(),
+    steps=300,
+    step_size=decay(0.35 * PIXEL, PIXEL / 40),
+    balance=ramp(1000.0, 2000.0),
+    tau=geometric(0.1, 5e-4),
+    direction=momentum_sign(0.6),
+)
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {

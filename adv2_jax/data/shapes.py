@@ -1,7 +1,9 @@
 """The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn from a seed.
 
 Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size)` alone, so any slice of the endless set can
-be made on its own. Colours and textures are drawn without looking at the class: only the outline tells it.
+be made on its own. Colours and textures are drawn without looking at the class. Two things tell it: the outline,
+and a faint weave on the object. The weave stands for the cues below human notice that natural images have (Ilyas et al.,
+NeurIPS 2019). Trained on outlines alone, a network is so robust that plain PGD at epsilon = .031 fools it on 3 images of 10.
 
 Points of the plane are complex numbers: a scene is the unit square, an object lives in the unit disc, a rotation is a
 product. A shape is its signed distance (negative inside), which also gives the anti-aliased edge.
@@ -18,6 +20,7 @@ Floats = NDArray[np.floating[Any]]
 Points = NDArray[np.complexfloating[Any, Any]]
 Distance = Callable[[Points], Floats]
 
+WEAVE = 6 / 255  # amplitude; below the 8/255 that an adversary usually may change
 RADIUS = (0.16, 0.26)  # of an object's circumscribed circle, in sides of the image
 
 
@@ -75,7 +78,7 @@ def _scene(rng: np.random.Generator, size: int, label: int) -> tuple[NDArray[np.
     turned = (z - centre) * (np.exp(2j * np.pi * rng.random()) / radius)
     distance = _SHAPES[CLASSES[label]](turned) * (radius * size)
     paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
-    image = _over(image, paint, distance)
+    image = _over(image, paint + _weave(z * size, label), distance)
     image = image + rng.normal(0, rng.uniform(0.005, 0.03), image.shape)
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8), distance < 0
 
@@ -208,6 +211,12 @@ def _dots(rng: np.random.Generator) -> Distance:
 
 
 _CLUTTER = (_bar, _polyline, _worm, _squiggle, _dots)
+
+
+def _weave(pixels: Points, label: int) -> Floats:
+    """A faint grating `[H, W, 1]`, of one of five directions and two periods: a class has its own."""
+    direction, period = np.exp(1j * np.pi * (label % 5) / 5), (3.0, 4.5)[label // 5]
+    return WEAVE * np.sin(2 * np.pi / period * (pixels * direction).real)[..., None]
 
 
 # Textures: fields [H, W] in [0, 1] that mix two shades of a colour.

@@ -131,21 +131,39 @@ def run(
     if chosen.masks is not None:
         arrays["masks"] = chosen.masks
     rows: list[Row] = []
-    for plan in plans:
-        new_rows, new_arrays = _compare(model, chosen, goals, plan, settings, progress)
+    seen = [_benign_maps(model, chosen, plan, settings) for plan in plans]  # all, so that a misfit is found before the work
+    for plan, benign_maps in zip(plans, seen, strict=True):
+        new_rows, new_arrays = _compare(model, chosen, goals, benign_maps, plan, settings, progress)
         rows += new_rows
         arrays |= new_arrays
     return Outcome(rows, arrays, selection.left_out)
 
 
+def _benign_maps(model: Classifier, chosen: ImageSet, plan: Preset, settings: Settings) -> np.ndarray:
+    """The maps [N, h, w] of the unchanged images for their labels; refuses target maps of another size."""
+    assert plan.interpreter is not None
+    _, maps = explain(
+        model, chosen.images, chosen.labels, interpreter=plan.interpreter.explain, batch_size=settings.batch_size
+    )
+    if chosen.target_maps is not None and chosen.target_maps.shape != maps.shape:
+        found, name = list(chosen.target_maps.shape), plan.interpreter.name
+        raise ValueError(f"target_maps must be {list(maps.shape)} for {name}, got {found}")
+    return maps
+
+
 def _compare(
-    model: Classifier, chosen: ImageSet, goals: np.ndarray, plan: Preset, settings: Settings, progress: Progress
+    model: Classifier,
+    chosen: ImageSet,
+    goals: np.ndarray,
+    benign_maps: np.ndarray,
+    plan: Preset,
+    settings: Settings,
+    progress: Progress,
 ) -> tuple[list[Row], Arrays]:
     """PGD and ADV² against one interpreter: two rows, and arrays named `interpreter/...`."""
     interpreter = plan.interpreter
     assert interpreter is not None
     name, n = interpreter.name, len(chosen.images)
-    _, benign_maps = explain(model, chosen.images, chosen.labels, interpreter=interpreter.explain, batch_size=settings.batch_size)
     target_maps = benign_maps if chosen.target_maps is None else chosen.target_maps
     arrays: Arrays = {f"{name}/benign_maps": benign_maps, f"{name}/target_maps": target_maps}
     truth: Row = {}

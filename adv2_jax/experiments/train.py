@@ -20,7 +20,7 @@ from adv2_jax.data import ImageSet, load, shapes
 from adv2_jax.losses import cross_entropy
 
 EPOCHS, BATCH_SIZE, LEARNING_RATE = 4, 32, 3e-3
-TRAIN_SCENES, HELD_OUT_SCENES = 16000, 2000
+TRAIN_SCENES, HELD_OUT_SCENES = 8000, 2000
 
 Model = TypeVar("Model", bound=nnx.Module)
 Images = NDArray[np.uint8]

@@ -1,0 +1,352 @@
+"""The attack from end to end on a tiny network: what it promises about images, batches, scores, costs and errors."""
+
+from collections import Counter
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import adv2_jax
+from adv2_jax import attack, explain, interpreters, losses, metrics, models, presets, threats
+from adv2_jax.attack import count_steps, gradient_evaluations
+from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
+from adv2_jax.presets import PRESETS, Preset, constant
+
+EPSILON = 0.031
+PIXEL = 1 / 255
+CAM = Preset(cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0))
+PGD = replace(CAM, interpreter=None)
+SMOOTH = replace(CAM, interpreter=smooth_grad_interpreter(), keep_every=2)
+FREE = threats.linf(1.0)
+MAP_SHAPE = {"cam": (4, 4), "grad_cam": (4, 4), "grad": (16, 16)}
+
+
+@pytest.fixture(scope="module")
+def labels(model, images):
+    logits = jax.jit(jax.vmap(lambda x: model.head(model.features(x))))(images / np.float32(255))
+    return np.asarray(logits.argmax(-1))
+
+
+@pytest.fixture(scope="module")
+def targets(labels):
+    return (labels + 1 + np.arange(6)) % 10
+
+
+@pytest.fixture(scope="module")
+def benign(model, images, labels):
+    """interpreter name -> benign maps."""
+    return {name: explain(model, images, labels, interpreter=f().explain)[1] for name, f in INTERPRETERS.items()}
+
+
+@pytest.fixture(scope="module")
+def run(model, images, targets, benign):
+    """attack() on the six images with their benign CAMs as target maps; any argument can be another."""
+
+    def call(plan=CAM, **changes):
+        name = plan.interpreter.name if plan.interpreter else "cam"
+        arguments = {"model": model, "images": images, "targets": targets, "target_maps": benign[name], **changes}
+        return attack(preset=plan, interpreter=plan.interpreter, **arguments)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def result(run):
+    return run()
+
+
+# Images, logits and maps.
+
+
+def test_shapes_and_types(result):
+    assert result.images.shape == result.float_images.shape == (6, 16, 16, 3)
+    assert result.images.dtype == np.uint8 and result.float_images.dtype == np.float32
+    assert result.logits.shape == result.float_logits.shape == (6, 10)
+    assert result.maps.shape == result.float_maps.shape == (6, 4, 4)
+
+
+def test_images_are_the_8_bit_rounding(result):
+    np.testing.assert_array_equal(result.images, np.round(result.float_images * np.float32(255)))
+
+
+@pytest.mark.parametrize("which", ["", "float_"])
+def test_logits_and_maps_are_those_of_the_images_delivered(model, result, targets, which):
+    x = getattr(result, f"{which}images")
+    x = x / np.float32(255) if x.dtype == np.uint8 else x
+    logits = jax.jit(jax.vmap(lambda image: model.head(model.features(image))))(x)
+    maps = jax.jit(jax.vmap(lambda image, label: interpreters.cam(model, image, label)))(x, targets)
+    np.testing.assert_allclose(getattr(result, f"{which}logits"), logits, rtol=1e-4, atol=1e-5)  # float32
+    np.testing.assert_allclose(getattr(result, f"{which}maps"), maps, atol=1e-5)
+
+
+@pytest.mark.parametrize("epsilon", [0.004, 0.031, 0.2])
+def test_radius_holds_up_to_half_an_8_bit_level(run, images, epsilon):
+    result = run(threat=threats.linf(epsilon), steps=20, warm_steps=20)
+    change = np.abs(result.images.astype(int) - images).max()
+    assert change <= epsilon * 255 + 0.5
+    assert change >= min(epsilon, 39 * PIXEL) * 255 - 0.5  # and it is used
+    assert np.abs(result.float_images - images / np.float32(255)).max() <= epsilon + 1e-7
+    assert result.float_images.min() >= 0 and result.float_images.max() <= 1
+
+
+def test_float_images_are_the_same_images(run, images, result):
+    again = run(images=images / np.float32(255))
+    np.testing.assert_array_equal(again.images, result.images)
+
+
+def test_default_threat_is_the_ball_of_the_released_code(run, result):
+    np.testing.assert_array_equal(run(threat=threats.linf(EPSILON)).images, result.images)
+
+
+def test_attack_without_interpreter_needs_no_maps_and_gives_none(run, targets):
+    result = run(PGD, target_maps=None, steps=40)
+    assert result.maps.shape == (6, 0, 0)
+    assert metrics.success(result.logits, targets).mean() > 0.5
+
+
+# No image sees another.
+
+
+@pytest.mark.parametrize("plan", [CAM, SMOOTH], ids=["cam", "smooth grad"])
+def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run, images, targets, benign, plan):
+    maps = benign[plan.interpreter.name]
+    together = run(plan, batch_size=6).images
+    for batch_size in (1, 4):
+        np.testing.assert_array_equal(run(plan, batch_size=batch_size).images, together)
+    order = np.array([4, 0, 5, 3, 1, 2])
+    reordered = run(plan, images=images[order], targets=targets[order], target_maps=maps[order], batch_size=6)
+    np.testing.assert_array_equal(reordered.images, together[order])
+
+
+@pytest.mark.parametrize("driver", ["fori", "host"])
+@pytest.mark.parametrize("plan", [CAM, SMOOTH, PGD], ids=["cam", "smooth grad", "pgd"])
+def test_both_drivers_deliver_the_same(run, plan, driver):
+    """Signs amplify rounding, so a few pixels may go one level further."""
+    auto, other = run(plan), run(plan, driver=driver)
+    differs = np.abs(auto.images.astype(int) - other.images)
+    assert differs.max() <= 2 and (differs > 0).mean() < 0.01
+
+
+@pytest.mark.parametrize("driver", ["fori", "host"])
+@pytest.mark.parametrize("steps", [{"warm_steps": 0}, {"steps": 0}, {"warm_steps": 0, "steps": 0}])
+def test_stages_may_be_left_out(run, images, steps, driver):
+    result = run(driver=driver, **steps)
+    largest = np.abs(result.images.astype(int) - images).max()
+    assert largest == {"steps": 3, "warm_steps": 6}.get(next(iter(steps)), 0) if len(steps) == 1 else largest == 0
+
+
+# Compilation.
+
+
+def test_second_attack_of_the_same_kind_compiles_nothing(run, tiny, images, caplog):
+    def compiled(**changes):
+        caplog.clear()
+        with jax.log_compiles():
+            run(**{"steps": 4, "threat": threats.linf(0.2), **changes})
+        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+    assert compiled(batch_size=5)
+    assert compiled(batch_size=5, model=tiny(1), images=images[::-1].copy(), threat=threats.linf(0.2)) == []
+    weighted = replace(CAM, balance=constant(3.0), step_size=constant(PIXEL / 2))
+    assert compiled(batch_size=5, plan=weighted) == []
+
+
+# Keep-best.
+
+
+def delivered_score(result, targets, target_maps):
+    f_t, l1 = metrics.confidence(result.logits, targets), metrics.map_l1(result.maps, target_maps)
+    return np.where(f_t >= 0.8, l1, 2 - f_t)
+
+
+@pytest.mark.parametrize("plan", [replace(CAM, keep_every=1, rounded=True), SMOOTH], ids=["faithful", "apart"])
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_best_iterate_is_never_worse_than_the_last(run, targets, benign, plan, steps):
+    target_maps = benign[plan.interpreter.name]
+    options = {"threat": FREE, "warm_steps": 30, "steps": steps}
+    last = delivered_score(run(replace(plan, keep_every=0), **options), targets, target_maps)
+    best = delivered_score(run(plan, **options), targets, target_maps)
+    assert (best <= last + 1e-5).all()  # float32 maps
+    assert (last < 1).any()
+
+
+def test_keeping_the_best_is_worth_it(run, targets, benign):
+    plan, options = replace(CAM, rounded=True), {"threat": FREE, "warm_steps": 30, "steps": 20}
+    last = delivered_score(run(plan, **options), targets, benign["cam"])
+    best = delivered_score(run(replace(plan, keep_every=1), **options), targets, benign["cam"])
+    assert (best < last - 0.01).any()
+
+
+# Costs.
+
+
+def counted(interpreter, faithful, calls):
+    """The interpreter, counting how often each of its faces is computed for an image."""
+
+    def explain(model, image, label):
+        jax.debug.callback(lambda: calls.update(["explain"]))
+        return interpreter.explain(model, image, label)
+
+    def surrogate(model, image, label, tau):
+        jax.debug.callback(lambda: calls.update(["surrogate"]))
+        return interpreter.surrogate(model, image, label, tau)
+
+    return Interpreter("cam", explain, surrogate, faithful)
+
+
+@pytest.mark.parametrize("keep_every", [0, 1, 3])
+@pytest.mark.parametrize("faithful", [True, False])
+def test_gradient_evaluations_are_those_spent(run, faithful, keep_every):
+    calls = Counter()
+    plan = replace(CAM, interpreter=counted(cam_interpreter(), faithful, calls), keep_every=keep_every, steps=7)
+    result = run(plan, batch_size=6)
+    jax.effects_barrier()
+    per_image = {face: n / 6 for face, n in calls.items()}
+    looks_at_the_result = 2  # at the 8-bit image and at the one before rounding
+    spent = plan.warm_steps + per_image["surrogate"] + per_image["explain"] - looks_at_the_result
+    assert result.gradient_evaluations == gradient_evaluations(plan) == spent
+    assert per_image["surrogate"] == 7
+
+
+@pytest.mark.parametrize("plan", [CAM, SMOOTH, PGD], ids=["cam", "smooth grad", "pgd"])
+@pytest.mark.parametrize("driver", ["host", "fori"])
+def test_progress_adds_up_to_the_steps_announced(run, plan, driver):
+    seen = []
+    run(plan, batch_size=4, driver=driver, on_step=seen.append)
+    assert sum(seen) == count_steps(plan, 6, 4) == 2 * (3 + 6)
+
+
+# What the joint loss buys.
+
+
+def test_joint_stage_without_weight_is_pgd(run):
+    unweighted = replace(CAM, balance=constant(0.0))
+    np.testing.assert_array_equal(run(unweighted).images, run(PGD).images)
+
+
+@pytest.mark.parametrize("name", INTERPRETERS)
+def test_adv2_shows_the_target_map_where_pgd_does_not(model, images, labels, targets, benign, name):
+    options = {"warm_steps": 10, "steps": 60, "threat": threats.linf(0.1)}
+    plain = attack(model, images, targets, interpreter=None, **options)
+    joint = attack(model, images, targets, benign[name], interpreter=name, **options)
+    _, plain_maps = explain(model, plain.images, targets, interpreter=INTERPRETERS[name]().explain)
+    distance = metrics.map_l1(plain_maps, benign[name]).mean(), metrics.map_l1(joint.maps, benign[name]).mean()
+    assert distance[1] < 0.6 * distance[0]
+    assert metrics.success(joint.logits, targets).mean() >= 0.8
+
+
+# Presets.
+
+
+def test_every_preset_has_every_interpreter():
+    for table in PRESETS.values():
+        assert table.keys() == {"pgd", *INTERPRETERS}
+        assert all(plan.interpreter.name == name for name, plan in table.items() if name != "pgd")
+        assert table["pgd"].interpreter is None
+
+
+@pytest.mark.parametrize("n", [0, 1, 7, 100])
+def test_schedules_of_every_preset_are_finite_and_positive(n):
+    for plan in (plan for table in PRESETS.values() for plan in table.values()):
+        numbers = np.array([[schedule(n)(i) for i in range(n)] for schedule in (plan.step_size, plan.balance, plan.tau)])
+        assert np.isfinite(numbers).all() and (numbers >= 0).all()
+        assert (numbers[[0, 2]] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "values"),
+    [
+        (presets.constant(3.0), [3, 3, 3, 3]),
+        (presets.ramp(2.0, 6.0), [2, 3, 4, 5]),
+        (presets.decay(2.0, 1.0), [2, 1.5 + 0.25 * 2**0.5, 1.5, 1.5 - 0.25 * 2**0.5]),
+        (presets.geometric(16.0, 1.0), [16, 8, 4, 2]),
+    ],
+)
+def test_schedules_stretch_between_their_ends(schedule, values):
+    np.testing.assert_allclose([schedule(4)(i) for i in range(4)], values, rtol=1e-6)
+
+
+def test_weights_of_the_released_grad_code():
+    weights = [float(presets.paper_grad_balance(704)(i)) for i in range(704)]
+    expected = [0.001] * 301 + [0.004] * 201 + [0.01] * 101 + [0.05] * 101
+    np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+def test_steps_take_the_place_of_the_presets():
+    plan = presets.resolve("default", "cam", warm_steps=2, steps=5)
+    assert (plan.warm_steps, plan.steps) == (2, 5)
+    assert presets.resolve("default", "cam") == PRESETS["default"]["cam"]
+
+
+def test_own_interpreter_takes_the_numbers_found_for_its_name():
+    own = smooth_grad_interpreter(pool=4)
+    assert presets.resolve("paper", own) == replace(PRESETS["paper"]["grad"], interpreter=own)
+    assert presets.resolve(CAM, own) == replace(CAM, interpreter=own)
+
+
+# Bad input.
+
+PHOTO = np.zeros((6, 16, 16, 3), np.float32)
+WRONG = {
+    "not a number": ({"images": np.full_like(PHOTO, np.nan)}, "images must lie in [0, 1], got nan..nan"),
+    "out of range": ({"images": PHOTO + 2}, "images must lie in [0, 1], got 2.0..2.0"),
+    "negative": ({"images": PHOTO - 0.5}, "images must lie in [0, 1], got -0.5..-0.5"),
+    "integers": ({"images": PHOTO.astype(int)}, "images must be uint8, or floating point in [0, 1], got int64"),
+    "one image": ({"images": PHOTO[0]}, "images must be [N, H, W, 3] with N >= 1, got [16, 16, 3]"),
+    "channels first": ({"images": PHOTO.transpose(0, 3, 1, 2)}, "images must be [N, H, W, 3] with N >= 1, got [6, 3, 16, 16]"),
+    "no image": ({"images": PHOTO[:0]}, "images must be [N, H, W, 3] with N >= 1, got [0, 16, 16, 3]"),
+    "too few targets": ({"targets": [1, 2]}, "targets must be integers [6], one an image, got int64 [2]"),
+    "fractions": ({"targets": np.ones(6)}, "targets must be integers [6], one an image, got float64 [6]"),
+    "class 10": ({"targets": [0, 1, 2, 3, 4, 10]}, "targets must lie in 0..9, the model's classes, got 0..10"),
+    "class -1": ({"targets": [0, 1, 2, 3, 4, -1]}, "targets must lie in 0..9, the model's classes, got -1..4"),
+    "no maps": ({"target_maps": None}, "target_maps must be [6, 4, 4] for cam, got []"),
+    "large maps": ({"target_maps": np.zeros((6, 8, 8))}, "target_maps must be [6, 4, 4] for cam, got [6, 8, 8]"),
+    "bright maps": ({"target_maps": np.full((6, 4, 4), 1.5)}, "target_maps must lie in [0, 1], got 1.5..1.5"),
+    "void maps": ({"target_maps": np.full((6, 4, 4), np.nan)}, "target_maps must lie in [0, 1], got nan..nan"),
+    "interpreter": ({"interpreter": "lime"}, "interpreter 'lime' is not one of grad, cam, grad_cam"),
+    "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default"),
+    "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
+    "batch size": ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
+    "steps": ({"steps": -1}, "steps = -1 must be 0 or more"),
+    "warm steps": ({"warm_steps": -5}, "warm_steps = -5 must be 0 or more"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_are_one_line_that_names_the_value(model, images, targets, benign, case):
+    change, message = WRONG[case]
+    arguments = {"images": images, "targets": targets, "target_maps": benign["cam"], "steps": 1, "warm_steps": 0}
+    with pytest.raises(ValueError) as caught:
+        attack(model, **{**arguments, **change})
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [0, 1, 2, 3, 4, 10]}, "0..9"),
+        ({"labels": [0, 1]}, r"\[6\]"),
+        ({"batch_size": 0}, "batch_size = 0"),
+    ],
+)
+def test_wrong_arguments_of_explain(model, images, change, message):
+    arguments = {"labels": [0, 1, 2, 3, 4, 5], "interpreter": interpreters.cam, **change}
+    with pytest.raises(ValueError, match=message):
+        explain(model, images, **arguments)
+
+
+def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, benign):
+    for batch_size in (1, 4, 64):
+        logits, maps = explain(model, images, labels, interpreter=interpreters.cam, batch_size=batch_size)
+        np.testing.assert_array_equal(logits.argmax(-1), labels)
+        np.testing.assert_allclose(maps, benign["cam"], atol=1e-5)  # float32
+
+
+def test_own_classifier_will_do(make_linear):
+    linear = make_linear()
+    images = np.random.default_rng(0).random((3, 4, 4, 3)).astype(np.float32)
+    result = attack(linear, images, [2, 1, 0], np.full((3, 4, 4), 0.5), interpreter="cam", steps=5, warm_steps=2)
+    assert result.logits.shape == (3, 3) and np.isfinite(result.maps).all()
+    assert adv2_jax.attack is attack and models and losses and jnp

@@ -1,0 +1,187 @@
+"""One step of equation 4 against plain NumPy, and the two drivers against each other."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from adv2_jax import descent, interpreters, losses, threats
+from adv2_jax.descent import Info, Numbers, Options, Problem
+
+TARGET = 2
+EPSILON = 0.05
+CAM = interpreters.cam_interpreter().surrogate
+NUMBERS = Numbers(alpha=np.float32(0.02), lam=np.float32(0.7), tau=np.float32(1e-3))
+
+CASES = {
+    "prediction alone": Options(threats.linf(EPSILON)),
+    "joint": Options(threats.linf(EPSILON), CAM),
+    "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
+    "plain gradient": Options(threats.linf(EPSILON), CAM, direction=optax.identity),
+}
+
+
+@pytest.fixture(scope="module")
+def problem(pixels):
+    target_map = np.random.default_rng(5).random((4, 4)).astype(np.float32)
+    return Problem(pixels, jnp.asarray(TARGET), jnp.asarray(target_map))
+
+
+def plain_loss(linear, problem, options, x):
+    """Equation 3 in float64, for the linear classifier of conftest.py and its CAM."""
+    mix, weights, bias = (np.asarray(leaf, float) for leaf in jax.tree.leaves(linear))
+    features = np.einsum("hwc,hwck->hwk", x, mix)
+    logits = features.mean((0, 1)) @ weights + bias
+    q = np.full(len(logits), options.smoothing / (len(logits) - 1))
+    q[TARGET] = 1 - options.smoothing
+    loss = -q @ (logits - np.log(np.exp(logits).sum()))
+    if options.surrogate is None:
+        return loss
+    cam = features @ weights[:, TARGET]
+    squares = ((cam - cam.min()) / np.ptp(cam) - np.asarray(problem.target_map)) ** 2
+    return loss + float(NUMBERS.lam) * (squares.mean() if options.map_loss is losses.map_mse else squares.sum())
+
+
+def plain_gradient(linear, problem, options, x, h=1e-6):
+    gradient = np.empty(x.shape)
+    for place in np.ndindex(x.shape):
+        e = np.zeros(x.shape)
+        e[place] = h
+        up, down = (plain_loss(linear, problem, options, x + s * e) for s in (1, -1))
+        gradient[place] = (up - down) / (2 * h)
+    return gradient
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
+    options = CASES[case]
+    image = np.asarray(problem.image, float)
+    state, delta = descent.init(problem, options), np.zeros(image.shape)
+    step = jax.jit(partial(descent.step, options=options))
+    for _ in range(3):
+        gradient = plain_gradient(linear, problem, options, image + delta)
+        direction = gradient if options.direction is optax.identity else np.sign(gradient)
+        delta = np.clip(delta - float(NUMBERS.alpha) * direction, -EPSILON, EPSILON)
+        delta = np.clip(image + delta, 0, 1) - image
+        state, info = step(linear, problem, state, NUMBERS)
+        assert np.abs(gradient).min() > 1e-5  # no sign is left to rounding
+        np.testing.assert_allclose(state.params, delta, atol=1e-6)  # float32 gradients times 0.02
+    assert info.loss < plain_loss(linear, problem, options, image)
+
+
+def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):
+    options = CASES["joint"]
+    _, info = descent.step(linear, problem, descent.init(problem, options), NUMBERS, options)
+    logits, m = CAM(linear, problem.image, TARGET, 0.0)
+    assert info.loss == pytest.approx(plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5)
+    assert info.confidence == pytest.approx(float(losses.probability(logits, TARGET)), rel=1e-6)
+    assert info.map_l1 == pytest.approx(float(jnp.abs(m - problem.target_map).mean()), rel=1e-6)
+
+
+def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):
+    plain, rounded = (Options(threats.linf(EPSILON), CAM, rounded=flag) for flag in (False, True))
+    delta = jnp.asarray(np.random.default_rng(0).uniform(-0.03, 0.03, problem.image.shape), jnp.float32)
+    snapped = np.round(np.asarray(problem.image + delta) * 255) / 255 - problem.image
+
+    def gradient(options, delta):
+        return jax.grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(delta)
+
+    np.testing.assert_allclose(gradient(rounded, delta), gradient(plain, snapped), rtol=1e-4, atol=1e-6)
+    assert jnp.abs(gradient(plain, delta) - gradient(plain, snapped)).max() > 1e-4
+
+
+@pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
+def test_8_bit_images_are_left_as_they_are(level):
+    image = jnp.full((2, 2, 3), level / 255)
+    np.testing.assert_allclose(descent.round_to_8_bits(image), image, atol=6e-8)  # half an ulp of 1
+    np.testing.assert_allclose(descent.round_to_8_bits(image + 0.4 / 255), image, atol=6e-8)
+
+
+def test_success_comes_before_the_map():
+    failed = [descent.score(f_t, 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
+    succeeded = [descent.score(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))]
+    ranking = [float(score) for score in failed + succeeded]
+    assert ranking == sorted(ranking, reverse=True)
+    assert ranking[3:] == pytest.approx([1.0, 0.5, 0.1])
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_best_is_the_iterate_of_the_lowest_score(linear, problem, keep_best):
+    options = Options(threats.linf(0.5), CAM, confidence=0.5, keep_best=keep_best)
+    state, iterates, scores = descent.init(problem, options), [], []
+    step = jax.jit(partial(descent.step, options=options))
+    for alpha in (0.05, 0.1, 0.2, 0.4, 0.02, 0.5):
+        iterates.append(state.params)
+        state, info = step(linear, problem, state, NUMBERS._replace(alpha=alpha))
+        scores.append(descent.score(info.confidence, info.map_l1, 0.5))
+    best = int(np.argmin(scores)) if keep_best else 0
+    np.testing.assert_array_equal(state.best, iterates[best])
+    assert state.best_score == (scores[best] if keep_best else np.inf)
+    assert 0 < np.argmin(scores) < 5  # or the test would not tell
+
+
+def batched(problem_of_image, options, n):
+    problems = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(problem_of_image, range(n)))
+    return problems, jax.vmap(lambda problem: descent.init(problem, options))(problems)
+
+
+@pytest.fixture(scope="module")
+def small_steps(images):
+    """Problems, states, schedule and options of a descent along the gradient itself: rounding is not amplified by signs."""
+    options = Options(threats.linf(0.1), CAM, direction=optax.identity, keep_best=True, confidence=0.0)
+
+    def problem_of_image(i):
+        return Problem(images[i] / np.float32(255), np.int32(i), np.full((4, 4), 0.5, np.float32))
+
+    schedule = Numbers(*np.array([[1e-2] * 5, [0.5, 0.6, 0.7, 0.8, 0.9], [1e-3] * 5], np.float32))
+    return *batched(problem_of_image, options, 3), schedule, options
+
+
+def test_both_drivers_give_the_same(model, small_steps):
+    reported = {"host": [], "fori": []}
+    host, fori = (
+        descent.descend(model, *small_steps, driver=driver, on_step=steps.append)
+        for driver, steps in reported.items()
+    )
+    assert jnp.abs(host.params).max() > 1e-3
+    for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(fori), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # float32: XLA sums convolutions in loops in another order
+    assert reported == {"host": [1] * 5, "fori": [5]}
+
+
+def test_descent_is_the_step_repeated(model, small_steps):
+    problems, states, schedule, options = small_steps
+    leaves, step = descent.batched_step(model, options)
+    for i in range(5):
+        states, info = step(leaves, problems, states, Numbers(*(values[i] for values in schedule)))
+    assert isinstance(info, Info) and info.loss.shape == (3,)
+    host = descent.descend(model, *small_steps, driver="host")
+    for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(host), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_no_weight_is_a_constant_of_the_compiled_step(model, small_steps):
+    problems, states, schedule, options = small_steps
+    leaves, step = descent.batched_step(model, options)
+    numbers = Numbers(*(values[0] for values in schedule))
+    large_constant = 'dense<"0x'  # how StableHLO writes an array of more than a few numbers
+    assert large_constant not in step.lower(leaves, problems, states, numbers).as_text()
+    closed_over = jax.jit(lambda *arguments: step(leaves, *arguments))
+    assert large_constant in closed_over.lower(problems, states, numbers).as_text()
+
+
+def test_unknown_driver_lists_the_valid_ones(model, small_steps):
+    with pytest.raises(ValueError, match=r"^driver 'scan' is not one of auto, fori, host$"):
+        descent.descend(model, *small_steps, driver="scan")
+
+
+@pytest.mark.parametrize("driver", ["host", "fori"])
+def test_no_steps_change_nothing(linear, problem, driver):
+    options = CASES["joint"]
+    problems, states = batched(lambda i: problem, options, 2)
+    after = descent.descend(linear, problems, states, Numbers(*np.zeros((3, 0))), options, driver=driver)
+    for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,325 @@
+"""Networks against plain NumPy in float64, their sizes against the published ones, and weights on their way in and out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from adv2_jax import interpreters, losses, models
+from adv2_jax.activations import relu_h
+from adv2_jax.models import CifarResNet, ImageNetResNet
+from adv2_jax.models.convert import from_state_dict, save, to_state_dict
+from adv2_jax.types import Classifier
+
+TINY = {
+    "cifar": lambda: CifarResNet(2, width=4, num_classes=5, rngs=nnx.Rngs(0)),
+    "basic": lambda: ImageNetResNet((2, 1, 1, 1), 1, width=4, num_classes=5, rngs=nnx.Rngs(0)),
+    "bottleneck": lambda: ImageNetResNet((2, 1, 1, 1), 4, width=4, num_classes=5, rngs=nnx.Rngs(0)),
+}
+SIZE = {"cifar": 16, "basic": 64, "bottleneck": 64}
+
+
+@pytest.fixture(scope="module", params=TINY)
+def style(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def network(style, randomised):
+    return randomised(TINY[style])
+
+
+@pytest.fixture(scope="module")
+def arrays(network):
+    return to_state_dict(network)
+
+
+@pytest.fixture(scope="module")
+def photo(style):
+    return np.random.default_rng(3).random((SIZE[style], SIZE[style], 3)).astype(np.float32)
+
+
+# Plain NumPy: the state dict, one image [H, W, C], float64.
+
+
+def conv(x, kernel, stride):
+    """Cross-correlation with an OIHW kernel, size // 2 zeros on every side."""
+    pad = kernel.shape[-1] // 2
+    padded = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[-2:], axis=(0, 1))[::stride, ::stride]
+    return np.einsum("hwcij,ocij->hwo", windows, kernel.astype(float))
+
+
+def norm(x, arrays, name):
+    mean, var, weight, bias = (arrays[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+
+def conv_norm(x, arrays, name, stride, conv_name="conv", norm_name="bn"):
+    return norm(conv(x, arrays[f"{name}{conv_name}.weight"], stride), arrays, f"{name}{norm_name}")
+
+
+def max_pool(x):
+    """3 x 3, stride 2, one row or column beyond every side."""
+    padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max((-2, -1))
+
+
+def block(x, arrays, name, stride):
+    strides = (1, stride, 1) if f"{name}conv3.weight" in arrays else (stride, 1)
+    y = x
+    for i, s in enumerate(strides, 1):
+        y = conv_norm(np.maximum(y, 0), arrays, name, s, f"conv{i}", f"bn{i}")
+    if f"{name}downsample.0.weight" in arrays:
+        x = conv_norm(x, arrays, name, stride, "downsample.0", "downsample.1")
+    else:  # option A
+        x = x[::stride, ::stride]
+        before = (y.shape[-1] - x.shape[-1]) // 2
+        x = np.concatenate([np.zeros((*x.shape[:2], before)), x, np.zeros((*x.shape[:2], before))], axis=-1)
+    return np.maximum(y + x, 0)
+
+
+def features(image, arrays):
+    """Of either style; an input of a block is never negative, so that its first ReLU changes nothing."""
+    stem_stride = 2 if arrays["conv1.weight"].shape[-1] == 7 else 1
+    x = (image.astype(float) - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    x = np.maximum(conv_norm(x, arrays, "", stem_stride, "conv1", "bn1"), 0)
+    x = max_pool(x) if stem_stride == 2 else x
+    names = sorted({key.rsplit(".conv1")[0] for key in arrays if key.startswith("layer") and ".conv1" in key})
+    for name in names:
+        x = block(x, arrays, f"{name}.", 2 if name.endswith(".0") and not name.startswith("layer1") else 1)
+    return x
+
+
+def head(x, arrays):
+    name = "fc" if "fc.weight" in arrays else "linear"
+    return arrays[f"{name}.weight"].astype(float) @ x.mean((0, 1)) + arrays[f"{name}.bias"]
+
+
+forward = jax.jit(lambda network, image: network.features(image))
+
+
+def test_network_is_the_one_of_plain_numpy(network, arrays, photo):
+    expected = features(photo, arrays)
+    found = forward(network, photo)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())  # float32, a dozen layers
+    np.testing.assert_allclose(network.head(found), head(expected, arrays), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("side", [15, 18])
+def test_odd_sizes_are_padded_as_torch_does(randomised, side):
+    network = randomised(TINY["cifar"])
+    photo = np.random.default_rng(0).random((side, side + 1, 3)).astype(np.float32)
+    found, expected = forward(network, photo), features(photo, to_state_dict(network))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
+
+
+def test_running_statistics_serve_one_image_and_a_batch_alike(network, photo):
+    batch = forward(network, np.stack([photo, 1 - photo, photo**2]))
+    np.testing.assert_allclose(batch[0], forward(network, photo), rtol=1e-4, atol=1e-5 * batch.max())
+
+
+def test_activation_replaces_every_relu(network, photo, style):
+    seen = []
+
+    def act(z):
+        seen.append(z.shape)
+        return jnp.ones_like(z)
+
+    found = jax.jit(lambda x: network.features(x, act=act))(photo)
+    np.testing.assert_array_equal(found, np.ones(found.shape))
+    assert len(seen) == {"cifar": 1 + 6 * 2, "basic": 1 + 5 * 2, "bottleneck": 1 + 5 * 3}[style]
+
+
+def test_network_is_a_classifier(network):
+    assert isinstance(network, Classifier)
+
+
+def test_second_derivative_goes_through_max_pooling(randomised):
+    network = randomised(lambda: ImageNetResNet((1, 1, 1, 1), 1, width=2, num_classes=3, rngs=nnx.Rngs(0)))
+
+    def loss(image):
+        return losses.map_l2(interpreters.grad(network, image, 0, act=relu_h), jnp.ones((32, 32)))
+
+    flat, noise = np.full((32, 32, 3), 0.5), np.random.default_rng(0).random((32, 32, 3))
+    gradients = jax.jit(jax.vmap(jax.grad(loss)))(np.stack([flat, noise]).astype(np.float32))
+    assert jnp.isfinite(gradients).all()  # a flat image ties every maximum
+    assert (gradients[1] != 0).any()
+
+
+PARAMETERS = {
+    "cifar_resnet20": 269_722,
+    "cifar_resnet32": 464_154,
+    "cifar_resnet44": 658_586,
+    "cifar_resnet56": 853_018,
+    "cifar_resnet110": 1_727_962,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_number_of_parameters(name):
+    network = nnx.eval_shape(lambda: models.build(name))
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "shape"),
+    [
+        ("cifar_resnet20", 32, (8, 8, 64)),
+        ("cifar_resnet20", 64, (16, 16, 64)),
+        ("resnet18", 224, (7, 7, 512)),
+        ("resnet50", 224, (7, 7, 2048)),
+    ],
+)
+def test_shapes(name, side, shape):
+    network = nnx.eval_shape(lambda: models.build(name))
+    image = jax.ShapeDtypeStruct((side, side, 3), jnp.float32)
+    found = jax.eval_shape(lambda m, x: m.features(x), network, image)
+    logits = jax.eval_shape(lambda m, x: m.head(m.features(x)), network, image)
+    assert found.shape == shape
+    assert logits.shape == ((10,) if "cifar" in name else (1000,))
+
+
+def test_two_objects_of_one_architecture_are_traced_once(tiny, images):
+    traced = []
+
+    @jax.jit
+    def logits(network, image):
+        traced.append(image)
+        return network.head(network.features(image))
+
+    first, second = (logits(tiny(seed), images[0] / np.float32(255)) for seed in (0, 1))
+    assert len(traced) == 1
+    assert (first != second).any()
+
+
+# Weights in and out.
+
+KEYS = {
+    "cifar": {
+        "conv1.weight": (4, 3, 3, 3),
+        "bn1.running_var": (4,),
+        "layer1.1.conv2.weight": (4, 4, 3, 3),
+        "layer2.0.conv1.weight": (8, 4, 3, 3),
+        "layer3.1.bn2.bias": (16,),
+        "linear.weight": (5, 16),
+        "linear.bias": (5,),
+    },
+    "bottleneck": {
+        "conv1.weight": (4, 3, 7, 7),
+        "layer1.0.conv3.weight": (16, 4, 1, 1),
+        "layer1.0.downsample.0.weight": (16, 4, 1, 1),
+        "layer1.0.downsample.1.running_mean": (16,),
+        "layer4.0.conv2.weight": (32, 32, 3, 3),
+        "fc.weight": (5, 128),
+    },
+    "basic": {"layer2.0.downsample.0.weight": (8, 4, 1, 1), "layer1.1.bn2.weight": (4,), "fc.weight": (5, 32)},
+}
+
+
+def test_names_and_layouts_are_those_of_torch(arrays, style):
+    assert {key: arrays[key].shape for key in KEYS[style]} == KEYS[style]
+    assert not any("downsample" in key for key in arrays if style == "cifar" or key.startswith("layer1.1"))
+    assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays.values())
+
+
+def test_state_dict_and_back(network, arrays, style):
+    again = from_state_dict(nnx.eval_shape(TINY[style]), arrays)
+    assert jax.tree.structure(again) == jax.tree.structure(network)
+    for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(network), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    returned = to_state_dict(again)
+    assert returned.keys() == arrays.keys()
+    assert all((returned[key] == arrays[key]).all() for key in arrays)
+
+
+def test_what_torch_adds_is_passed_over(network, arrays, style):
+    counters = {key.replace("running_mean", "num_batches_tracked"): np.array(7) for key in arrays if "_mean" in key}
+    parallel = {f"module.{key}": array.astype(np.float64) for key, array in (arrays | counters).items()}
+    again = from_state_dict(nnx.eval_shape(TINY[style]), parallel)
+    for found, expected in zip(jax.tree.leaves(again), jax.tree.leaves(network), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.fixture(scope="module")
+def cifar20(randomised):
+    """ResNet-20 at width 2 with 3 classes, and its state dict."""
+    network = randomised(lambda: models.build("cifar_resnet20", width=2, num_classes=3))
+    return network, to_state_dict(network)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_load_reads_width_and_classes_off_the_file(tmp_path, cifar20, suffix, prefix):
+    network, flat = cifar20
+    path = tmp_path / f"weights{suffix}"
+    flat = {prefix + key: array for key, array in flat.items()}
+    if suffix == ".npz":
+        np.savez(path, **flat)
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(flat, path)
+    loaded = models.load("cifar_resnet20", path)
+    assert jax.tree.structure(loaded) == jax.tree.structure(network)
+    for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(network), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_saved_weights_are_loaded(tmp_path, cifar20):
+    network, _ = cifar20
+    save(network, tmp_path / "weights.npz")
+    loaded = models.load("cifar_resnet20", str(tmp_path / "weights.npz"))
+    for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(network), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_every_key_that_does_not_fit_is_listed_with_both_shapes(cifar20):
+    network, flat = cifar20
+    changed = {key: array for key, array in flat.items() if key != "layer2.1.bn2.bias"}
+    changed |= {"linear.weight": np.zeros((4, 8), np.float32), "fc.bias": np.zeros(7, np.float32)}
+    with pytest.raises(ValueError) as caught:
+        from_state_dict(network, changed)
+    assert str(caught.value) == (
+        f"3 of {len(flat) + 1} keys do not match: layer2.1.bn2.bias expected (4,) found nothing; "
+        "linear.weight expected (3, 8) found (4, 8); fc.bias expected nothing found (7,)"
+    )
+
+
+@pytest.mark.parametrize("value", [np.full(3, np.nan, np.float32), np.ones(3, np.int64), np.array([1, np.inf, 0])])
+def test_weights_that_are_not_finite_numbers_are_refused(cifar20, value):
+    network, flat = cifar20
+    with pytest.raises(ValueError, match=r"^not finite floating-point numbers: linear\.bias$"):
+        from_state_dict(network, flat | {"linear.bias": value})
+
+
+def test_weights_of_another_network_name_file_and_network(tmp_path, cifar20):
+    np.savez(tmp_path / "weights.npz", **cifar20[1])
+    with pytest.raises(ValueError, match=r"^weights .*weights\.npz do not fit cifar_resnet32: .*layer1\.3\.conv1\.weight"):
+        models.load("cifar_resnet32", tmp_path / "weights.npz")
+
+
+@pytest.mark.parametrize("call", [models.build, lambda name: models.load(name, "nowhere.npz")])
+def test_unknown_name_lists_the_valid_ones(call):
+    with pytest.raises(ValueError, match="^model 'resnet51' is not one of ") as caught:
+        call("resnet51")
+    assert all(name in str(caught.value) for name in models.MODELS)
+
+
+def test_embedded_network_is_there():
+    assert isinstance(models.embedded(), CifarResNet)
+
+
+def test_build_takes_seed_and_options():
+    def kernel(seed):
+        return jax.jit(lambda: models.build("cifar_resnet20", seed=seed, width=2).conv1.kernel[...])()
+
+    assert kernel(0).shape == (3, 3, 3, 2)
+    np.testing.assert_array_equal(kernel(0), kernel(0))
+    assert (kernel(0) != kernel(1)).any()
