@@ -249,7 +249,7 @@ def joint_options(plan: Preset, threat: Threat) -> Options:
         map_loss=plan.map_loss,
         direction=plan.direction,
         smoothing=plan.smoothing,
-        gated=plan.gated,
+        yielding=plan.yielding,
         rounded=plan.rounded,
         keep_best=plan.keep_every > 0 and not _scores_apart(plan),
     )

@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> Parser:
-    parser = Parser(
-        prog="adv2", description="Adversarial inputs that fool a classifier and its interpreter at once (ADV²)."
-    )
+    parser = Parser(prog="adv2", description="Adversarial inputs that fool a classifier and its interpreter at once (ADV²).")
     parser.add_argument("--version", action="version", version=f"adv2 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
@@ -189,9 +187,7 @@ def _config(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key != "run"} | {"command": command}
 
 
-def _run(
-    model: models.ResNet, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None
-) -> None:
+def _run(model: models.ResNet, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None) -> None:
     with output_directory(config["out"]) as directory:
         with _progress() as start:
             outcome = run(model, images, settings, limit=limit, progress=start)
@@ -204,8 +200,7 @@ def _run(
 
 def _summary(outcome: Outcome, images: data.ImageSet, config: dict[str, Any]) -> dict[str, Any]:
     return {
-        "config": {key: value for key, value in config.items() if key != "run"}
-        | {"interpreters": config["interpreter"]},
+        "config": {key: value for key, value in config.items() if key != "run"} | {"interpreters": config["interpreter"]},
         "environment": environment(),
         "counts": {"images": len(images.images), "left_out": outcome.left_out},
         "classes": images.classes,

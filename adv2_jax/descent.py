@@ -44,7 +44,8 @@ class Options(NamedTuple):
         map_loss: ℓ_int, (map, target map) -> [].
         direction: makes the optax transformation from gradients to directions; the step size is applied after it.
         smoothing: label smoothing of ℓ_prd.
-        gated: weigh the map term by the iterate's own f_t (held constant in the gradient): prediction first, map once it holds.
+        yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
+            at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.
         confidence: f_t from which on an iterate is judged by its map.
         rounded: take losses and gradients at the 8-bit image nearest to the iterate, with the gradient passed straight through, so
             that what is optimised and scored is what will be delivered.
@@ -56,7 +57,7 @@ class Options(NamedTuple):
     map_loss: MapLoss = losses.map_l2
     direction: Direction = optax.scale_by_sign
     smoothing: float = 0.0
-    gated: bool = False
+    yielding: float = 0.0
     confidence: float = 0.8
     rounded: bool = False
     keep_best: bool = False
@@ -74,10 +75,14 @@ class Numbers(NamedTuple):
 
 
 class State(NamedTuple):
-    """Carried from step to step for one image; `best` are the parameters with the lowest score so far."""
+    """Carried from step to step for one image.
+
+    `weight` in (0, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far.
+    """
 
     params: Params
     optimiser: optax.OptState
+    weight: Array
     best: Params
     best_score: Array
 
@@ -109,12 +114,10 @@ def keep_better(state: State, found: Array) -> State:
 def init(problem: Problem, options: Options, params: Params = None) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, options.direction().init(start), start, jnp.asarray(jnp.inf))
+    return State(start, options.direction().init(start), jnp.ones(()), start, jnp.asarray(jnp.inf))
 
 
-def joint_loss(
-    params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options
-) -> tuple[Array, Info]:
+def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options) -> tuple[Array, Info]:
     """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts."""
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
@@ -123,9 +126,8 @@ def joint_loss(
     else:
         logits, m = options.surrogate(model, x, problem.target, numbers.tau)
     f_t = losses.probability(logits, problem.target)
-    gate = jax.lax.stop_gradient(f_t) if options.gated else 1.0
     prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
-    loss = prediction + gate * numbers.lam * options.map_loss(m, problem.target_map)
+    loss = prediction + numbers.lam * options.map_loss(m, problem.target_map)
     return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
 
 
@@ -142,12 +144,15 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
     Returns:
         The next state, and what was found at the present one.
     """
-    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, numbers, options)
+    weighed = numbers._replace(lam=state.weight * numbers.lam)
+    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options)
     if options.keep_best:
         state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
     direction, optimiser = options.direction().update(gradient, state.optimiser, state.params)
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, direction)
-    return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser), info
+    holds = info.confidence >= options.confidence
+    weight = jnp.minimum(1, state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding))
+    return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser, weight=weight), info
 
 
 @lru_cache

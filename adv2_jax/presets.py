@@ -61,7 +61,7 @@ class Preset:
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
         direction: makes the optax transformation from gradients to directions, joint stage.
         smoothing: label smoothing, joint stage.
-        gated: weigh the map term by f_t (see `descent.Options`).
+        yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
         keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
         warm_step_size: α of the warm start.
@@ -76,7 +76,7 @@ class Preset:
     map_loss: MapLoss = losses.map_l2
     direction: Direction = optax.scale_by_sign
     smoothing: float = 0.0
-    gated: bool = False
+    yielding: float = 0.0
     rounded: bool = False
     keep_every: int = 0
     warm_step_size: float = PIXEL
@@ -121,7 +121,7 @@ _DEFAULT_CAM = Preset(
     map_loss=losses.map_mse,
     direction=momentum_sign(0.85),
     smoothing=0.02,
-    gated=True,
+    yielding=0.1,
     rounded=True,
     keep_every=1,
 )

@@ -30,32 +30,41 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
+def ratios(model: adv2.Classifier, name: str, batch_size: int, steps: int, repeats: int) -> tuple[float, float]:
+    """Seconds of one step under the default preset, and of an attack of `steps` steps."""
+    rng = np.random.default_rng(0)
+    side = {"pgd": 1, "grad": 32}.get(name, 8)
+    plan, threat = adv2.presets.PRESETS["default"][name], adv2.threats.linf()
+    options = Options(threat) if plan.interpreter is None else joint_options(plan, threat)
+    problems = Problem(
+        jnp.asarray(rng.random((batch_size, 32, 32, 3), np.float32)),
+        jnp.asarray(rng.integers(0, 10, batch_size)),
+        jnp.asarray(rng.random((batch_size, side, side), np.float32)),
+    )
+    states = jax.jit(jax.vmap(lambda problem: init(problem, options)))(problems)
+    numbers = Numbers(*np.float32((1 / 255, 1.0, 1e-3)))
+    schedule = Numbers(*(np.full(steps, value) for value in numbers))
+    leaves, step = batched_step(model, options)
+    one = median_seconds(lambda: step(leaves, problems, states, numbers), repeats)
+    whole = median_seconds(lambda: descend(model, problems, states, schedule, options), max(3, repeats // 6))
+    return one, whole
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    """Parse the arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()
-    b, n, repeats = options.batch_size, options.steps, options.repeats
+    b, n = options.batch_size, options.steps
     model = adv2.models.build("cifar_resnet20")
-    rng = np.random.default_rng(0)
-    images, targets = jnp.asarray(rng.random((b, 32, 32, 3), np.float32)), jnp.asarray(rng.integers(0, 10, b))
+    images = jnp.zeros((b, 32, 32, 3)) + 0.5
     forward = jax.jit(jax.vmap(lambda m, x: m.head(m.features(x)), (None, 0)))
-    unit = median_seconds(lambda: forward(model, images), repeats)
+    unit = median_seconds(lambda: forward(model, images), options.repeats)
     print(f"{jax.devices()[0].device_kind}, batch {b}: one forward pass {1e3 * unit / b:.3f} ms an image")
-    threat = adv2.threats.linf()
-    presets = adv2.presets.PRESETS["default"]
     for name in ("pgd", "cam", "grad_cam", "grad"):
-        plan = presets[name]
-        joint = Options(threat) if plan.interpreter is None else joint_options(plan, threat)
-        side = {"pgd": 1, "grad": 32}.get(name, 8)
-        problems = Problem(images, targets, jnp.asarray(rng.random((b, side, side), np.float32)))
-        states = jax.jit(jax.vmap(lambda problem, joint=joint: init(problem, joint)))(problems)
-        numbers = Numbers(*np.float32((1 / 255, 1.0, 1e-3)))
-        schedule = Numbers(*(np.full(n, value) for value in numbers))
-        leaves, step = batched_step(model, joint)
-        one = median_seconds(lambda: step(leaves, problems, states, numbers), repeats)
-        whole = median_seconds(lambda: descend(model, problems, states, schedule, joint), max(3, repeats // 6))
+        one, whole = ratios(model, name, b, n, options.repeats)
         print(f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps")
 
 

@@ -53,8 +53,21 @@ def test_attack_writes_the_contract(network, tmp_path, capsys):
         ("cam", "pgd"),
         ("cam", "adv2"),
     ]
-    keys = "threat n asr mc map_l1 map_l2 map_iou75 map_iou50 linf l2 gradient_evaluations seconds".split()
-    assert all(row.keys() >= set(keys) for row in summary["rows"])
+    keys = {
+        "threat",
+        "n",
+        "asr",
+        "mc",
+        "map_l1",
+        "map_l2",
+        "map_iou75",
+        "map_iou50",
+        "linf",
+        "l2",
+        "gradient_evaluations",
+        "seconds",
+    }
+    assert all(row.keys() >= keys for row in summary["rows"])
     assert all(row["n"] == 4 and row["gradient_evaluations"] == 4 for row in summary["rows"])
     with np.load(out / "results.npz") as results:
         assert results["images"].shape == results["grad/adv2/images"].shape == (4, 8, 8, 3)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from adv2_jax import descent, interpreters, losses, threats
+from adv2_jax import descent, interpreters, losses, presets, threats
 from adv2_jax.descent import Info, Numbers, Options, Problem
 
 TARGET = 2
@@ -20,6 +20,8 @@ CASES = {
     "prediction alone": Options(threats.linf(EPSILON)),
     "joint": Options(threats.linf(EPSILON), CAM),
     "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
+    "gated": Options(threats.linf(EPSILON), CAM, gated=True),
+    "momentum": Options(threats.linf(EPSILON), CAM, direction=presets.momentum_sign(0.6)),
     "plain gradient": Options(threats.linf(EPSILON), CAM, direction=optax.identity),
 }
 
@@ -30,46 +32,71 @@ def problem(pixels):
     return Problem(pixels, jnp.asarray(TARGET), jnp.asarray(target_map))
 
 
-def plain_loss(linear, problem, options, x):
-    """Equation 3 in float64, for the linear classifier of conftest.py and its CAM."""
+def plain_forward(linear, x):
+    """Log-probabilities and CAM of the linear classifier of conftest.py, in float64."""
     mix, weights, bias = (np.asarray(leaf, float) for leaf in jax.tree.leaves(linear))
     features = np.einsum("hwc,hwck->hwk", x, mix)
     logits = features.mean((0, 1)) @ weights + bias
-    q = np.full(len(logits), options.smoothing / (len(logits) - 1))
-    q[TARGET] = 1 - options.smoothing
-    loss = -q @ (logits - np.log(np.exp(logits).sum()))
-    if options.surrogate is None:
-        return loss
     cam = features @ weights[:, TARGET]
-    squares = ((cam - cam.min()) / np.ptp(cam) - np.asarray(problem.target_map)) ** 2
-    return loss + float(NUMBERS.lam) * (squares.mean() if options.map_loss is losses.map_mse else squares.sum())
+    return logits - np.log(np.exp(logits).sum()), (cam - cam.min()) / np.ptp(cam)
+
+
+def plain_loss(linear, problem, options, x, gate=1.0):
+    """Equation 3."""
+    log_f, m = plain_forward(linear, x)
+    q = np.full(len(log_f), options.smoothing / (len(log_f) - 1))
+    q[TARGET] = 1 - options.smoothing
+    squares = (m - np.asarray(problem.target_map)) ** 2
+    interpretation = squares.mean() if options.map_loss is losses.map_mse else squares.sum()
+    return -q @ log_f + (0 if options.surrogate is None else gate * float(NUMBERS.lam) * interpretation)
 
 
 def plain_gradient(linear, problem, options, x, h=1e-6):
+    gate = np.exp(plain_forward(linear, x)[0][TARGET]) if options.gated else 1.0
     gradient = np.empty(x.shape)
     for place in np.ndindex(x.shape):
         e = np.zeros(x.shape)
         e[place] = h
-        up, down = (plain_loss(linear, problem, options, x + s * e) for s in (1, -1))
+        up, down = (plain_loss(linear, problem, options, x + s * e, gate) for s in (1, -1))
         gradient[place] = (up - down) / (2 * h)
     return gradient
+
+
+def plain_direction(options, gradient, memory):
+    """What a step follows, and what it remembers."""
+    if options.direction is optax.identity:
+        return gradient, memory
+    if options.direction is optax.scale_by_sign:
+        return np.sign(gradient), memory
+    memory = 0.6 * memory + gradient / np.sqrt((gradient**2).sum())
+    return np.sign(memory), memory
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     options = CASES[case]
     image = np.asarray(problem.image, float)
-    state, delta = descent.init(problem, options), np.zeros(image.shape)
+    state, delta, memory = descent.init(problem, options), np.zeros(image.shape), np.zeros(image.shape)
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
         gradient = plain_gradient(linear, problem, options, image + delta)
-        direction = gradient if options.direction is optax.identity else np.sign(gradient)
+        direction, memory = plain_direction(options, gradient, memory)
+        assert np.abs(gradient).min() > 1e-5  # no sign is left to rounding
         delta = np.clip(delta - float(NUMBERS.alpha) * direction, -EPSILON, EPSILON)
         delta = np.clip(image + delta, 0, 1) - image
-        state, info = step(linear, problem, state, NUMBERS)
-        assert np.abs(gradient).min() > 1e-5  # no sign is left to rounding
+        state, _ = step(linear, problem, state, NUMBERS)
         np.testing.assert_allclose(state.params, delta, atol=1e-6)  # float32 gradients times 0.02
-    assert info.loss < plain_loss(linear, problem, options, image)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_keeps_the_types_of_its_state(linear, problem, case, keep_best):
+    """Or the second step would be compiled again."""
+    options = CASES[case]._replace(keep_best=keep_best)
+    state = descent.init(problem, options)
+    after, _ = jax.eval_shape(partial(descent.step, options=options), linear, problem, state, NUMBERS)
+    before = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
+    assert [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(after)] == before
 
 
 def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):

@@ -66,9 +66,7 @@ def test_logits_that_are_not_finite_are_refused():
 def test_rows_are_what_the_arrays_say():
     settings = Settings(("cam",), threats.linf(0.1), warm_steps=2, steps=20, batch_size=2)
     ticks = []
-    outcome = run(
-        Mean(), coloured([0, 1, 2], [0, 1, 2]), settings, progress=lambda title, steps: lambda done: ticks.append(done)
-    )
+    outcome = run(Mean(), coloured([0, 1, 2], [0, 1, 2]), settings, progress=lambda title, steps: lambda done: ticks.append(done))
     arrays = outcome.arrays
     for row in outcome.rows:
         found = {key.split("/")[-1]: value for key, value in arrays.items() if key.startswith(f"cam/{row['attack']}/")}

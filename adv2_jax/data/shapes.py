@@ -20,7 +20,7 @@ Floats = NDArray[np.floating[Any]]
 Points = NDArray[np.complexfloating[Any, Any]]
 Distance = Callable[[Points], Floats]
 
-WEAVE = 6 / 255  # amplitude; below the 8/255 that an adversary usually may change
+WEAVE = 7 / 255  # amplitude; below the 8/255 that an adversary usually may change
 RADIUS = (0.16, 0.26)  # of an object's circumscribed circle, in sides of the image
 
 
@@ -66,7 +66,7 @@ def _scene(rng: np.random.Generator, size: int, label: int) -> tuple[NDArray[np.
     """One scene: background, clutter, then the object on top, so that nothing hides it."""
     z = _pixel_centres(size)
     hue, night = rng.random(), rng.random() < 0.5
-    dark, light = (0.2, 0.5), (0.7, 1.0)
+    dark, light = (0.3, 0.55), (0.6, 0.9)
     ground, figure = (dark, light) if night else (light, dark)
     image = _textured(rng, z, hue, saturation=(0.1, 0.5), value=ground)
     for _ in range(rng.integers(3, 7)):
@@ -79,7 +79,7 @@ def _scene(rng: np.random.Generator, size: int, label: int) -> tuple[NDArray[np.
     distance = _SHAPES[CLASSES[label]](turned) * (radius * size)
     paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
     image = _over(image, paint + _weave(z * size, label), distance)
-    image = image + rng.normal(0, rng.uniform(0.005, 0.03), image.shape)
+    image = image + rng.normal(0, rng.uniform(0.002, 0.008), image.shape)
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8), distance < 0
 
 

@@ -91,9 +91,7 @@ def _checked(
             raise ValueError(f"the target of image {same[0]} is its label, {labels[same[0]]}; it must be another class")
     if target_maps is not None:
         if target_maps.ndim != 3 or len(target_maps) != n or target_maps.dtype.kind != "f":
-            raise ValueError(
-                f"target_maps must be floats [{n}, h, w], got {target_maps.dtype} {list(target_maps.shape)}"
-            )
+            raise ValueError(f"target_maps must be floats [{n}, h, w], got {target_maps.dtype} {list(target_maps.shape)}")
         if not (target_maps.min() >= 0 and target_maps.max() <= 1):
             raise ValueError(f"target_maps must lie in [0, 1], got {target_maps.min()}..{target_maps.max()}")
         target_maps = target_maps.astype(np.float32)

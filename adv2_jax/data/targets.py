@@ -3,9 +3,7 @@
 import numpy as np
 
 
-def random_targets(
-    labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None
-) -> np.ndarray:
+def random_targets(labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None) -> np.ndarray:
     """A uniformly random other class for each image (ADV² §4.1).
 
     Args:

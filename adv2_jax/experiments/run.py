@@ -116,17 +116,12 @@ def run(
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    plans = [
-        resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps)
-        for name in settings.interpreters
-    ]
+    plans = [resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps) for name in settings.interpreters]
     selection = select(model, image_set, limit=limit)
     chosen = selection.images
     goals = chosen.targets
     if goals is None:
-        goals = targets.random_targets(
-            chosen.labels, selection.num_classes, seed=settings.seed, indices=selection.indices
-        )
+        goals = targets.random_targets(chosen.labels, selection.num_classes, seed=settings.seed, indices=selection.indices)
     arrays: Arrays = {"images": chosen.images, "labels": chosen.labels, "targets": goals, "indices": selection.indices}
     if chosen.masks is not None:
         arrays["masks"] = chosen.masks
@@ -142,9 +137,7 @@ def run(
 def _benign_maps(model: Classifier, chosen: ImageSet, plan: Preset, settings: Settings) -> np.ndarray:
     """The maps [N, h, w] of the unchanged images for their labels; refuses target maps of another size."""
     assert plan.interpreter is not None
-    _, maps = explain(
-        model, chosen.images, chosen.labels, interpreter=plan.interpreter.explain, batch_size=settings.batch_size
-    )
+    _, maps = explain(model, chosen.images, chosen.labels, interpreter=plan.interpreter.explain, batch_size=settings.batch_size)
     if chosen.target_maps is not None and chosen.target_maps.shape != maps.shape:
         found, name = list(chosen.target_maps.shape), plan.interpreter.name
         raise ValueError(f"target_maps must be {list(maps.shape)} for {name}, got {found}")

@@ -53,9 +53,7 @@ def grad_with_logits(
     return logits, maps.min_max(maps.pool(maps.channel_max(gradient), pool))
 
 
-def grad(
-    model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int = 1, score: Score = log_odds
-) -> Map:
+def grad(model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int = 1, score: Score = log_odds) -> Map:
     """GRAD map, |∂f_c/∂x| reduced over colours and scaled to [0, 1] (ADV² eq. 5).
 
     The score differentiated is the log-odds u_c. Since ∂f_c/∂x = f_c (1 - f_c) ∂u_c/∂x, the min-max map, and the gradient of any

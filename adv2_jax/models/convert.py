@@ -58,9 +58,7 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     variables = {_torch_key(path): (path, variable) for path, variable in nnx.to_flat_state(state)}
     wrong = mismatches({k: _torch_shape(v) for k, (_, v) in variables.items()}, {k: v.shape for k, v in arrays.items()})
     if wrong:
-        raise ValueError(
-            f"{len(wrong)} of {len(variables.keys() | arrays.keys())} keys do not match: {'; '.join(wrong)}"
-        )
+        raise ValueError(f"{len(wrong)} of {len(variables.keys() | arrays.keys())} keys do not match: {'; '.join(wrong)}")
     not_finite = [k for k, v in arrays.items() if v.dtype.kind != "f" or not np.isfinite(v).all()]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {', '.join(not_finite)}")

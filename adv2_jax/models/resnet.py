@@ -67,10 +67,7 @@ def stage(c_in: int, c: int, depth: int, stride: int, *, expansion: int, project
     widths = [c_in] + [c * expansion] * (depth - 1)
     strides = [stride] + [1] * (depth - 1)
     return nnx.List(
-        [
-            Block(w, c, s, expansion=expansion, projection=projection, rngs=rngs)
-            for w, s in zip(widths, strides, strict=True)
-        ]
+        [Block(w, c, s, expansion=expansion, projection=projection, rngs=rngs) for w, s in zip(widths, strides, strict=True)]
     )
 
 
