@@ -7,13 +7,13 @@ reverse mode and any order of mixing them agree. `softplus` is a smooth activati
 Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
 """
 
-from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.nn import relu
 
+from adv2_jax.options import shared
 from adv2_jax.types import Activation
 
 __all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
@@ -44,7 +44,7 @@ def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
     return relu_h(z, tau), (z * jax.lax.rsqrt(z**2 + tau) + (z < 0)) * dz
 
 
-@lru_cache
+@shared
 def relu_sigmoid(beta: float = 1.0) -> Activation:
     """ReLU whose derivative is the logistic sigmoid(beta z); beta = 1 is the sigma of ADV² Fig. 3.
 
@@ -93,7 +93,7 @@ def _relu_curved_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]
 
 @jax.custom_jvp
 def _step(z: Array, tau: Array) -> Array:
-    return (z > 0).astype(z.dtype)
+    return jnp.heaviside(z, 0.0)
 
 
 @_step.defjvp
@@ -102,7 +102,7 @@ def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tu
     return _step(z, tau), 0.5 * tau * jax.lax.rsqrt(z**2 + tau) ** 3 * dz
 
 
-@lru_cache
+@shared
 def softplus(beta: float = 1.0) -> Activation:
     """log(1 + exp(beta z)) / beta, a smooth activation in the forward pass too (Dombrowski et al., NeurIPS 2019).
 

@@ -92,8 +92,7 @@ def attack(
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
     plan = resolve(preset, interpreter, warm_steps=warm_steps, steps=steps)
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+    _check_batch_size(batch_size)
     problems = _problems(model, images, targets, target_maps, plan.interpreter)
     threat = threats.linf() if threat is None else threat
     batches = _batches(problems, batch_size)
@@ -132,8 +131,13 @@ def explain(
 
     Returns:
         logits [N, K], maps [N, h, w] in [0, 1].
+
+    Raises:
+        ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    inputs = jnp.asarray(to_float(images)), jnp.asarray(labels, np.int32)
+    _check_batch_size(batch_size)
+    x = to_float(images)
+    inputs = jnp.asarray(x), jnp.asarray(_classes("labels", labels, model, x))
     parts = [_explain_batch(model, *batch, interpreter) for batch in _batches(inputs, batch_size)]
     logits, maps = (np.concatenate(part)[: len(inputs[0])] for part in zip(*parts, strict=True))
     return logits, maps
@@ -179,22 +183,35 @@ def _problems(
     interpreter: Interpreter | None,
 ) -> Problem:
     """The caller's arrays, checked and brought to one form."""
-    x, t = to_float(images), np.asarray(targets)
-    if t.shape != x.shape[:1] or t.dtype.kind not in "iu":
-        raise ValueError(f"targets must be integers [{len(x)}], one an image, got {t.dtype} {list(t.shape)}")
+    x = to_float(images)
+    t = _classes("targets", targets, model, x)
     image, label = jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.ShapeDtypeStruct((), np.int32)
-    (k,) = jax.eval_shape(lambda m, i: m.head(m.features(i)), model, image).shape
-    if t.min() < 0 or t.max() >= k:
-        raise ValueError(f"targets must lie in 0..{k - 1}, the model's classes, got {t.min()}..{t.max()}")
     if interpreter is None:
-        return Problem(jnp.asarray(x), jnp.asarray(t, np.int32), jnp.zeros((len(x), 1, 1)))
+        return Problem(jnp.asarray(x), jnp.asarray(t), jnp.zeros((len(x), 1, 1)))
     expected = (len(x), *jax.eval_shape(interpreter.explain, model, image, label).shape)
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
     if not (maps.min() >= 0 and maps.max() <= 1):
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(jnp.asarray(x), jnp.asarray(t, np.int32), jnp.asarray(maps))
+    return Problem(jnp.asarray(x), jnp.asarray(t), jnp.asarray(maps))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size} must be at least 1")
+
+
+def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
+    """Class indices as int32 [N], one for each image of x and in the model's range."""
+    classes = np.asarray(values)
+    if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}")
+    image = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    (k,) = jax.eval_shape(lambda m, i: m.head(m.features(i)), model, image).shape
+    if classes.min() < 0 or classes.max() >= k:
+        raise ValueError(f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}")
+    return classes.astype(np.int32)
 
 
 def _batches(arrays: T, size: int) -> Iterator[T]:

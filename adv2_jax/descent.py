@@ -114,7 +114,7 @@ def keep_better(state: State, found: Array) -> State:
 def init(problem: Problem, options: Options, params: Params = None) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, options.direction().init(start), jnp.ones(()), start, jnp.asarray(jnp.inf))
+    return State(start, options.direction().init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32))
 
 
 def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options) -> tuple[Array, Info]:
@@ -219,6 +219,8 @@ def descend(
     one, loop = _programs(structure, options)
     schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
     n = len(schedule.alpha)
+    if n == 0:
+        return states
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
         states = loop(leaves, problems, states, schedule)
         if on_step:

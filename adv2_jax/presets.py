@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import TypeVar
 
 import optax
@@ -17,6 +16,7 @@ from adv2_jax.interpreters import (
     grad_interpreter,
     smooth_grad_interpreter,
 )
+from adv2_jax.options import shared
 
 PIXEL = 1 / 255
 
@@ -88,7 +88,7 @@ def paper_grad_balance(n: int) -> optax.Schedule:
     return optax.piecewise_constant_schedule(0.001, {round(at * n / 704): factor for at, factor in factors.items()})
 
 
-@lru_cache
+@shared
 def momentum_sign(decay: float) -> Direction:
     """Sign of a sum of normalised gradients that decays by `decay` a step (MI-FGSM, Dong et al. 2018)."""
     return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay), optax.scale_by_sign())

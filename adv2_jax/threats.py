@@ -5,13 +5,13 @@ the allowed set. Factories are cached, so equal options give the same object.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from adv2_jax.options import shared
 from adv2_jax.types import Image
 
 Params = Any
@@ -33,7 +33,7 @@ class Threat(NamedTuple):
     project: Callable[[Params, Image], Params]
 
 
-@lru_cache
+@shared
 def linf(epsilon: float = 0.031) -> Threat:
     """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4).
 

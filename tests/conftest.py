@@ -43,9 +43,7 @@ def randomised():
         graph, state = nnx.split(nnx.eval_shape(build))
         flat = nnx.to_flat_state(state)
         drawn = [jnp.asarray(_draw(path[-1], variable.shape, rng), jnp.float32) for path, variable in flat]
-        return nnx.merge(
-            graph, nnx.from_flat_state([(path, v.replace(a)) for (path, v), a in zip(flat, drawn, strict=True)])
-        )
+        return nnx.merge(graph, nnx.from_flat_state([(path, v.replace(a)) for (path, v), a in zip(flat, drawn, strict=True)]))
 
     return make
 

@@ -11,7 +11,7 @@ import adv2_jax
 
 ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
-    {"types"},
+    {"types", "options"},
     {"activations", "maps", "losses", "files"},
     {"interpreters", "threats", "models", "data", "metrics"},
     {"descent"},

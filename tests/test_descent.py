@@ -20,7 +20,7 @@ CASES = {
     "prediction alone": Options(threats.linf(EPSILON)),
     "joint": Options(threats.linf(EPSILON), CAM),
     "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
-    "gated": Options(threats.linf(EPSILON), CAM, gated=True),
+    "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
     "momentum": Options(threats.linf(EPSILON), CAM, direction=presets.momentum_sign(0.6)),
     "plain gradient": Options(threats.linf(EPSILON), CAM, direction=optax.identity),
 }
@@ -41,23 +41,22 @@ def plain_forward(linear, x):
     return logits - np.log(np.exp(logits).sum()), (cam - cam.min()) / np.ptp(cam)
 
 
-def plain_loss(linear, problem, options, x, gate=1.0):
+def plain_loss(linear, problem, options, x, weight=1.0):
     """Equation 3."""
     log_f, m = plain_forward(linear, x)
     q = np.full(len(log_f), options.smoothing / (len(log_f) - 1))
     q[TARGET] = 1 - options.smoothing
     squares = (m - np.asarray(problem.target_map)) ** 2
     interpretation = squares.mean() if options.map_loss is losses.map_mse else squares.sum()
-    return -q @ log_f + (0 if options.surrogate is None else gate * float(NUMBERS.lam) * interpretation)
+    return -q @ log_f + (0 if options.surrogate is None else weight * float(NUMBERS.lam) * interpretation)
 
 
-def plain_gradient(linear, problem, options, x, h=1e-6):
-    gate = np.exp(plain_forward(linear, x)[0][TARGET]) if options.gated else 1.0
+def plain_gradient(linear, problem, options, x, weight, h=1e-6):
     gradient = np.empty(x.shape)
     for place in np.ndindex(x.shape):
         e = np.zeros(x.shape)
         e[place] = h
-        up, down = (plain_loss(linear, problem, options, x + s * e, gate) for s in (1, -1))
+        up, down = (plain_loss(linear, problem, options, x + s * e, weight) for s in (1, -1))
         gradient[place] = (up - down) / (2 * h)
     return gradient
 
@@ -76,16 +75,31 @@ def plain_direction(options, gradient, memory):
 def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     options = CASES[case]
     image = np.asarray(problem.image, float)
-    state, delta, memory = descent.init(problem, options), np.zeros(image.shape), np.zeros(image.shape)
+    state, delta, memory, weight = descent.init(problem, options), np.zeros(image.shape), np.zeros(image.shape), 1.0
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
-        gradient = plain_gradient(linear, problem, options, image + delta)
+        gradient = plain_gradient(linear, problem, options, image + delta, weight)
+        holds = np.exp(plain_forward(linear, image + delta)[0][TARGET]) >= options.confidence
+        weight = min(1.0, weight * (1 + options.yielding if holds else 1 - options.yielding))
         direction, memory = plain_direction(options, gradient, memory)
         assert np.abs(gradient).min() > 1e-5  # no sign is left to rounding
         delta = np.clip(delta - float(NUMBERS.alpha) * direction, -EPSILON, EPSILON)
         delta = np.clip(image + delta, 0, 1) - image
         state, _ = step(linear, problem, state, NUMBERS)
         np.testing.assert_allclose(state.params, delta, atol=1e-6)  # float32 gradients times 0.02
+        assert state.weight == pytest.approx(weight, rel=1e-6)
+
+
+def test_the_map_yields_until_the_prediction_holds(linear, problem):
+    """Weight .9, .81, ... while f_t < confidence; back up to 1, and no further, once it holds."""
+    weights = {}
+    for confidence in (0.0, 1.1):
+        options = Options(threats.linf(EPSILON), CAM, yielding=0.1, confidence=confidence)
+        state = descent.init(problem, options)._replace(weight=jnp.asarray(0.95))
+        for _ in range(2):
+            state, _ = descent.step(linear, problem, state, NUMBERS, options)
+        weights[confidence] = float(state.weight)
+    assert weights == pytest.approx({0.0: 1.0, 1.1: 0.95 * 0.9**2})
 
 
 @pytest.mark.parametrize("keep_best", [True, False])
@@ -106,6 +120,15 @@ def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):
     assert info.loss == pytest.approx(plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5)
     assert info.confidence == pytest.approx(float(losses.probability(logits, TARGET)), rel=1e-6)
     assert info.map_l1 == pytest.approx(float(jnp.abs(m - problem.target_map).mean()), rel=1e-6)
+
+
+def test_surrogate_is_given_the_width_of_the_step(linear, problem):
+    def surrogate(model, image, label, tau):
+        return model.head(model.features(image)), jnp.full((4, 4), tau)
+
+    options = Options(threats.linf(EPSILON), surrogate)
+    _, info = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
+    assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
 
 
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):
@@ -169,10 +192,7 @@ def small_steps(images):
 
 def test_both_drivers_give_the_same(model, small_steps):
     reported = {"host": [], "fori": []}
-    host, fori = (
-        descent.descend(model, *small_steps, driver=driver, on_step=steps.append)
-        for driver, steps in reported.items()
-    )
+    host, fori = (descent.descend(model, *small_steps, driver=driver, on_step=steps.append) for driver, steps in reported.items())
     assert jnp.abs(host.params).max() > 1e-3
     for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(fori), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)  # float32: XLA sums convolutions in loops in another order

@@ -11,10 +11,10 @@ ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "layer/0.weight": n
 
 
 class Dangerous:
-    """Unpickling it ends the test run."""
+    """Unpickling it fails the test."""
 
     def __reduce__(self):
-        return (os._exit, (3,))
+        return pytest.fail, ("unpickled",)
 
 
 @pytest.fixture

@@ -82,10 +82,7 @@ def first_order(resnet20, inputs):
                 "gradcam_raw": raw_grad_cam(model, features, label),
                 "gradcam": interpreters.grad_cam(model, image, label),
                 "grad_map": interpreters.grad(model, image, label),
-                **{
-                    name: interpreters.input_gradient(model, image, label, **options)[0]
-                    for name, options in gradients.items()
-                },
+                **{name: interpreters.input_gradient(model, image, label, **options)[0] for name, options in gradients.items()},
             }
 
         found = {"features": features, "logits": model.head(features)}

@@ -246,9 +246,7 @@ def test_pool_serves_both_faces(linear, pixels, factory):
     interpreter = factory(pool=2)
     assert interpreter.explain(linear, pixels, LABEL).shape == (2, 2)
     assert interpreter.surrogate(linear, pixels, LABEL, TAU)[1].shape == (2, 2)
-    np.testing.assert_array_equal(
-        interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2)
-    )
+    np.testing.assert_array_equal(interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2))
 
 
 @pytest.mark.parametrize("factory", EVERY.values())

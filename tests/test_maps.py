@@ -67,8 +67,7 @@ def test_channel_max_is_the_largest_absolute_value():
 @pytest.mark.parametrize("size", [1, 2])
 def test_pool_is_the_mean_of_blocks(raw, size):
     expected = [
-        [raw[i : i + size, j : j + size].mean() for j in range(0, raw.shape[1], size)]
-        for i in range(0, raw.shape[0], size)
+        [raw[i : i + size, j : j + size].mean() for j in range(0, raw.shape[1], size)] for i in range(0, raw.shape[0], size)
     ]
     np.testing.assert_allclose(maps.pool(jnp.asarray(raw, jnp.float32), size), expected, rtol=1e-5, atol=1e-6)
 

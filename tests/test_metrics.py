@@ -77,6 +77,11 @@ def test_quantile_is_an_option(quantile, expected):
     assert metrics.iou_quantile(rising, shifted, quantile) == pytest.approx(expected)
 
 
+def test_pixels_at_the_quantile_itself_are_left_out():
+    rising = np.arange(5, dtype=np.float32).reshape(1, 1, 5)
+    assert metrics.iou_quantile(rising, rising[:, :, ::-1], 0.5) == 0
+
+
 def test_threshold_is_an_option_and_belongs_to_the_object():
     a, b = np.full((1, 2, 2), 0.25, np.float32), np.full((1, 2, 2), 1.0, np.float32)
     assert metrics.iou_threshold(a, b) == 0

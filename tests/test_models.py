@@ -314,7 +314,7 @@ def test_weights_of_another_network_name_file_and_network(tmp_path, cifar20):
 
 @pytest.mark.parametrize("call", [models.build, lambda name: models.load(name, "nowhere.npz")])
 def test_unknown_name_lists_the_valid_ones(call):
-    with pytest.raises(ValueError, match="^model 'resnet51' is not one of ") as caught:
+    with pytest.raises(ValueError, match=r"^model 'resnet51' is not one of ") as caught:
         call("resnet51")
     assert all(name in str(caught.value) for name in models.MODELS)
 

@@ -90,7 +90,7 @@ def test_mask_is_one_object_of_its_class_at_any_resolution(index):
 def test_object_stands_out_from_what_surrounds_it(scenes):
     brightness = scenes.images.max(-1) / 255.0
     for value, mask in zip(brightness, scenes.masks, strict=True):
-        assert abs(value[mask].mean() - np.median(value[~mask])) > 0.1
+        assert abs(value[mask].mean() - np.median(value[~mask])) > 0.04  # the two ranges of values are .05 apart
 
 
 def test_colour_does_not_tell_the_class(scenes):

@@ -81,7 +81,7 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None) 
 
 def _predict(model: Classifier, images: np.ndarray) -> np.ndarray:
     try:
-        logits, _ = explain(model, images, np.zeros(len(images)), interpreter=no_map)
+        logits, _ = explain(model, images, np.zeros(len(images), np.int32), interpreter=no_map)
     except (TypeError, ValueError) as error:  # what jax raises when shapes do not fit
         reason = str(error).splitlines()[0]
         raise ValueError(f"the network cannot take images of {list(images.shape[1:])}: {reason}") from None

@@ -8,7 +8,6 @@ a schedule can sharpen it on the way. `Interpreter` pairs the two faces.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 from jax import Array
@@ -16,6 +15,7 @@ from jax import Array
 from adv2_jax.activations import relu_curved, relu_h
 from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
+from adv2_jax.options import shared
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
 
 __all__ = [
@@ -55,19 +55,19 @@ class Interpreter(NamedTuple):
     faithful: bool = True
 
 
-@lru_cache
+@shared
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, there is nothing to smooth."""
     return Interpreter("cam", cam, lambda model, image, label, tau: cam_with_logits(model, image, label))
 
 
-@lru_cache
+@shared
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
     return Interpreter("grad_cam", grad_cam, lambda model, image, label, tau: grad_cam_with_logits(model, image, label))
 
 
-@lru_cache
+@shared
 def grad_interpreter(*, pool: int = 1) -> Interpreter:
     """GRAD, and the true map with a curved ReLU (`relu_curved`, kernel width `tau`) for the adversary.
 
@@ -84,7 +84,7 @@ def grad_interpreter(*, pool: int = 1) -> Interpreter:
     return Interpreter("grad", _grad(pool), surrogate)
 
 
-@lru_cache
+@shared
 def smooth_grad_interpreter(*, act: Activation | None = None, pool: int = 1) -> Interpreter:
     """GRAD, and a map whose *first* derivative is smoothed for the adversary: the paper's way (§3.2).
 
@@ -106,7 +106,7 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int = 1) -> 
     return Interpreter("grad", _grad(pool), surrogate, faithful=False)
 
 
-@lru_cache
+@shared
 def _grad(pool: int) -> Explain:
     return lambda model, image, label: grad(model, image, label, pool=pool)
 
