@@ -7,7 +7,6 @@ reverse mode and any order of mixing them agree. `softplus` is a smooth activati
 Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
 """
 
-
 import jax
 import jax.numpy as jnp
 from jax import Array

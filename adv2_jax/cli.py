@@ -22,7 +22,7 @@ from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.presets import PRESETS
 
 EMBEDDED = "the embedded network"
-DEMO_IMAGES = 10
+DEMO = "attack --images shapes:20 --limit 8 --batch-size 8 --epsilon 0.063 --steps 100".split()
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,7 +60,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"adv2 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    demo = commands.add_parser("demo", help="attack ten embedded images under every interpreter")
+    demo = commands.add_parser("demo", help="attack eight embedded images under every interpreter")
     demo.add_argument("--out", default="demo", metavar="DIR", help="where to write (default: %(default)s)")
     demo.set_defaults(run=_demo)
 
@@ -126,8 +126,7 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
-    words = ["attack", "--limit", str(DEMO_IMAGES), "--batch-size", str(DEMO_IMAGES), "--out", arguments.out]
-    _attack(_parser().parse_args(words), command)
+    _attack(_parser().parse_args([*DEMO, "--out", arguments.out]), command)
     with atomic(Path(arguments.out) / "picture.png") as file:
         file.write(report.gallery(arguments.out))
 

@@ -15,7 +15,7 @@ def shared(factory: Callable[P, T]) -> Callable[P, T]:
 
     @lru_cache(maxsize=None)
     def made(options: tuple[tuple[str, Any], ...]) -> T:
-        return factory(**dict(options))  # type: ignore[arg-type, call-arg]
+        return factory(**dict(options))  # type: ignore[call-arg]
 
     @wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:

@@ -153,7 +153,9 @@ def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: in
 
 
 def gallery(directory: Path | str, *, images: int = 2) -> bytes:
-    """Draws the first images of a finished run under every interpreter, as a PNG file.
+    """Draws typical images of a finished run under every interpreter, as a PNG file.
+
+    Typical are the images in the middle of the order by ADV²'s map distance.
 
     Args:
         directory: the folder of the run.
@@ -164,8 +166,12 @@ def gallery(directory: Path | str, *, images: int = 2) -> bytes:
     """
     results = read_arrays(Path(directory) / "results.npz")
     interpreters = dict.fromkeys(key.split("/")[0] for key in results if key.endswith("/benign_maps"))
-    shown = range(min(images, len(results["images"])))
-    return png(np.concatenate([overview(results, name, shown) for name in interpreters]))
+
+    def typical(name: str) -> NDArray[Any]:
+        order = np.argsort(results[f"{name}/adv2/map_l1"])
+        return order[max((len(order) - images) // 2, 0) :][:images]
+
+    return png(np.concatenate([overview(results, name, typical(name)) for name in interpreters]))
 
 
 def colour_map(values: ArrayLike) -> Pixels:

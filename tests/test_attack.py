@@ -169,7 +169,9 @@ def delivered_score(result, targets, target_maps):
     return np.where(f_t >= 0.8, l1, 2 - f_t)
 
 
-@pytest.mark.parametrize(("plan", "unscored"), [(replace(CAM, keep_every=1, rounded=True), 1), (APART, 0)], ids=["faithful", "apart"])
+@pytest.mark.parametrize(
+    ("plan", "unscored"), [(replace(CAM, keep_every=1, rounded=True), 1), (APART, 0)], ids=["faithful", "apart"]
+)
 @pytest.mark.parametrize("steps", [2, 20])
 def test_best_iterate_is_never_worse_than_the_last_that_was_scored(run, targets, benign, plan, unscored, steps):
     """A faithful step scores the iterate it starts from: where the last step leads is never seen, and never delivered."""
@@ -218,7 +220,7 @@ def test_gradient_evaluations_are_those_spent(run, calls, counted, faithful, kee
     scorings = len(calls["explain"]) - 2  # the other two look at the result, before and after rounding
     spent = plan.warm_steps + len(calls["surrogate"]) + scorings
     assert result.gradient_evaluations == gradient_evaluations(plan) == spent
-    assert sorted(calls["surrogate"]) == [1, 2, 3, 4, 5, 6, 7]  # every step has the numbers of its place in the schedule
+    np.testing.assert_allclose(sorted(calls["surrogate"]), range(1, 8), rtol=1e-6)  # each step by its place in the schedule
 
 
 @PLANS
