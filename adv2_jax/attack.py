@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
 import jax
@@ -219,7 +220,7 @@ def _batches(arrays: T, size: int) -> Iterator[T]:
     n = len(jax.tree.leaves(arrays)[0])
     for start in range(0, n, min(size, n)):
         index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
-        yield jax.tree.map(lambda leaf: leaf[index], arrays)
+        yield jax.tree.map(itemgetter(index), arrays)
 
 
 def _scores_apart(plan: Preset) -> bool:

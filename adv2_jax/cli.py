@@ -22,7 +22,7 @@ from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.presets import PRESETS
 
 EMBEDDED = "the embedded network"
-DEMO = "attack --images shapes:20 --limit 8 --batch-size 8 --epsilon 0.063 --steps 100".split()
+DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
 
 
 class Parser(argparse.ArgumentParser):

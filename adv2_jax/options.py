@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache, wraps
+from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -13,7 +13,7 @@ def shared(factory: Callable[P, T]) -> Callable[P, T]:
     """Decorator: a factory called again with equal options, defaults spelt out or not, returns the object it made before."""
     signature = inspect.signature(factory)
 
-    @lru_cache(maxsize=None)
+    @cache
     def made(options: tuple[tuple[str, Any], ...]) -> T:
         return factory(**dict(options))  # type: ignore[call-arg]
 

@@ -1,7 +1,7 @@
 """Speed on this machine, as ratios within one run: python notebooks/speed.py [--batch-size 16] [--steps 30]
 
-Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and GRAD as a multiple of it; and
-an attack of n steps as a multiple of n such steps. Medians over repeats; everything is compiled before it is timed.
+Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and GRAD as a multiple of it;
+and an attack of n steps as a multiple of n such steps. Medians over repeats; everything is compiled before it is timed.
 """
 
 import argparse
