@@ -1,0 +1,22 @@
+"""What the README shows is run."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from adv2_jax import cli
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_example_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", re.findall(r"^    adv2 ([^#\n]*)", README, re.MULTILINE))
+def test_the_commands_are_understood(command):
+    arguments = cli._parser().parse_args(command.split())
+    assert callable(arguments.run)
