@@ -84,8 +84,11 @@ class Preset:
 
 def paper_grad_balance(n: int) -> optax.Schedule:
     """λ = .001, .004, .01, .05 for 301, 201, 101 and 101 of 704 steps (released code), stretched to n steps."""
-    factors = {301: 4.0, 502: 2.5, 603: 5.0}
-    return optax.piecewise_constant_schedule(0.001, {round(at * n / 704): factor for at, factor in factors.items()})
+    factors: dict[int, float] = {}
+    for at, factor in ((301, 4.0), (502, 2.5), (603, 5.0)):
+        step = round(at * n / 704)
+        factors[step] = factors.get(step, 1.0) * factor  # in a short run several changes may fall on one step
+    return optax.piecewise_constant_schedule(0.001, factors)
 
 
 @shared
@@ -162,23 +165,28 @@ def resolve(
 
     Args:
         preset: a key of `PRESETS`, or a `Preset`.
-        interpreter: a key of `interpreters.INTERPRETERS`; an `Interpreter`, which takes the numbers found for its name; or None
-            for plain PGD.
+        interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
+            takes the numbers of the preset, or those found for its name; or None for plain PGD.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
     Raises:
         ValueError: for an unknown preset or interpreter, or a negative number of steps.
     """
-    own = interpreter if isinstance(interpreter, Interpreter) else None
     if isinstance(preset, str):
-        name = "pgd" if interpreter is None else own.name if own else interpreter
-        preset = _look_up(_look_up(PRESETS, "preset", preset), "interpreter", str(name))
+        known = _look_up(PRESETS, "preset", preset)
+        named = {name: plan for name, plan in known.items() if name != "pgd"}
+        name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
+        preset = known["pgd"] if name is None else _look_up(named, "interpreter", name)
+    elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
+        own = None if preset.interpreter is None else preset.interpreter.name
+        raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")
+    if not isinstance(interpreter, str):
+        preset = replace(preset, interpreter=interpreter)
     for key, value in (("warm_steps", warm_steps), ("steps", steps)):
         if value is not None and value < 0:
             raise ValueError(f"{key} = {value} must be 0 or more")
     return replace(
         preset,
-        interpreter=preset.interpreter if own is None else own,
         warm_steps=preset.warm_steps if warm_steps is None else warm_steps,
         steps=preset.steps if steps is None else steps,
     )
@@ -186,5 +194,5 @@ def resolve(
 
 def _look_up(table: dict[str, T], what: str, name: str) -> T:
     if name not in table:
-        raise ValueError(f"{what} {name!r} is not one of {', '.join(key for key in table if key != 'pgd')}")
+        raise ValueError(f"{what} {name!r} is not one of {', '.join(table)}")
     return table[name]

@@ -353,3 +353,28 @@ def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, 
         logits, maps = explain(model, images, labels, interpreter=interpreters.cam, batch_size=batch_size)
         np.testing.assert_array_equal(logits.argmax(-1), labels)
         np.testing.assert_allclose(maps, benign["cam"], atol=1e-5)  # float32
+
+
+@pytest.mark.parametrize(
+    ("preset", "interpreter", "message"),
+    [
+        (CAM, "grad", "interpreter 'grad' is not that of the preset, 'cam'"),
+        (PRESETS["paper"]["pgd"], "cam", "interpreter 'cam' is not that of the preset, None"),
+        ("default", "pgd", "interpreter 'pgd' is not one of grad, cam, grad_cam"),
+        ("best", "cam", "preset 'best' is not one of paper, default"),
+    ],
+)
+def test_presets_that_do_not_fit_are_refused(preset, interpreter, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        presets.resolve(preset, interpreter)
+
+
+def test_no_interpreter_is_plain_pgd():
+    assert presets.resolve(CAM, None).interpreter is None
+    assert presets.resolve("paper", None) == PRESETS["paper"]["pgd"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 704])
+def test_lambda_of_the_paper_ends_where_it_should(n):
+    schedule = presets.paper_grad_balance(n)
+    assert float(schedule(n)) == pytest.approx(0.05)
