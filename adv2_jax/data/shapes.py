@@ -1,9 +1,10 @@
 """The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn from a seed.
 
 Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size)` alone, so any slice of the endless set can
-be made on its own. Colours and textures are drawn without looking at the class. Two things tell it: the outline, and a faint weave on the object.
-The weave stands for the cues below human notice that natural images have (Ilyas et al., NeurIPS 2019). A network trained on
-outlines alone, at higher contrast and noise, was so robust that 300 steps of plain PGD at epsilon = .031 fooled it on 3 of 10.
+be made on its own. Colours and textures are drawn without looking at the class. Two things tell it: the outline, and a
+faint weave on the object. The weave stands for the cues below human notice that natural images have (Ilyas et al., NeurIPS
+2019). A network trained on outlines alone, at higher contrast and noise, was so robust that 300 steps of plain PGD at
+epsilon = .031 fooled it on 3 of 10.
 
 Points of the plane are complex numbers: a scene is the unit square, an object lives in the unit disc, a rotation is a
 product. A shape is its signed distance (negative inside), which also gives the anti-aliased edge.
