@@ -25,8 +25,8 @@ from adv2_jax.descent import (
     round_to_8_bits,
     score,
 )
-from adv2_jax.interpreters import Explain, Interpreter
-from adv2_jax.presets import Plan, Preset, constant, resolve
+from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter
+from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
@@ -78,7 +78,8 @@ def attack(
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
         target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
-        interpreter: "grad", "cam", "grad_cam", an `Interpreter` of your own, or None for plain PGD on ℓ_prd.
+        interpreter: "grad", "cam", "grad_cam", an `Interpreter` of your own, or None for plain PGD on ℓ_prd. With a `Preset` of
+            your own a name must be that of its interpreter.
         threat: threat model, `threats.linf(0.031)` unless given.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
@@ -118,7 +119,7 @@ def explain(
     images: ArrayLike,
     labels: ArrayLike,
     *,
-    interpreter: Explain,
+    interpreter: str | Interpreter | Explain,
     batch_size: int = 64,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and maps of a set of images.
@@ -127,7 +128,8 @@ def explain(
         model: the classifier.
         images: uint8 [N, H, W, 3] or floating point in [0, 1].
         labels: integers [N], the classes to explain.
-        interpreter: a pure one-image function (model, image, label) -> map; `jit` knows it again only if it is the same object.
+        interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image function (model, image, label) ->
+            map, which `jit` knows again only if it is the same object.
         batch_size: images at a time.
 
     Returns:
@@ -139,7 +141,10 @@ def explain(
     _check_batch_size(batch_size)
     x = to_float(images)
     inputs = jnp.asarray(x), jnp.asarray(_classes("labels", labels, model, x))
-    parts = [_explain_batch(model, *batch, interpreter) for batch in _batches(inputs, batch_size)]
+    if isinstance(interpreter, str):
+        interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
+    face = interpreter.explain if isinstance(interpreter, Interpreter) else interpreter
+    parts = [_explain_batch(model, *batch, face) for batch in _batches(inputs, batch_size)]
     logits, maps = (np.concatenate(part)[: len(inputs[0])] for part in zip(*parts, strict=True))
     return logits, maps
 

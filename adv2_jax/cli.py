@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -49,8 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"adv2: {error}", file=sys.stderr)
         return 2
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("adv2: out of memory; a smaller --batch-size or fewer --steps needs less", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("adv2: interrupted, nothing was written", file=sys.stderr)
+        print("adv2: interrupted", file=sys.stderr)
         return 130
     return 0
 
@@ -90,13 +97,19 @@ def _attack_arguments(parser: Parser) -> None:
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
     add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
-    add("--seed", type=_whole, default=0, metavar="N", help="of the target classes (default: %(default)s)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of the target classes (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz and report.html")
 
 
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if _whole(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 2**32")
     return int(text)
 
 
@@ -108,11 +121,12 @@ def _positive(text: str) -> int:
 
 def _attack(arguments: argparse.Namespace, command: str) -> None:
     model = _model(arguments.model, arguments.weights)
+    arguments.interpreter = list(dict.fromkeys(arguments.interpreter))
     _run(
         model,
         data.load(arguments.images),
         Settings(
-            interpreters=tuple(dict.fromkeys(arguments.interpreter)),
+            interpreters=arguments.interpreter,
             threat=threats.linf(arguments.epsilon),
             preset=arguments.preset,
             warm_steps=arguments.warm_steps,
@@ -120,7 +134,7 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
         ),
-        config=_config(arguments, command) | {"model": arguments.model or EMBEDDED, "interpreters": arguments.interpreter},
+        config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
         limit=arguments.limit,
     )
 
@@ -146,7 +160,7 @@ def _train_arguments(parser: Parser) -> None:
     add("--epochs", type=_positive, default=EPOCHS, metavar="N", help="passes over the images (default: %(default)s)")
     add("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="images a step (default: %(default)s)")
     add("--learning-rate", type=float, default=LEARNING_RATE, metavar="R", help="its peak (default: %(default)s)")
-    add("--seed", type=_whole, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write weights.npz and summary.json")
 
 
@@ -167,6 +181,8 @@ def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
                 on_step=lambda step, loss: tick(1),
                 **options,
             )
+        if not np.isfinite(losses).all():
+            raise ValueError(f"training diverged; a lower --learning-rate than {arguments.learning_rate} may help")
         held_out = accuracy(model, sets.held_out.images, sets.held_out.labels)
         models.convert.save(model, directory / "weights.npz")
         write_summary(
@@ -199,7 +215,7 @@ def _run(model: models.ResNet, images: data.ImageSet, settings: Settings, *, con
 
 def _summary(outcome: Outcome, images: data.ImageSet, config: dict[str, Any]) -> dict[str, Any]:
     return {
-        "config": {key: value for key, value in config.items() if key != "run"} | {"interpreters": config["interpreter"]},
+        "config": config,
         "environment": environment(),
         "counts": {"images": len(images.images), "left_out": outcome.left_out},
         "classes": images.classes,

@@ -49,7 +49,8 @@ class Options(NamedTuple):
         confidence: f_t from which on an iterate is judged by its map.
         rounded: take losses and gradients at the 8-bit image nearest to the iterate, with the gradient passed straight through, so
             that what is optimised and scored is what will be delivered.
-        keep_best: whether a step scores the iterate it starts from; meant for faithful surrogates.
+        keep_best: whether a step scores the iterate it starts from; meant for faithful surrogates. Where the last step of a
+            descent leads is then never scored, and so never delivered.
     """
 
     threat: Threat
@@ -108,7 +109,7 @@ def score(f_t: Array, map_l1: Array, confidence: float) -> Array:
 def keep_better(state: State, found: Array) -> State:
     """The state with its present parameters as the best ones if their score `found` [] is lower."""
     best = jax.tree.map(lambda new, old: jnp.where(found < state.best_score, new, old), state.params, state.best)
-    return state._replace(best=best, best_score=jnp.minimum(found, state.best_score))
+    return state._replace(best=best, best_score=jnp.fmin(found, state.best_score))
 
 
 def init(problem: Problem, options: Options, params: Params = None) -> State:

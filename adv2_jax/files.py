@@ -10,6 +10,8 @@ from typing import IO, Any
 
 import numpy as np
 
+SCHEMA = 1  # of summary.json and results.npz
+
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
     with path.open("rb") as file:

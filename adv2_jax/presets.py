@@ -1,6 +1,6 @@
 """The numbers of an attack, an interpreter each: `paper` (the released constants) and `default` (the best we found)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -63,7 +63,8 @@ class Preset:
         smoothing: label smoothing, joint stage.
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
-        keep_every: score the explained map every so many joint steps and deliver the best; 0 delivers the last iterate.
+        keep_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate scores every iterate that a step
+            starts from, for free; for another the explained map is drawn and scored after every so many joint steps.
         warm_step_size: α of the warm start.
     """
 
@@ -173,10 +174,10 @@ def resolve(
         ValueError: for an unknown preset or interpreter, or a negative number of steps.
     """
     if isinstance(preset, str):
-        known = _look_up(PRESETS, "preset", preset)
+        known = look_up(PRESETS, "preset", preset)
         named = {name: plan for name, plan in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
-        preset = known["pgd"] if name is None else _look_up(named, "interpreter", name)
+        preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
     elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
         own = None if preset.interpreter is None else preset.interpreter.name
         raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")
@@ -192,7 +193,12 @@ def resolve(
     )
 
 
-def _look_up(table: dict[str, T], what: str, name: str) -> T:
+def look_up(table: Mapping[str, T], what: str, name: str) -> T:
+    """The entry of a table.
+
+    Raises:
+        ValueError: for an unknown name; lists the valid ones.
+    """
     if name not in table:
         raise ValueError(f"{what} {name!r} is not one of {', '.join(table)}")
     return table[name]

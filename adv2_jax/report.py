@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adv2_jax.files import atomic, read_arrays
+from adv2_jax.files import SCHEMA, atomic, read_arrays
 
 Pixels = NDArray[np.uint8]
 Arrays = Mapping[str, NDArray[Any]]
 
-SCHEMA = 1
 MAX_SIDE = 112  # half of 224: larger pictures are shrunk, or 64 photographs would make a page of 100 MB
 DASH = "–"
 

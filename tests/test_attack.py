@@ -378,3 +378,13 @@ def test_no_interpreter_is_plain_pgd():
 def test_lambda_of_the_paper_ends_where_it_should(n):
     schedule = presets.paper_grad_balance(n)
     assert float(schedule(n)) == pytest.approx(0.05)
+
+
+def test_explain_takes_names_interpreters_and_functions(model, images, labels):
+    maps = [
+        explain(model, images, labels, interpreter=interpreter)[1] for interpreter in ("cam", cam_interpreter(), interpreters.cam)
+    ]
+    np.testing.assert_array_equal(maps[0], maps[1])
+    np.testing.assert_array_equal(maps[0], maps[2])
+    with pytest.raises(ValueError, match="^interpreter 'lime' is not one of grad, cam, grad_cam$"):
+        explain(model, images, labels, interpreter="lime")

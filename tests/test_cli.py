@@ -112,6 +112,7 @@ BAD_FILES = {
     "[N, H, W, 3], got [2, 8, 8, 1]": {"images": IMAGES[..., :1], "labels": LABELS},
     "label 9 of image 1 is out of range: the network has 3 classes": {"images": IMAGES, "labels": np.array([0, 9])},
     "got -1 at image 0": {"images": IMAGES, "labels": np.array([-1, 0])},
+    "labels must be below 2**31, got 4294967296 at image 1": {"images": IMAGES, "labels": np.array([0, 2**32])},
     "labels must be integers [2]": {"images": IMAGES, "labels": np.zeros(3, np.int32)},
     "target 3 of image 0 is out of range": {"images": IMAGES, "labels": LABELS, "targets": np.array([3, 1])},
     "the target of image 1 is its label": {"images": IMAGES, "labels": LABELS, "targets": np.array([1, 0])},
@@ -148,6 +149,7 @@ BAD_WORDS = {
     "epsilon = nan must lie in (0, 1]": ["--epsilon", "nan"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
+    "is not below 2**32": ["--seed", "99999999999999999999"],
     "unrecognized arguments: --stpes": ["--stpes"],
     "neither shapes, shapes:N nor an .npz file": ["--images", "cat.jpg"],
     "after 'shapes:' must be a whole number": ["--images", "shapes:many"],
@@ -162,6 +164,39 @@ def test_bad_words_are_refused(network, tmp_path, capsys, expected):
 def test_model_without_weights_is_refused(tmp_path, capsys):
     code = cli.main(["attack", "--model", "cifar_resnet20", "--out", str(tmp_path / "out")])
     refused(code, capsys, "--model and --weights go together", tmp_path / "out")
+
+
+def train(network, out, *words):
+    images = np.tile(np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8), (2, 1, 1, 1))
+    write_arrays(network / "train.npz", {"images": images, "labels": np.arange(20) % K})
+    write_arrays(network / "one.npz", {"images": images, "labels": np.zeros(20, int)})
+    base = ["train", "classifier", "--model", "tiny", "--images", str(network / "train.npz"), "--epochs", "2"]
+    return cli.main([*base, "--batch-size", "6", "--out", str(out), *words])
+
+
+def test_training_writes_weights_that_load(network, tmp_path, capsys):
+    assert train(network, tmp_path / "out") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["counts"] == {"train": 18, "held_out": 2}
+    assert len(summary["losses"]) == 6
+    model = models.load("tiny", tmp_path / "out" / "weights.npz")
+    assert model.head(model.features(np.zeros((8, 8, 3), np.float32))).shape == (K,)
+    assert f"held-out accuracy {summary['accuracy']:.4f}" in capsys.readouterr().out
+
+
+BAD_TRAINING = {
+    "batch_size must lie in 1..18": ["--batch-size", "19"],
+    "2 classes or more, got 1": ["--images", "one.npz"],
+    "training diverged": ["--learning-rate", "1e38"],
+    "scenes held out for attacks": ["--images", "shapes:50"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD_TRAINING)
+def test_bad_training_is_refused(network, tmp_path, capsys, expected, monkeypatch):
+    monkeypatch.chdir(network)
+    refused(train(network, tmp_path / "out", *BAD_TRAINING[expected]), capsys, expected, tmp_path / "out")
 
 
 def test_a_file_in_place_of_the_directory_is_refused(network, tmp_path, capsys):
@@ -183,7 +218,7 @@ def test_interrupt_leaves_nothing_behind(network, tmp_path, capsys, monkeypatch)
 
     monkeypatch.setattr(cli, "run", interrupt)
     assert attack(network, tmp_path / "new" / "out") == 130
-    assert capsys.readouterr().err == "adv2: interrupted, nothing was written\n"
+    assert capsys.readouterr().err == "adv2: interrupted\n"
     assert not (tmp_path / "new").exists()
 
 

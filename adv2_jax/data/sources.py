@@ -114,6 +114,8 @@ def _classes(name: str, values: np.ndarray, n: int) -> np.ndarray:
         raise ValueError(f"{name} must be integers [{n}], one an image, got {values.dtype} {list(values.shape)}")
     if values.min() < 0:
         raise ValueError(f"{name} must be 0 or more, got {values.min()} at image {values.argmin()}")
+    if values.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must be below 2**31, got {values.max()} at image {values.argmax()}")
     return values.astype(np.int32)
 
 

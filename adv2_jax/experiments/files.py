@@ -9,9 +9,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from adv2_jax.files import atomic, write_arrays
-
-SCHEMA = 1
+from adv2_jax.files import SCHEMA, atomic, write_arrays
 
 
 @contextlib.contextmanager

@@ -64,13 +64,13 @@ class Selection(NamedTuple):
     left_out: int
 
 
-def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None) -> Selection:
+def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32) -> Selection:
     """The images a network gets right, at most `limit` of them.
 
     Raises:
         ValueError: if the network cannot take the images, a class is out of range, or no image is left.
     """
-    logits = _predict(model, image_set.images)
+    logits = _predict(model, image_set.images, batch_size)
     check_classes(image_set, logits.shape[-1])
     right = np.flatnonzero(logits.argmax(axis=-1) == image_set.labels).astype(np.int32)
     if len(right) == 0:
@@ -79,9 +79,9 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None) 
     return Selection(image_set.take(indices), indices, logits.shape[-1], len(image_set.images) - len(right))
 
 
-def _predict(model: Classifier, images: np.ndarray) -> np.ndarray:
+def _predict(model: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
     try:
-        logits, _ = explain(model, images, np.zeros(len(images), np.int32), interpreter=no_map)
+        logits, _ = explain(model, images, np.zeros(len(images), np.int32), interpreter=no_map, batch_size=batch_size)
     except (TypeError, ValueError) as error:  # what jax raises when shapes do not fit
         reason = str(error).splitlines()[0]
         raise ValueError(f"the network cannot take images of {list(images.shape[1:])}: {reason}") from None
@@ -111,13 +111,15 @@ def run(
         progress: (title, steps in all) -> function called with the steps newly done.
 
     Returns:
-        Rows and arrays, named as in the README's section on files.
+        Rows, whose `seconds` include compilation, and arrays: `images`, `labels`, `targets`, `indices` (positions in the set),
+        `masks` when known; for each interpreter `I/benign_maps`, `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`,
+        `I/A/maps`, `I/A/confidence` (f_t), `I/A/success`, `I/A/map_l1`.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
     plans = [resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps) for name in settings.interpreters]
-    selection = select(model, image_set, limit=limit)
+    selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     chosen = selection.images
     goals = chosen.targets
     if goals is None:
@@ -199,7 +201,7 @@ def measure(
     """The measures of method §8 on the 8-bit images, and the arrays they were taken from.
 
     `float_map_l1` and `float_map_iou75` are the same measures before rounding. With masks of the true object,
-    `pointing_game` is the share of final maps that peak on it.
+    `pointing_game` is the share of final maps that peak on it. All are means over the images, but `linf`, the largest.
 
     Args:
         model: the classifier.

@@ -109,6 +109,8 @@ def training_sets(source: str, *, seed: int = 0) -> TrainingSets:
     if source == "shapes":
         scenes = shapes.generate(TRAIN_SCENES, seed=0)
         return TrainingSets(ImageSet(scenes.images, scenes.labels), load(f"shapes:{HELD_OUT_SCENES}"))
+    if source.startswith("shapes"):
+        raise ValueError(f"images {source!r}: shapes:N are the scenes held out for attacks; train on shapes or an .npz file")
     images = load(source)
     n = len(images.images)
     if n < 10:
@@ -160,6 +162,8 @@ def _check_images(model: nnx.Module, images: Images, labels: Labels, batch_size:
     if not 1 <= batch_size <= len(images):
         raise ValueError(f"batch_size must lie in 1..{len(images)}, the number of images, got {batch_size}")
     k = jax.eval_shape(_logits, model, images[0]).shape[-1]
+    if k < 2:
+        raise ValueError(f"a classifier needs 2 classes or more, got {k}")
     if labels.min() < 0 or labels.max() >= k:
         raise ValueError(f"labels must lie in 0..{k - 1}, the model's classes, got {labels.min()}..{labels.max()}")
 
