@@ -386,5 +386,5 @@ def test_explain_takes_names_interpreters_and_functions(model, images, labels):
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
-    with pytest.raises(ValueError, match="^interpreter 'lime' is not one of grad, cam, grad_cam$"):
+    with pytest.raises(ValueError, match=r"^interpreter 'lime' is not one of grad, cam, grad_cam$"):
         explain(model, images, labels, interpreter="lime")
