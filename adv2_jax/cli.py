@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
-import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -181,8 +180,6 @@ def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
                 on_step=lambda step, loss: tick(1),
                 **options,
             )
-        if not np.isfinite(losses).all():
-            raise ValueError(f"training diverged; a lower --learning-rate than {arguments.learning_rate} may help")
         held_out = accuracy(model, sets.held_out.images, sets.held_out.labels)
         models.convert.save(model, directory / "weights.npz")
         write_summary(

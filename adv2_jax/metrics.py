@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from adv2_jax.maps import resize
+
 
 def success(logits: ArrayLike, targets: ArrayLike) -> Array:
     """Whether the target is the prediction: [N, K], [N] -> [N] bool. Its mean is the attack success rate (ASR)."""
@@ -76,6 +78,6 @@ def pointing_game(maps: ArrayLike, masks: ArrayLike) -> Array:
     """
     truth = jnp.asarray(masks)
     n, h, w = truth.shape
-    upsampled = jax.image.resize(jnp.asarray(maps), (n, h, w), "bilinear")
+    upsampled = jax.vmap(lambda m: resize(m, (h, w)))(jnp.asarray(maps))
     peaks = upsampled.reshape(n, -1).argmax(axis=-1)
     return jnp.take_along_axis(truth.reshape(n, -1), peaks[:, None], axis=-1)[:, 0]

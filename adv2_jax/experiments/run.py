@@ -16,7 +16,6 @@ from adv2_jax import metrics
 from adv2_jax.attack import OnStep, Result, attack, count_steps, explain, gradient_evaluations, no_map
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.sources import check_classes
-from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset, resolve
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
@@ -111,9 +110,10 @@ def run(
         progress: (title, steps in all) -> function called with the steps newly done.
 
     Returns:
-        Rows, whose `seconds` include compilation, and arrays: `images`, `labels`, `targets`, `indices` (positions in the set),
-        `masks` when known; for each interpreter `I/benign_maps`, `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`,
-        `I/A/maps`, `I/A/confidence` (f_t), `I/A/success`, `I/A/map_l1`.
+        Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one PGD run), and arrays: `images`,
+        `labels`, `targets`, `indices` (positions in the set), `masks` when known; for each interpreter `I/benign_maps`,
+        `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t),
+        `I/A/success`, `I/A/map_l1`.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
@@ -129,8 +129,16 @@ def run(
         arrays["masks"] = chosen.masks
     rows: list[Row] = []
     seen = [_benign_maps(model, chosen, plan, settings) for plan in plans]  # all, so that a misfit is found before the work
+    pgd: dict[int, Timed] = {}  # by budget: interpreters that cost the same share a run
     for plan, benign_maps in zip(plans, seen, strict=True):
-        new_rows, new_arrays = _compare(model, chosen, goals, benign_maps, plan, settings, progress)
+        budget = gradient_evaluations(plan)
+        target_maps = benign_maps if chosen.target_maps is None else chosen.target_maps
+        if budget not in pgd:
+            pgd_plan = resolve(settings.preset, None, steps=budget)
+            pgd[budget] = _timed_attack(model, chosen, goals, None, pgd_plan, settings, progress)
+        adv2 = _timed_attack(model, chosen, goals, target_maps, plan, settings, progress)
+        explained = _explained(model, pgd[budget], goals, plan, settings)
+        new_rows, new_arrays = _compare(chosen, goals, benign_maps, target_maps, plan, settings, explained, adv2)
         rows += new_rows
         arrays |= new_arrays
     return Outcome(rows, arrays, selection.left_out)
@@ -146,41 +154,68 @@ def _benign_maps(model: Classifier, chosen: ImageSet, plan: Preset, settings: Se
     return maps
 
 
-def _compare(
+class Timed(NamedTuple):
+    """An attack and the seconds it took."""
+
+    result: Result
+    seconds: float
+
+
+def _timed_attack(
     model: Classifier,
     chosen: ImageSet,
     goals: np.ndarray,
-    benign_maps: np.ndarray,
+    target_maps: np.ndarray | None,
     plan: Preset,
     settings: Settings,
     progress: Progress,
+) -> Timed:
+    title = "pgd" if plan.interpreter is None else f"{plan.interpreter.name} adv2"
+    start = time.perf_counter()
+    result = attack(
+        model,
+        chosen.images,
+        goals,
+        target_maps,
+        interpreter=plan.interpreter,
+        threat=settings.threat,
+        preset=plan,
+        batch_size=settings.batch_size,
+        on_step=progress(title, count_steps(plan, len(chosen.images), settings.batch_size)),
+    )
+    return Timed(result, time.perf_counter() - start)
+
+
+def _explained(model: Classifier, pgd: Timed, goals: np.ndarray, plan: Preset, settings: Settings) -> Timed:
+    """Plain PGD with the maps an interpreter draws of its images."""
+    assert plan.interpreter is not None
+    (_, maps), (_, float_maps) = (
+        explain(model, images, goals, interpreter=plan.interpreter, batch_size=settings.batch_size)
+        for images in (pgd.result.images, pgd.result.float_images)
+    )
+    return pgd._replace(result=pgd.result._replace(maps=maps, float_maps=float_maps))
+
+
+def _compare(
+    chosen: ImageSet,
+    goals: np.ndarray,
+    benign_maps: np.ndarray,
+    target_maps: np.ndarray,
+    plan: Preset,
+    settings: Settings,
+    pgd: Timed,
+    adv2: Timed,
 ) -> tuple[list[Row], Arrays]:
     """PGD and ADV² against one interpreter: two rows, and arrays named `interpreter/...`."""
-    interpreter = plan.interpreter
-    assert interpreter is not None
-    name, n = interpreter.name, len(chosen.images)
-    target_maps = benign_maps if chosen.target_maps is None else chosen.target_maps
+    assert plan.interpreter is not None
+    name = plan.interpreter.name
     arrays: Arrays = {f"{name}/benign_maps": benign_maps, f"{name}/target_maps": target_maps}
     truth: Row = {}
     if chosen.masks is not None:
         truth["benign_pointing_game"] = float(np.mean(metrics.pointing_game(benign_maps, chosen.masks)))
     rows = []
-    for kind, kind_plan in (("pgd", resolve(settings.preset, None, steps=gradient_evaluations(plan))), ("adv2", plan)):
-        steps = count_steps(kind_plan, n, settings.batch_size)
-        start = time.perf_counter()
-        result = attack(
-            model,
-            chosen.images,
-            goals,
-            None if kind_plan.interpreter is None else target_maps,
-            interpreter=kind_plan.interpreter,
-            threat=settings.threat,
-            preset=kind_plan,
-            batch_size=settings.batch_size,
-            on_step=progress(f"{name} {kind}", steps),
-        )
-        seconds = time.perf_counter() - start
-        row, found = measure(model, chosen, goals, target_maps, result, interpreter, batch_size=settings.batch_size)
+    for kind, (result, seconds) in (("pgd", pgd), ("adv2", adv2)):
+        row, found = measure(chosen, goals, target_maps, result)
         head = {"interpreter": name, "attack": kind, "threat": settings.threat.name}
         cost = {"gradient_evaluations": result.gradient_evaluations, "seconds": round(seconds, 2)}
         rows.append(head | row | cost | truth)
@@ -188,56 +223,42 @@ def _compare(
     return rows, arrays
 
 
-def measure(
-    model: Classifier,
-    chosen: ImageSet,
-    goals: np.ndarray,
-    target_maps: np.ndarray,
-    result: Result,
-    interpreter: Interpreter,
-    *,
-    batch_size: int,
-) -> tuple[Row, Arrays]:
+def measure(chosen: ImageSet, goals: np.ndarray, target_maps: np.ndarray, result: Result) -> tuple[Row, Arrays]:
     """The measures of method §8 on the 8-bit images, and the arrays they were taken from.
 
     `float_map_l1` and `float_map_iou75` are the same measures before rounding. With masks of the true object,
     `pointing_game` is the share of final maps that peak on it. All are means over the images, but `linf`, the largest.
 
     Args:
-        model: the classifier.
         chosen: the benign images.
         goals: [N] target classes.
         target_maps: [N, h, w].
-        result: of an attack on them, by this or another interpreter, or plain PGD.
-        interpreter: the interpreter that explains.
-        batch_size: images at a time.
+        result: of an attack on them, with the maps that the interpreter in question draws.
 
     Returns:
         numbers by name; arrays `images` uint8 [N, H, W, 3], `maps` [N, h, w], `confidence`, `success` and `map_l1` [N].
     """
-    logits, maps = explain(model, result.images, goals, interpreter=interpreter.explain, batch_size=batch_size)
-    _, float_maps = explain(model, result.float_images, goals, interpreter=interpreter.explain, batch_size=batch_size)
     x, x0 = result.images / np.float32(255), chosen.images / np.float32(255)
-    success = np.asarray(metrics.success(logits, goals))
-    confidence = np.asarray(metrics.confidence(logits, goals))
-    map_l1 = np.asarray(metrics.map_l1(maps, target_maps))
+    success = np.asarray(metrics.success(result.logits, goals))
+    confidence = np.asarray(metrics.confidence(result.logits, goals))
+    map_l1 = np.asarray(metrics.map_l1(result.maps, target_maps))
     means: dict[str, ArrayLike] = {
         "asr": success,
         "map_l1": map_l1,
-        "map_l2": metrics.map_l2(maps, target_maps),
-        "map_iou75": metrics.iou_quantile(maps, target_maps),
-        "map_iou50": metrics.iou_threshold(maps, target_maps),
+        "map_l2": metrics.map_l2(result.maps, target_maps),
+        "map_iou75": metrics.iou_quantile(result.maps, target_maps),
+        "map_iou50": metrics.iou_threshold(result.maps, target_maps),
         "linf": metrics.linf(x, x0),
         "l2": metrics.l2(x, x0),
-        "float_map_l1": metrics.map_l1(float_maps, target_maps),
-        "float_map_iou75": metrics.iou_quantile(float_maps, target_maps),
+        "float_map_l1": metrics.map_l1(result.float_maps, target_maps),
+        "float_map_iou75": metrics.iou_quantile(result.float_maps, target_maps),
     }
     if chosen.masks is not None:
-        means["pointing_game"] = metrics.pointing_game(maps, chosen.masks)
+        means["pointing_game"] = metrics.pointing_game(result.maps, chosen.masks)
     row: Row = {"n": len(x), "mc": float(confidence[success].mean()) if success.any() else None}
     row |= {key: float(np.mean(np.asarray(value))) for key, value in means.items()}
     row["linf"] = float(np.max(np.asarray(means["linf"])))
-    arrays = {"images": result.images, "maps": maps, "confidence": confidence, "success": success, "map_l1": map_l1}
+    arrays = {"images": result.images, "maps": result.maps, "confidence": confidence, "success": success, "map_l1": map_l1}
     return row, arrays
 
 

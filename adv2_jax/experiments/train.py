@@ -71,7 +71,8 @@ def train_classifier(
         The trained classifier, BatchNorm set to running statistics, and the loss of every step `[steps]`.
 
     Raises:
-        ValueError: an option is out of its range, or images and labels do not fit each other, the classifier or `batch_size`.
+        ValueError: an option is out of its range, or images and labels do not fit each other, the classifier or `batch_size`;
+            or the loss stops being finite.
     """
     _check_options(epochs, learning_rate, weight_decay, smoothing, shift)
     _check_images(model, images, labels, batch_size)
@@ -88,6 +89,8 @@ def train_classifier(
         losses.append(loss)
         if on_step:
             on_step(len(losses), float(loss))
+    if not np.isfinite(losses).all():
+        raise ValueError(f"training diverged; a lower learning rate than {learning_rate} may help")
     trained = nnx.merge(graph, state.params, state.others)
     trained.eval()
     return trained, np.array(losses, np.float32)
