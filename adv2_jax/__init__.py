@@ -11,6 +11,7 @@ The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep L
 
 from adv2_jax import activations, data, interpreters, losses, maps, metrics, models, presets, threats
 from adv2_jax.attack import Result, attack, explain
+from adv2_jax.experiments.select import select
 from adv2_jax.types import Classifier
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "metrics",
     "models",
     "presets",
+    "select",
     "threats",
 ]
 __version__ = "0.1.0"

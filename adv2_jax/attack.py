@@ -13,6 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adv2_jax import losses, threats
+from adv2_jax.classifier import num_classes
 from adv2_jax.descent import (
     Driver,
     Numbers,
@@ -100,6 +101,7 @@ def attack(
     batches = _batches(problems, batch_size)
     parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches]
     x = np.concatenate(parts)[: len(problems.target)]
+    _check_finite(x)  # steps along gradients that are not
     rounded = np.round(x * 255).astype(np.uint8)
 
     def look(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +148,7 @@ def explain(
     face = interpreter.explain if isinstance(interpreter, Interpreter) else interpreter
     parts = [_explain_batch(model, *batch, face) for batch in _batches(inputs, batch_size)]
     logits, maps = (np.concatenate(part)[: len(inputs[0])] for part in zip(*parts, strict=True))
+    _check_finite(logits)
     return logits, maps
 
 
@@ -208,13 +211,17 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
 
 
+def _check_finite(values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError("the network gives logits or gradients that are not finite numbers on these images")
+
+
 def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
     """Class indices as int32 [N], one for each image of x and in the model's range."""
     classes = np.asarray(values)
     if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}")
-    image = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-    (k,) = jax.eval_shape(lambda m, i: m.head(m.features(i)), model, image).shape
+    k = num_classes(model, x.shape[1:])
     if classes.min() < 0 or classes.max() >= k:
         raise ValueError(f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}")
     return classes.astype(np.int32)

@@ -3,8 +3,9 @@
 import argparse
 import contextlib
 import shlex
+import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,14 +16,28 @@ from rich.table import Table
 
 from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
+from adv2_jax.classifier import num_classes
 from adv2_jax.experiments.files import output_directory, write_run, write_summary
 from adv2_jax.experiments.run import Outcome, Settings, environment, run
-from adv2_jax.experiments.train import BATCH_SIZE, EPOCHS, LEARNING_RATE, accuracy, train_classifier, training_sets
+from adv2_jax.experiments.train import (
+    BATCH_SIZE,
+    EPOCHS,
+    LEARNING_RATE,
+    Recipe,
+    TrainingSets,
+    accuracy,
+    train_classifier,
+    training_sets,
+)
 from adv2_jax.files import atomic
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.presets import PRESETS
+from adv2_jax.types import Classifier
 
 EMBEDDED = "the embedded network"
+NAMES = f"one of {', '.join(models.MODELS)}"
+SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
+RECIPE = ("seed", "epochs", "batch_size", "learning_rate", "shift", "mirror", "head_only")
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
 
 
@@ -55,8 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("adv2: out of memory; a smaller --batch-size or fewer --steps needs less", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("adv2: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"adv2: interrupted{interrupt}", file=sys.stderr)
         return 130
     return 0
 
@@ -79,14 +94,19 @@ def _parser() -> Parser:
     classifier = kinds.add_parser("classifier", help="train a classifier")
     _train_arguments(classifier)
     classifier.set_defaults(run=_train_classifier)
+
+    convert = commands.add_parser("convert", help="rewrite torchvision or timm weights in the project's form")
+    _convert_arguments(convert)
+    convert.set_defaults(run=_convert)
     return parser
 
 
 def _attack_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", metavar="NAME", help=f"one of {', '.join(models.MODELS)} (default: {EMBEDDED})")
-    add("--weights", metavar="FILE", help="torch-style state dict, .npz or .safetensors")
-    add("--images", default="shapes", metavar="SOURCE", help="shapes, shapes:N, or FILE.npz (default: %(default)s)")
+    add("--model", metavar="NAME", help=f"{NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
+    add("--weights", metavar="FILE", help="torch-style state dict, .npz, .safetensors or .pth; with file.py:name handed to name")
+    _normalisation_arguments(parser)
+    _source_arguments(parser)
     add("--interpreter", nargs="+", default=list(INTERPRETERS), choices=list(INTERPRETERS), help="default: all")
     add("--threat", default="linf", choices=["linf"], help="threat model (default: %(default)s)")
     add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
@@ -100,10 +120,32 @@ def _attack_arguments(parser: Parser) -> None:
     add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz and report.html")
 
 
+def _normalisation_arguments(parser: Parser) -> None:
+    for name, kind, meaning in (("--mean", float, "subtracted from"), ("--std", _divisor, "that divides")):
+        parser.add_argument(
+            name, nargs=3, type=kind, metavar=("R", "G", "B"), help=f"colour {meaning} the [0, 1] image (default: ImageNet's)"
+        )
+
+
+def _source_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("--images", default="shapes", metavar="SOURCE", help=f"{SOURCES} (default: %(default)s)")
+    add("--size", type=_positive, metavar="N", help="crop images to N x N (default: folders and tfds to what the network wants)")
+    add("--labels", metavar="FILE.csv", help="file name, class, and optional target class of the images of a flat folder")
+    add("--classes", metavar="FILE.txt", help="one class a line, in the network's order; names of sub-folders")
+    add("--sample", type=_positive, metavar="N", help="read only N images, drawn from the seed (default: all)")
+
+
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
+
+
+def _divisor(text: str) -> float:
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return float(text)
 
 
 def _seed(text: str) -> int:
@@ -119,11 +161,11 @@ def _positive(text: str) -> int:
 
 
 def _attack(arguments: argparse.Namespace, command: str) -> None:
-    model = _model(arguments.model, arguments.weights)
+    model = _model(arguments)
     arguments.interpreter = list(dict.fromkeys(arguments.interpreter))
     _run(
         model,
-        data.load(arguments.images),
+        data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None))),
         Settings(
             interpreters=arguments.interpreter,
             threat=threats.linf(arguments.epsilon),
@@ -144,43 +186,72 @@ def _demo(arguments: argparse.Namespace, command: str) -> None:
         file.write(report.gallery(arguments.out))
 
 
-def _model(name: str | None, weights: str | None) -> models.ResNet:
+def _model(arguments: argparse.Namespace) -> Classifier:
+    name, weights, options = arguments.model, arguments.weights, _normalisation(arguments)
+    if options and (name is None or models.user.is_reference(name)):
+        raise ValueError(f"--{min(options)} is for the networks that come with adv2: {', '.join(models.MODELS)}")
     if name is None and weights is None:
         return models.embedded()
+    if name is not None and models.user.is_reference(name):
+        return models.user.load(name, weights)
     if name is None or weights is None:
         raise ValueError("--model and --weights go together; without both, the embedded network is used")
-    return models.load(name, weights)
+    return models.load(name, weights, **options)
+
+
+def _normalisation(arguments: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+    return {key: tuple(getattr(arguments, key)) for key in ("mean", "std") if getattr(arguments, key)}
+
+
+def _source_options(arguments: argparse.Namespace, image_size: int | None) -> dict[str, Any]:
+    options = {key: getattr(arguments, key) for key in ("size", "labels", "classes", "sample", "seed")}
+    if options["size"] is None and data.sizes_vary(arguments.images):
+        options["size"] = image_size
+    return options
 
 
 def _train_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("--model", default="cifar_resnet20", metavar="NAME", help=f"one of {', '.join(models.MODELS)} (default: %(default)s)")
-    add("--images", default="shapes", metavar="SOURCE", help="shapes or FILE.npz (default: %(default)s)")
+    add("--model", default="cifar_resnet20", metavar="NAME", help=f"{NAMES} (default: %(default)s)")
+    add("--weights", metavar="FILE", help="weights to start from; the head is made anew if it has other classes (default: none)")
+    _normalisation_arguments(parser)
+    _source_arguments(parser)
+    add(
+        "--held-out",
+        metavar="SOURCE",
+        help="images to measure the accuracy on (default: other scenes for shapes, else a tenth of --images)",
+    )
     add("--epochs", type=_positive, default=EPOCHS, metavar="N", help="passes over the images (default: %(default)s)")
     add("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="images a step (default: %(default)s)")
     add("--learning-rate", type=float, default=LEARNING_RATE, metavar="R", help="its peak (default: %(default)s)")
+    add("--shift", type=_whole, default=Recipe.shift, metavar="N", help="largest random shift in pixels (default: %(default)s)")
+    add("--no-mirror", dest="mirror", action="store_false", help="do not mirror images at random: for text and digits")
+    add("--head-only", action="store_true", help="train the head, keep the features")
     add("--seed", type=_seed, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    add("--checkpoint-every", type=_positive, metavar="N", help="steps between checkpoints (default: an epoch)")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--out", required=True, metavar="DIR", help="where to write weights.npz and summary.json")
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
-    sets = training_sets(arguments.images, seed=arguments.seed)
-    classes = int(max(sets.train.labels.max(), sets.held_out.labels.max())) + 1
-    model = models.build(arguments.model, seed=arguments.seed, num_classes=classes)
-    options = {"epochs": arguments.epochs, "batch_size": arguments.batch_size, "learning_rate": arguments.learning_rate}
+    options = _source_options(arguments, models.image_size(arguments.model))
+    sets = training_sets(arguments.images, held_out=arguments.held_out, **options)
+    model = _start(arguments, sets)
     with output_directory(arguments.out) as directory:
-        with _progress() as start:
-            steps = arguments.epochs * (len(sets.train.images) // arguments.batch_size)
-            tick = start("train", steps)
+        checkpoints = directory / "checkpoints"
+        before = accuracy(model, *sets.held_out) if arguments.weights else None
+        with _progress() as start, _kept(checkpoints):
+            bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
             model, losses = train_classifier(
                 model,
-                sets.train.images,
-                sets.train.labels,
-                seed=arguments.seed,
-                on_step=lambda step, loss: tick(1),
-                **options,
+                *sets.train,
+                checkpoints=checkpoints,
+                checkpoint_every=arguments.checkpoint_every,
+                resume=arguments.resume,
+                on_step=_advance(bar),
+                **{name: getattr(arguments, name) for name in RECIPE},
             )
-        held_out = accuracy(model, sets.held_out.images, sets.held_out.labels)
+        after = accuracy(model, *sets.held_out)
         models.convert.save(model, directory / "weights.npz")
         write_summary(
             directory,
@@ -188,18 +259,66 @@ def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
                 "config": _config(arguments, command),
                 "environment": environment(),
                 "counts": {"train": len(sets.train.images), "held_out": len(sets.held_out.images)},
-                "accuracy": held_out,
+                "classes": sets.classes,
+                "accuracy": after,
+                "accuracy_before": before,
                 "losses": [float(loss) for loss in losses],
             },
         )
-    print(f"held-out accuracy {held_out:.4f} on {len(sets.held_out.images)} images; weights: {directory / 'weights.npz'}")
+        shutil.rmtree(checkpoints)
+    print(f"held-out accuracy {after:.4f} on {len(sets.held_out.images)} images; weights: {directory / 'weights.npz'}")
+
+
+def _advance(bar: OnStep) -> Callable[[int, float], None]:
+    """A bar that is told the number of the step: a resumed run begins in the middle."""
+    seen = 0
+
+    def on_step(step: int, loss: float) -> None:
+        nonlocal seen
+        bar(step - seen)
+        seen = step
+
+    return on_step
+
+
+def _start(arguments: argparse.Namespace, sets: TrainingSets) -> models.Network:
+    """The network that training starts from."""
+    if arguments.weights is None:
+        return models.build(arguments.model, seed=arguments.seed, num_classes=sets.num_classes, **_normalisation(arguments))
+    model = models.load(arguments.model, arguments.weights, **_normalisation(arguments))
+    if num_classes(model, sets.train.images.shape[1:]) == sets.num_classes:
+        return model
+    return models.with_new_head(model, sets.num_classes, seed=arguments.seed)
+
+
+@contextlib.contextmanager
+def _kept(checkpoints: Path) -> Iterator[None]:
+    """Tells whoever interrupts a run how to go on with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoints.exists():
+            raise KeyboardInterrupt("; the last checkpoint is kept, --resume goes on from it") from None
+        raise
+
+
+def _convert_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("file", metavar="FILE", help="torchvision or timm state dict: .pth, .pt (both need torch), .safetensors or .npz")
+    add("--model", required=True, metavar="NAME", help=NAMES)
+    add("--out", required=True, metavar="FILE", help="what to write: .safetensors or .npz")
+
+
+def _convert(arguments: argparse.Namespace, command: str) -> None:
+    for line in models.convert_file(arguments.file, arguments.model, arguments.out):
+        print(line)
 
 
 def _config(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key != "run"} | {"command": command}
 
 
-def _run(model: models.ResNet, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None) -> None:
+def _run(model: Classifier, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None) -> None:
     with output_directory(config["out"]) as directory:
         with _progress() as start:
             outcome = run(model, images, settings, limit=limit, progress=start)

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import pickle
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -29,11 +31,48 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
-READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {".npz": _read_npz, ".safetensors": _read_safetensors}
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"reading {path.suffix} needs torch: pip install torch, or convert the file elsewhere") from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of old formats; what matters to the user is an error
+        try:
+            entries = _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
+        except pickle.UnpicklingError:
+            raise ValueError("it is damaged or holds other objects than tensors, only a state dict is read") from None
+    tensors = {key: value.detach() for key, value in entries.items() if isinstance(value, torch.Tensor)}
+    if not tensors:
+        raise ValueError("it holds no tensors by name, only a state dict is read")
+    halves = (torch.float16, torch.bfloat16)
+    return {key: (value.float() if value.dtype in halves else value).numpy() for key, value in tensors.items()}
+
+
+def _unwrapped(entries: Any) -> Mapping[str, Any]:
+    """The state dict inside a training checkpoint; empty if there is none."""
+    if not isinstance(entries, Mapping):
+        return {}
+    inner = [entries[key] for key in NESTED if isinstance(entries.get(key), Mapping)]
+    return _unwrapped(inner[0]) if inner else entries
+
+
+NESTED = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
+READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
+    ".npz": _read_npz,
+    ".safetensors": _read_safetensors,
+    ".pth": _read_torch,
+    ".pt": _read_torch,
+}
 
 
 def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz` or `.safetensors` file, by name. Nothing is ever unpickled.
+    """All arrays of a file, by name. Nothing is ever unpickled but plain tensors, by torch, which refuses the rest.
+
+    Args:
+        path: `.npz`, `.safetensors`, or, where torch is installed, `.pth` or `.pt`: a state dict, or a training checkpoint that
+            holds one as `state_dict`, `model_state_dict` or `model`. Entries of it that are not tensors are passed over, and half
+            precision becomes float32.
 
     Raises:
         ValueError: one line that names the file and what is wrong: missing, another suffix, truncated, pickled objects.
@@ -45,9 +84,9 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         return READERS[path.suffix](path)
     except FileNotFoundError:
         raise ValueError(f"cannot read {path}: no such file") from None
-    except Exception as error:  # zipfile, zlib, numpy and safetensors each raise their own on a damaged file
+    except Exception as error:  # zipfile, zlib, numpy, safetensors and torch each raise their own on a damaged file
         reason = "it holds pickled objects, only plain arrays are read" if "allow_pickle" in str(error) else error
-        raise ValueError(f"cannot read {path}: {str(reason).splitlines()[0] or type(error).__name__}") from None
+        raise ValueError(f"cannot read {path}: {(str(reason) or type(error).__name__).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
@@ -67,7 +106,37 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
+def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    np.savez_compressed(file, allow_pickle=False, **arrays)
+
+
+def _write_safetensors(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
+    try:
+        from safetensors.numpy import save
+    except ImportError:
+        raise ValueError("writing .safetensors needs safetensors: pip install 'adv2_jax[weights]'") from None
+    file.write(save({key: np.asarray(array, order="C") for key, array in arrays.items()}))  # it forgets about strides
+
+
+WRITERS: dict[str, Callable[[IO[bytes], Mapping[str, np.ndarray]], None]] = {".npz": _write_npz, ".safetensors": _write_safetensors}
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse a name that `write_arrays` has no format for.
+
+    Raises:
+        ValueError: names the file, its suffix and what is allowed.
+    """
+    if Path(path).suffix not in WRITERS:
+        raise ValueError(f"cannot write {path}: suffix {Path(path).suffix!r} is not one of {', '.join(WRITERS)}")
+
+
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:
-    """Write an `.npz` atomically; arrays keep their names, slashes included."""
+    """Write an `.npz` or `.safetensors` atomically; arrays keep their names, slashes included.
+
+    Raises:
+        ValueError: another suffix, or safetensors is not installed.
+    """
+    check_writable(path)
     with atomic(path) as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        WRITERS[Path(path).suffix](file, arrays)

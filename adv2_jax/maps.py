@@ -32,16 +32,26 @@ def channel_max(gradient: Array) -> Array:
     return jnp.abs(gradient).max(axis=-1)
 
 
-def pool(raw: Array, size: int) -> Array:
+def pool(raw: Array, size: int | None = None) -> Array:
     """Mean over non-overlapping size x size blocks: [H, W] -> [H/size, W/size].
+
+    Args:
+        raw: [H, W].
+        size: side of the blocks; None is `usual_pool`.
 
     Raises:
         ValueError: if `size` is below 1 or does not divide both sides.
     """
     h, w = raw.shape
+    size = usual_pool(h, w) if size is None else size
     if size < 1 or h % size or w % size:
         raise ValueError(f"pool = {size} must be at least 1 and divide the map sides {h} x {w}")
     return raw.reshape(h // size, size, w // size, size).mean(axis=(1, 3))
+
+
+def usual_pool(h: int, w: int) -> int:
+    """4 at 224² as in the paper, 1 below 112²: the largest divisor of both sides that leaves 56 or more of the shorter one."""
+    return next(size for size in range(max(min(h, w) // 56, 1), 0, -1) if h % size == w % size == 0)
 
 
 def resize(values: Array, shape: tuple[int, int]) -> Array:

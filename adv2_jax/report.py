@@ -306,7 +306,8 @@ def _card(interpreter: str, threat: str | None, classes: Sequence[str] | None, o
     figures += [_attacked(interpreter, attack, _attack_name(attack, threat), target, one) for attack in present]
     if "adv2" in present:
         figures.append(_difference(interpreter, one))
-    heading = f"Image {one['indices']}: {true_class} → {target}"
+    name = f" ({one['names']})" if "names" in one else ""
+    heading = f"Image {one['indices']}{name}: {true_class} → {target}"
     return f'<article class="card"><h3>{escape(heading)}</h3><div class="strip">{"".join(figures)}</div></article>'
 
 

@@ -13,6 +13,7 @@ ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
     {"types", "options"},
     {"activations", "maps", "losses", "files"},
+    {"classifier"},
     {"interpreters", "threats", "models", "data", "metrics"},
     {"descent"},
     {"presets"},
@@ -86,7 +87,7 @@ def test_everything_public_has_a_docstring(path):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    heavy = ["tensorflow", "tensorflow_datasets", "torch", "PIL", "matplotlib", "safetensors"]
+    heavy = ["tensorflow", "tensorflow_datasets", "torch", "orbax", "PIL", "matplotlib", "safetensors"]
     program = f"import sys, adv2_jax; print(*(name for name in {heavy} if name in sys.modules))"
     finished = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
     assert finished.stdout.split() == []

@@ -1,5 +1,6 @@
 """The command line: what it writes, and that it refuses bad input in one line, with exit code 2 and nothing left behind."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -197,6 +198,158 @@ BAD_TRAINING = {
 def test_bad_training_is_refused(network, tmp_path, capsys, expected, monkeypatch):
     monkeypatch.chdir(network)
     refused(train(network, tmp_path / "out", *BAD_TRAINING[expected]), capsys, expected, tmp_path / "out")
+
+
+@contextlib.contextmanager
+def interrupted_at(step):
+    """Progress bars that are interrupted while they show a step."""
+    done = 0
+
+    def tick(steps):
+        nonlocal done
+        done += steps
+        if done == step:
+            raise KeyboardInterrupt
+
+    yield lambda title, steps: tick
+
+
+def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, capsys, monkeypatch):
+    words = ["--checkpoint-every", "2", "--no-mirror"]
+    assert train(network, tmp_path / "whole", *words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda: interrupted_at(5))
+        assert train(network, tmp_path / "out", *words) == 130
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
+    assert train(network, tmp_path / "out", *words) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert train(network, tmp_path / "out", *words, "--seed", "5", "--resume") == 2
+    assert "seed was 0, is 5" in capsys.readouterr().err
+    assert train(network, tmp_path / "out", *words, "--resume") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert (tmp_path / "out" / "weights.npz").read_bytes() == (tmp_path / "whole" / "weights.npz").read_bytes()
+
+
+def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
+    start = ["--weights", str(network / "weights.npz"), "--head-only", "--learning-rate", "1e-9"]
+    assert train(network, tmp_path / "same", *start) == 0
+    old, new = (dict(np.load(path)) for path in (network / "weights.npz", tmp_path / "same" / "weights.npz"))
+    assert all(np.allclose(old[key], new[key], atol=1e-6) for key in old)  # a rate of 1e-9 moves nothing
+    write_arrays(network / "five.npz", {"images": np.zeros((20, 8, 8, 3), np.uint8), "labels": np.arange(20) % 5})
+    assert train(network, tmp_path / "five", *start, "--images", str(network / "five.npz")) == 0
+    with np.load(tmp_path / "five" / "weights.npz") as five:
+        assert five["linear.weight"].shape == (5, 8)
+        np.testing.assert_array_equal(five["layer2.0.conv1.weight"], old["layer2.0.conv1.weight"])
+
+
+NETWORK = """
+import jax.numpy as jnp
+from adv2_jax import models
+
+def network(path=None):
+    return models.load("tiny", path) if path else models.build("tiny", width=2, num_classes=3)
+
+class Bare:
+    pass
+
+def not_finite(path):
+    network = models.load("tiny", path)
+    network.linear.bias[...] = jnp.full(3, jnp.nan)
+    return network
+
+def training(path):
+    network = models.load("tiny", path)
+    network.train()
+    return network
+"""
+
+
+@pytest.fixture(scope="module")
+def own(network):
+    path = network / "own.py"
+    path.write_text(NETWORK)
+    return path
+
+
+def test_own_network_by_file_and_name(network, own, tmp_path):
+    words = ["--interpreter", "cam", "--limit", "2"]
+    assert attack(network, tmp_path / "named", *words) == 0
+    assert attack(network, tmp_path / "own", *words, "--model", f"{own}:network") == 0
+    with np.load(tmp_path / "named" / "results.npz") as a, np.load(tmp_path / "own" / "results.npz") as b:
+        np.testing.assert_array_equal(a["cam/adv2/images"], b["cam/adv2/images"])
+
+
+BAD_NETWORKS = {
+    "has no method features": "Bare",
+    "logits or gradients that are not finite": "not_finite",
+    "is set to training: bn1 (BatchNorm) uses batch statistics": "training",
+    "has no 'nothing'; it has network, Bare": "nothing",
+}
+
+
+@pytest.mark.parametrize("expected", BAD_NETWORKS)
+def test_bad_networks_are_refused(network, own, tmp_path, capsys, expected):
+    words = ["attack", "--model", f"{own}:{BAD_NETWORKS[expected]}", "--images", str(network / "images.npz")]
+    weights = [] if BAD_NETWORKS[expected] == "Bare" else ["--weights", str(network / "weights.npz")]
+    refused(cli.main([*words, *weights, "--out", str(tmp_path / "out")]), capsys, expected, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def folders(network, tmp_path_factory):
+    """The images of the network as PNG files: in numbered class folders, and flat."""
+    image = pytest.importorskip("PIL.Image")
+    nested, flat = (tmp_path_factory.mktemp(name) for name in ("nested", "flat"))
+    with np.load(network / "images.npz") as arrays:
+        for i, (pixels, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
+            (nested / str(label)).mkdir(exist_ok=True)
+            image.fromarray(pixels).save(nested / str(label) / f"{i}.png")
+            image.fromarray(pixels).save(flat / f"{i}.png")
+    return nested, flat
+
+
+def test_folders_are_attacked_like_arrays(network, folders, tmp_path):
+    for name, images in (("arrays", None), ("nested", folders[0]), ("flat", folders[1])):
+        size = [] if images is None else ["--size", "8"]
+        assert attack(network, tmp_path / name, "--interpreter", "cam", *size, images=images) == 0
+    results = {name: dict(np.load(tmp_path / name / "results.npz")) for name in ("arrays", "nested", "flat")}
+    np.testing.assert_array_equal(results["flat"]["cam/adv2/images"], results["arrays"]["cam/adv2/images"])
+    np.testing.assert_array_equal(results["flat"]["names"], [f"{i}.png" for i in range(N)])
+    assert sorted(results["nested"]["labels"]) == sorted(results["arrays"]["labels"])
+    assert all(
+        name.startswith(f"{label}/") for name, label in zip(results["nested"]["names"], results["nested"]["labels"], strict=True)
+    )
+
+
+def test_folders_are_cropped_to_what_the_network_was_trained_on(network, folders, tmp_path):
+    assert attack(network, tmp_path / "out", "--interpreter", "cam", images=folders[1]) == 0
+    with np.load(tmp_path / "out" / "results.npz") as results:
+        assert results["images"].shape[1:] == (32, 32, 3)
+
+
+def test_normalisation_of_named_networks(network, own, tmp_path, capsys):
+    colours = ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
+    words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--out", "run"]
+    model = cli._model(cli._parser().parse_args([*words, *colours]))
+    assert (model.mean, model.std) == ((0.5,) * 3, (0.25,) * 3)
+    code = attack(network, tmp_path / "other", *colours, "--model", f"{own}:network")
+    refused(code, capsys, "--mean is for the networks that come with adv2", tmp_path / "other")
+    code = attack(network, tmp_path / "other", "--std", "1", "0", "1")
+    refused(code, capsys, "'0' is not a number above 0", tmp_path / "other")
+
+
+def test_weights_are_converted(network, tmp_path, capsys):
+    with np.load(network / "weights.npz") as arrays:
+        foreign = {f"module.{key}": value for key, value in arrays.items()}
+    write_arrays(tmp_path / "foreign.npz", foreign)
+    words = ["convert", str(tmp_path / "foreign.npz"), "--out", str(tmp_path / "mine.safetensors"), "--model"]
+    assert cli.main([*words, "tiny"]) == 0
+    printed = capsys.readouterr().out
+    assert "37 of 37 keys fit tiny" in printed and "taken off every key: module." in printed
+    loaded, known = (models.load("tiny", path) for path in (tmp_path / "mine.safetensors", network / "weights.npz"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, known)
+    (tmp_path / "mine.safetensors").unlink()
+    refused(cli.main([*words, "resnet18"]), capsys, "do not fit resnet18", tmp_path / "mine.safetensors")
 
 
 def test_a_file_in_place_of_the_directory_is_refused(network, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Reading never unpickles and says what is wrong; writing is all or nothing."""
 
 import os
+import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -70,7 +72,7 @@ BROKEN = {
     "single.npz": (single, "not a whole .npz archive"),
     "pickled.npz": (pickled, "it holds pickled objects, only plain arrays are read"),
     "folder.npz": (lambda path, archive: path.mkdir(), "directory"),
-    "weights.pt": (lambda path, archive: path.touch(), r"suffix '\.pt' is not one of \.npz, \.safetensors"),
+    "weights.bin": (lambda path, archive: path.touch(), r"suffix '\.bin' is not one of \.npz, \.safetensors, \.pth, \.pt$"),
     "weights": (lambda path, archive: path.touch(), "suffix '' is not one of"),
     "garbage.safetensors": (lambda path, archive: path.write_bytes(b"\xff" * 40), "."),
     "missing.safetensors": (lambda path, archive: None, "no such file"),
@@ -88,6 +90,76 @@ def test_unreadable_files_are_one_line_with_the_path_and_the_reason(tmp_path, ar
         files.read_arrays(path)
     assert str(caught.value).startswith(f"cannot read {path}: ")
     assert "\n" not in str(caught.value)
+
+
+TORCH_BROKEN = {
+    "missing.pth": (lambda path, torch: None, "no such file"),
+    "empty.pth": (lambda path, torch: path.touch(), "."),
+    "garbage.pth": (lambda path, torch: path.write_bytes(b"garbage"), "damaged or holds other objects"),
+    "malicious.pth": (lambda path, torch: torch.save({"a": torch.ones(2), "b": Dangerous()}, path), "other objects than tensors"),
+    "plain_pickle.pt": (lambda path, torch: path.write_bytes(pickle.dumps(Dangerous())), "other objects than tensors"),
+    "module.pth": (lambda path, torch: torch.save(torch.nn.Linear(1, 1), path), "only a state dict is read"),
+    "tensor.pth": (lambda path, torch: torch.save(torch.ones(2), path), "it holds no tensors by name"),
+    "nothing.pth": (lambda path, torch: torch.save({"epoch": 3}, path), "it holds no tensors by name"),
+}
+
+
+@pytest.mark.parametrize("name", TORCH_BROKEN)
+def test_unreadable_files_of_torch_are_one_line_with_the_path_and_the_reason(tmp_path, name):
+    spoil, reason = TORCH_BROKEN[name]
+    spoil(tmp_path / name, pytest.importorskip("torch"))
+    with pytest.raises(ValueError, match=reason) as caught:
+        files.read_arrays(tmp_path / name)
+    assert str(caught.value).startswith(f"cannot read {tmp_path / name}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("nesting", [(), ("state_dict",), ("model_state_dict",), ("model",), ("state_dict", "model")])
+def test_tensors_are_read_and_the_rest_is_passed_over(tmp_path, nesting):
+    torch = pytest.importorskip("torch")
+    entries = {"a": torch.arange(6.0).reshape(2, 3).T, "n": torch.tensor(7), "p": torch.nn.Parameter(torch.ones(2)), "epoch": 3}
+    entries |= {"double": torch.ones(1).double(), "half": torch.full((1,), 0.5).half(), "bfloat": torch.ones(1).bfloat16()}
+    for key in reversed(nesting):
+        entries = {"epoch": 3, "state": [torch.ones(1)], key: entries}
+    torch.save(entries, tmp_path / "arrays.pth")
+    single, double = np.float32, np.float64
+    expected = {"a": np.arange(6, dtype=single).reshape(2, 3).T, "n": np.array(7), "p": np.ones(2, single)}
+    expected |= {"double": np.ones(1, double), "half": np.full(1, 0.5, single), "bfloat": np.ones(1, single)}
+    assert_same(files.read_arrays(tmp_path / "arrays.pth"), expected)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+def test_without_torch_its_files_are_refused(tmp_path, monkeypatch, suffix):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = tmp_path / f"weights{suffix}"
+    path.touch()
+    with pytest.raises(ValueError) as caught:
+        files.read_arrays(path)
+    assert (
+        str(caught.value) == f"cannot read {path}: reading {suffix} needs torch: pip install torch, or convert the file elsewhere"
+    )
+
+
+def test_safetensors_are_written_whatever_their_strides(tmp_path):
+    pytest.importorskip("safetensors")
+    arrays = ARRAYS | {"transposed": ARRAYS["a"].T}
+    files.write_arrays(tmp_path / "arrays.safetensors", arrays)
+    assert_same(files.read_arrays(tmp_path / "arrays.safetensors"), arrays)
+    assert os.listdir(tmp_path) == ["arrays.safetensors"]
+
+
+def test_without_safetensors_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
+    with pytest.raises(ValueError, match=r"^writing \.safetensors needs safetensors: pip install 'adv2_jax\[weights\]'$"):
+        files.write_arrays(tmp_path / "arrays.safetensors", ARRAYS)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["arrays.pth", "arrays"])
+def test_other_suffixes_are_not_written(tmp_path, name):
+    with pytest.raises(ValueError, match=r"^cannot write .*: suffix '(\.pth)?' is not one of \.npz, \.safetensors$"):
+        files.write_arrays(tmp_path / name, ARRAYS)
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

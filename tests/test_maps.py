@@ -78,6 +78,24 @@ def test_pool_names_what_does_not_fit(raw, size):
         maps.pool(raw, size)
 
 
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((224, 224), 4),
+        ((32, 32), 1),
+        ((64, 64), 1),
+        ((111, 111), 1),
+        ((112, 112), 2),
+        ((256, 320), 4),
+        ((299, 299), 1),
+        ((448, 448), 8),
+    ],
+)
+def test_usual_pool_is_the_paper_s_at_its_size(shape, expected):
+    assert maps.usual_pool(*shape) == expected
+    assert maps.pool(jnp.zeros(shape)).shape == (shape[0] // expected, shape[1] // expected)
+
+
 def bilinear(values, shape):
     """Half-pixel centres, edges repeated, no antialiasing: a plain loop."""
     out = np.empty(shape)

@@ -163,6 +163,12 @@ def test_classes_without_a_name_are_numbers(classes):
     assert any(text.endswith("→ class 1") for text in page.inside("h3"))
 
 
+def test_images_are_called_by_their_files():
+    results = make_results(n=2) | {"names": np.array(["a/1.png", "b <2>.png"])}
+    page = Page(report.render(make_summary(), results))
+    assert [text.split(":")[0] for text in page.inside("h3")[:2]] == ["Image 40 (a/1.png)", "Image 41 (b <2>.png)"]
+
+
 def test_what_comes_from_files_is_escaped():
     evil = '"><script>alert(1)</script>&amp;'
     summary = make_summary(classes=[evil, evil], environment={evil: evil})

@@ -1,13 +1,12 @@
 """A run: which images it takes, and that its rows are what the arrays say."""
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from adv2_jax import threats
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.run import Settings, run, select
+from adv2_jax.experiments.run import Settings, run
 
 
 class Mean(nnx.Module):
@@ -27,40 +26,6 @@ def coloured(channels, labels):
     masks = np.zeros((len(channels), 4, 4), bool)
     masks[:, :2, :2] = True
     return ImageSet(images, np.array(labels, np.int32), masks=masks)
-
-
-def test_images_the_network_gets_wrong_are_left_out_and_counted():
-    images = coloured([0, 1, 2, 0, 1], [0, 2, 2, 0, 1])
-    selection = select(Mean(), images)
-    np.testing.assert_array_equal(selection.indices, [0, 2, 3, 4])
-    assert (selection.left_out, selection.num_classes) == (1, 3)
-    limited = select(Mean(), images, limit=2)
-    np.testing.assert_array_equal(limited.indices, [0, 2])
-    assert limited.left_out == 1
-    np.testing.assert_array_equal(limited.images.labels, [0, 2])
-
-
-def test_nothing_right_is_refused():
-    with pytest.raises(ValueError, match="none of the 2 images right"):
-        select(Mean(), coloured([0, 1], [1, 0]))
-
-
-def test_a_network_that_cannot_take_the_images_is_refused():
-    class Flat(Mean):
-        def head(self, features):
-            return features.reshape(7, -1) @ jnp.zeros((3, 2))
-
-    with pytest.raises(ValueError, match=r"the network cannot take images of \[4, 4, 3\]"):
-        select(Flat(), coloured([0], [0]))
-
-
-def test_logits_that_are_not_finite_are_refused():
-    class Broken(Mean):
-        def head(self, features):
-            return jnp.log(-1 - features).mean(axis=(0, 1))
-
-    with pytest.raises(ValueError, match="not finite"):
-        select(Broken(), coloured([0], [0]))
 
 
 def test_rows_are_what_the_arrays_say():

@@ -1,54 +1,112 @@
-"""Image sets by name: `shapes` (embedded), `shapes:N`, or an `.npz` file."""
+"""Image sets by name: `shapes` (embedded), an `.npz` file, a folder of images, or a set of TensorFlow Datasets."""
 
-from typing import NamedTuple
+import os
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
-from adv2_jax.data import shapes
+from adv2_jax.data import folder, photos, shapes, tfds
+from adv2_jax.data.images import ImageSet, check_classes
+from adv2_jax.data.labels import ClassList, read_classes, whole
 from adv2_jax.files import read_arrays
+
+__all__ = ["ImageSet", "check_classes", "load", "sizes_vary"]
 
 HELD_OUT_SEED = 1  # the embedded network is trained on the scenes of seed 0
 
 
-class ImageSet(NamedTuple):
-    """N labelled images; optional entries are None where the source has none.
-
-    Attributes:
-        images: uint8 [N, H, W, 3].
-        labels: int32 [N].
-        targets: int32 [N], the classes to be predicted.
-        target_maps: float32 [N, h, w] in [0, 1], the maps to be shown.
-        masks: bool [N, H, W], where the labelled object is.
-        classes: names of the classes.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-    targets: np.ndarray | None = None
-    target_maps: np.ndarray | None = None
-    masks: np.ndarray | None = None
-    classes: tuple[str, ...] | None = None
-
-    def take(self, index: np.ndarray) -> "ImageSet":
-        """The images at `index` [M] (integers, or booleans [N])."""
-        arrays = {key: value[index] for key, value in self._asdict().items() if isinstance(value, np.ndarray)}
-        return self._replace(**arrays)
-
-
-def load(source: str) -> ImageSet:
+def load(
+    source: str | os.PathLike[str],
+    *,
+    size: int | None = None,
+    labels: str | os.PathLike[str] | None = None,
+    classes: str | os.PathLike[str] | None = None,
+    sample: int | None = None,
+    seed: int = 0,
+) -> ImageSet:
     """The image set a source names.
 
     Args:
-        source: `shapes` (200 embedded scenes), `shapes:N` (N of them), or the path of an `.npz` with `images` uint8
-            [N, H, W, 3] and `labels` [N]; `targets` [N], `target_maps` [N, h, w] and `masks` [N, H, W] are used when present.
+        source: one of
+            `shapes` (200 embedded scenes), `shapes:N` (N of them);
+            the path of an `.npz` with `images` uint8 [N, H, W, 3] and `labels` [N]; `targets` [N], `target_maps` [N, h, w] and
+            `masks` [N, H, W] are used when present;
+            a folder of images, with one sub-folder a class, or flat (see `folder.load`);
+            `tfds:NAME/SPLIT`, a prepared set of TensorFlow Datasets (see `tfds.load`).
+        size: side in pixels the network wants: images of any other size go through `photos.fit`, masks too, target maps stay. None:
+            all images have one size.
+        labels: CSV file with the labels of a flat folder (see `labels.read_labels`).
+        classes: text file, one class a line in the network's order (see `labels.ClassList`). Where the source names its classes,
+            their lines become the labels; elsewhere it only gives the names.
+        sample: read only so many images, drawn from the seed without replacement; their order stays. All if there are no more.
+        seed: of the draw.
+
+    Returns:
+        the set; `labels` is None where the source has no labels.
 
     Raises:
         ValueError: one line that names the source, what is wrong and what is allowed.
     """
-    if source.split(":")[0] == "shapes":
-        return _shapes(source)
+    for name, value in (("size", size), ("sample", sample)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    listed = None if classes is None else read_classes(classes)
+    table = None if labels is None else Path(labels)
+    found = _read(os.fspath(source), size, table, listed, partial(_draw, sample=sample, seed=seed))
+    return found if listed is None else _listed(found, listed)
+
+
+def _read(source: str, size: int | None, labels: Path | None, listed: ClassList | None, draw: folder.Draw) -> ImageSet:
+    embedded, prepared = _embedded(source), source.startswith("tfds:")
+    if not embedded and not prepared and Path(source).is_dir():
+        return folder.load(Path(source), size=size, draw=draw, labels=labels, listed=listed)
+    if labels is not None:
+        raise ValueError(f"labels in a file, {labels}, are for a folder of images, which {source!r} is not")
+    if prepared:
+        return tfds.load(source, size=size, draw=draw)
+    found = _shapes(source) if embedded else _npz(source)
+    return _fitted(found.take(draw(len(found.images))), size)
+
+
+def sizes_vary(source: str | os.PathLike[str]) -> bool:
+    """Whether images of a source may have any size (folders, TensorFlow Datasets), so that the network's is worth asking for."""
+    source = os.fspath(source)
+    return not _embedded(source) and not source.endswith(".npz")
+
+
+def _embedded(source: str) -> bool:
+    return source.split(":")[0] == "shapes"
+
+
+def _draw(n: int, *, sample: int | None, seed: int) -> np.ndarray:
+    """The sorted positions of `sample` of n images."""
+    if sample is None or sample >= n:
+        return np.arange(n)
+    return np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+
+
+def _fitted(found: ImageSet, size: int | None) -> ImageSet:
+    if size is None or found.images.shape[1:3] == (size, size):
+        return found
+    images = np.stack([photos.fit(image, size) for image in found.images])
+    if found.masks is None:
+        return found._replace(images=images)
+    masks = np.stack([photos.fit(mask, size, nearest=True) for mask in found.masks.astype(np.uint8)])
+    return found._replace(images=images, masks=masks.astype(bool))
+
+
+def _listed(found: ImageSet, listed: ClassList) -> ImageSet:
+    """A set with the classes of a file; labels that were positions in the set's own names become positions in the file."""
+    labels = found.labels
+    if found.classes is not None and labels is not None and not all(map(whole, found.classes)):
+        labels = np.array([listed.number(name) for name in found.classes], np.int32)[labels]
+    return found._replace(labels=labels, classes=listed.names, classes_from=f"{listed.path} has {len(listed.lines)} classes")
+
+
+def _npz(source: str) -> ImageSet:
     if not source.endswith(".npz"):
-        raise ValueError(f"images {source!r} are neither shapes, shapes:N nor an .npz file")
+        raise ValueError(f"images {source!r} are neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder")
     arrays = read_arrays(source)
     missing = [key for key in ("images", "labels") if key not in arrays]
     if missing:
@@ -117,17 +175,3 @@ def _classes(name: str, values: np.ndarray, n: int) -> np.ndarray:
     if values.max() > np.iinfo(np.int32).max:
         raise ValueError(f"{name} must be below 2**31, got {values.max()} at image {values.argmax()}")
     return values.astype(np.int32)
-
-
-def check_classes(image_set: ImageSet, num_classes: int) -> None:
-    """Refuse labels and targets that the network has no class for.
-
-    Raises:
-        ValueError: names the image, its class and the number of classes.
-    """
-    for name, values in (("label", image_set.labels), ("target", image_set.targets)):
-        if values is not None and values.max() >= num_classes:
-            i = values.argmax()
-            raise ValueError(
-                f"{name} {values[i]} of image {i} is out of range: the network has {num_classes} classes, 0..{num_classes - 1}"
-            )

@@ -13,9 +13,9 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from adv2_jax import metrics
-from adv2_jax.attack import OnStep, Result, attack, count_steps, explain, gradient_evaluations, no_map
+from adv2_jax.attack import OnStep, Result, attack, count_steps, explain, gradient_evaluations
 from adv2_jax.data import ImageSet, targets
-from adv2_jax.data.sources import check_classes
+from adv2_jax.experiments.select import select
 from adv2_jax.presets import Preset, resolve
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
@@ -54,41 +54,6 @@ class Outcome(NamedTuple):
     left_out: int
 
 
-class Selection(NamedTuple):
-    """Images the network gets right, their positions [N] in the set, its number of classes, and how many it gets wrong."""
-
-    images: ImageSet
-    indices: np.ndarray
-    num_classes: int
-    left_out: int
-
-
-def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32) -> Selection:
-    """The images a network gets right, at most `limit` of them.
-
-    Raises:
-        ValueError: if the network cannot take the images, a class is out of range, or no image is left.
-    """
-    logits = _predict(model, image_set.images, batch_size)
-    check_classes(image_set, logits.shape[-1])
-    right = np.flatnonzero(logits.argmax(axis=-1) == image_set.labels).astype(np.int32)
-    if len(right) == 0:
-        raise ValueError(f"the network gets none of the {len(image_set.images)} images right: nothing to attack")
-    indices = right[:limit]
-    return Selection(image_set.take(indices), indices, logits.shape[-1], len(image_set.images) - len(right))
-
-
-def _predict(model: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
-    try:
-        logits, _ = explain(model, images, np.zeros(len(images), np.int32), interpreter=no_map, batch_size=batch_size)
-    except (TypeError, ValueError) as error:  # what jax raises when shapes do not fit
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"the network cannot take images of {list(images.shape[1:])}: {reason}") from None
-    if not np.isfinite(logits).all():
-        raise ValueError("the network gives logits that are not finite numbers on these images")
-    return logits
-
-
 def run(
     model: Classifier,
     image_set: ImageSet,
@@ -111,7 +76,7 @@ def run(
 
     Returns:
         Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one PGD run), and arrays: `images`,
-        `labels`, `targets`, `indices` (positions in the set), `masks` when known; for each interpreter `I/benign_maps`,
+        `labels`, `targets`, `indices` (positions in the set), `masks` and file `names` when known; for each interpreter `I/benign_maps`,
         `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t),
         `I/A/success`, `I/A/map_l1`.
 
@@ -121,12 +86,12 @@ def run(
     plans = [resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps) for name in settings.interpreters]
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     chosen = selection.images
+    assert chosen.labels is not None
     goals = chosen.targets
     if goals is None:
         goals = targets.random_targets(chosen.labels, selection.num_classes, seed=settings.seed, indices=selection.indices)
     arrays: Arrays = {"images": chosen.images, "labels": chosen.labels, "targets": goals, "indices": selection.indices}
-    if chosen.masks is not None:
-        arrays["masks"] = chosen.masks
+    arrays |= {key: value for key, value in (("masks", chosen.masks), ("names", chosen.names)) if value is not None}
     rows: list[Row] = []
     seen = [_benign_maps(model, chosen, plan, settings) for plan in plans]  # all, so that a misfit is found before the work
     pgd: dict[int, Timed] = {}  # by budget: interpreters that cost the same share a run
@@ -146,7 +111,7 @@ def run(
 
 def _benign_maps(model: Classifier, chosen: ImageSet, plan: Preset, settings: Settings) -> np.ndarray:
     """The maps [N, h, w] of the unchanged images for their labels; refuses target maps of another size."""
-    assert plan.interpreter is not None
+    assert plan.interpreter is not None and chosen.labels is not None
     _, maps = explain(model, chosen.images, chosen.labels, interpreter=plan.interpreter.explain, batch_size=settings.batch_size)
     if chosen.target_maps is not None and chosen.target_maps.shape != maps.shape:
         found, name = list(chosen.target_maps.shape), plan.interpreter.name

@@ -68,11 +68,11 @@ def grad_cam_interpreter() -> Interpreter:
 
 
 @shared
-def grad_interpreter(*, pool: int = 1) -> Interpreter:
+def grad_interpreter(*, pool: int | None = None) -> Interpreter:
     """GRAD, and the true map with a curved ReLU (`relu_curved`, kernel width `tau`) for the adversary.
 
     Args:
-        pool: side of the mean-pooling blocks of the map.
+        pool: side of the mean-pooling blocks of the map; None is 4 at 224² and 1 below 112² (`maps.usual_pool`).
 
     Returns:
         An interpreter; equal options give the same object.
@@ -85,14 +85,14 @@ def grad_interpreter(*, pool: int = 1) -> Interpreter:
 
 
 @shared
-def smooth_grad_interpreter(*, act: Activation | None = None, pool: int = 1) -> Interpreter:
+def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None = None) -> Interpreter:
     """GRAD, and a map whose *first* derivative is smoothed for the adversary: the paper's way (§3.2).
 
     The smoothed activation serves the map term only; the logits go through the true ReLU.
 
     Args:
         act: the activation, such as `relu_sigmoid(beta)`; None is `relu_h` of width `tau`.
-        pool: side of the mean-pooling blocks of the map.
+        pool: side of the mean-pooling blocks of the map; None is 4 at 224² and 1 below 112² (`maps.usual_pool`).
 
     Returns:
         An interpreter; equal options give the same object.
@@ -107,7 +107,7 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int = 1) -> 
 
 
 @shared
-def _grad(pool: int) -> Explain:
+def _grad(pool: int | None) -> Explain:
     return lambda model, image, label: grad(model, image, label, pool=pool)
 
 

@@ -42,7 +42,7 @@ def grad_with_logits(
     label: Label,
     *,
     act: Activation = relu,
-    pool: int = 1,
+    pool: int | None = None,
     score: Score = log_odds,
 ) -> tuple[Logits, Map]:
     """The logits [K] and the map of `grad`, from one linearisation.
@@ -53,7 +53,9 @@ def grad_with_logits(
     return logits, maps.min_max(maps.pool(maps.channel_max(gradient), pool))
 
 
-def grad(model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int = 1, score: Score = log_odds) -> Map:
+def grad(
+    model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int | None = None, score: Score = log_odds
+) -> Map:
     """GRAD map, |∂f_c/∂x| reduced over colours and scaled to [0, 1] (ADV² eq. 5).
 
     The score differentiated is the log-odds u_c. Since ∂f_c/∂x = f_c (1 - f_c) ∂u_c/∂x, the min-max map, and the gradient of any
@@ -66,7 +68,7 @@ def grad(model: Classifier, image: Image, label: Label, *, act: Activation = rel
         image: [H, W, 3] in [0, 1].
         label: [] the class c the map explains.
         act: stands in for every ReLU: `relu` explains the network, `relu_h` gives the map a useful second derivative.
-        pool: side of the mean-pooling blocks (the paper pools 4 x 4 at 224²).
+        pool: side of the mean-pooling blocks; None is 4 at 224², as in the paper, and 1 below 112² (`maps.usual_pool`).
         score: (logits, label) -> [].
 
     Returns:

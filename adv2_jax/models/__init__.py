@@ -1,24 +1,43 @@
 """Classifiers by name, and their weights.
 
-model = adv2.models.load("cifar_resnet20", "weights.npz")
+model = adv2.models.load("resnet50", "resnet50.pth")
 """
 
+import inspect
 import os
-from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from typing import Any
 
+import numpy as np
 from flax import nnx
 
-from adv2_jax.files import read_arrays
-from adv2_jax.models import convert, resnet
+from adv2_jax.files import check_writable, read_arrays, write_arrays
+from adv2_jax.models import convert, densenet, resnet, user
+from adv2_jax.models.densenet import DenseNet
 from adv2_jax.models.resnet import CifarResNet, ImageNetResNet
 
-__all__ = ["MODELS", "CifarResNet", "ImageNetResNet", "build", "convert", "embedded", "load", "resnet"]
+__all__ = [
+    "MODELS",
+    "CifarResNet",
+    "DenseNet",
+    "ImageNetResNet",
+    "Network",
+    "build",
+    "convert",
+    "convert_file",
+    "densenet",
+    "embedded",
+    "image_size",
+    "load",
+    "resnet",
+    "user",
+    "with_new_head",
+]
 
-ResNet = CifarResNet | ImageNetResNet
+Network = CifarResNet | ImageNetResNet | DenseNet
 
-MODELS: dict[str, Callable[..., ResNet]] = {
+MODELS: dict[str, partial[Any]] = {
     "cifar_resnet20": resnet.cifar(3),
     "cifar_resnet32": resnet.cifar(5),
     "cifar_resnet44": resnet.cifar(7),
@@ -29,16 +48,20 @@ MODELS: dict[str, Callable[..., ResNet]] = {
     "resnet50": resnet.imagenet((3, 4, 6, 3), 4),
     "resnet101": resnet.imagenet((3, 4, 23, 3), 4),
     "resnet152": resnet.imagenet((3, 8, 36, 3), 4),
+    "densenet121": densenet.imagenet((6, 12, 24, 16)),
+    "densenet161": densenet.imagenet((6, 12, 36, 24), growth=48),
+    "densenet169": densenet.imagenet((6, 12, 32, 32)),
+    "densenet201": densenet.imagenet((6, 12, 48, 32)),
 }
 
 
-def build(name: str, *, seed: int = 0, **options: Any) -> ResNet:
+def build(name: str, *, seed: int = 0, **options: Any) -> Network:
     """A freshly initialised network.
 
     Args:
         name: a key of `MODELS`.
         seed: of the initialisation.
-        **options: `num_classes`, `width`, `mean`, `std` (see the module's class).
+        **options: `num_classes`, `width`, `mean`, `std`, `image_size`; `growth` of a DenseNet (see the module's class).
 
     Raises:
         ValueError: for an unknown name; lists the valid ones.
@@ -47,31 +70,80 @@ def build(name: str, *, seed: int = 0, **options: Any) -> ResNet:
     return MODELS[name](rngs=nnx.Rngs(seed), **options)
 
 
-def load(name: str, path: str | os.PathLike[str], **options: Any) -> ResNet:
-    """A network with the weights of a torch-style state dict in an `.npz` or `.safetensors` file.
+def load(name: str, path: str | os.PathLike[str], **options: Any) -> Network:
+    """A network with the weights of a torch-style state dict, under the names of torchvision or timm.
 
     Args:
         name: a key of `MODELS`.
-        path: the file. Width and number of classes are read off its first and last layer unless given.
+        path: `.npz`, `.safetensors`, or `.pth` or `.pt` where torch is installed. Width, growth and number of classes are read off
+            the file unless given.
         **options: as for `build`.
 
     Raises:
-        ValueError: for an unknown name, an unreadable file, or weights that do not fit (every key that does not match is listed
-            with the expected and the found shape).
+        ValueError: for an unknown name, an unreadable file, or weights that do not fit (says which keys, with the expected and
+            the found shape).
     """
-    _check_name(name)
-    arrays = read_arrays(path)
-    abstract = nnx.eval_shape(lambda: build(name, **{**_sizes(arrays), **options}))
-    try:
-        return convert.from_state_dict(abstract, arrays)
-    except ValueError as error:
-        raise ValueError(f"weights {path} do not fit {name}: {error}") from None
+    return _read(name, path, options)[0]
 
 
-def embedded() -> ResNet:
+def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike[str]) -> list[str]:
+    """Rewrite a file of weights under torchvision's names, once they are known to fit a network.
+
+    Args:
+        path: as for `load`.
+        name: a key of `MODELS`.
+        out: `.npz` or `.safetensors`, written atomically.
+
+    Returns:
+        What was found and done, a line each.
+
+    Raises:
+        ValueError: as for `load`, or `out` has another suffix.
+    """
+    check_writable(out)
+    model, found = _read(name, path, {})
+    arrays = convert.to_state_dict(model)
+    write_arrays(out, arrays)
+    sizes = (f"{option.replace('_', ' ')} {size}" for option, size in _sizes(name, arrays).items())
+    return [f"{len(arrays)} of {len(arrays)} keys fit {name}: {', '.join(sizes)}", *found.changes(), f"written: {out}"]
+
+
+def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network:
+    """The same network with a freshly initialised head, to be trained on other classes.
+
+    Args:
+        model: a network of this package; stays as it is.
+        num_classes: K of the new head, 2 or more.
+        seed: of the initialisation.
+
+    Returns:
+        A network of the same weights up to the last features.
+
+    Raises:
+        ValueError: for fewer than 2 classes.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be 2 or more, got {num_classes}")
+    name = model.SIZES["num_classes"].removesuffix(".weight")
+    copy = nnx.clone(model)
+    setattr(copy, name, nnx.Linear(getattr(copy, name).in_features, num_classes, rngs=nnx.Rngs(seed)))
+    return copy
+
+
+def embedded() -> Network:
     """The network that comes with the package: a CIFAR-style ResNet-20 trained on `data.shapes` (64 x 64, 10 classes)."""
     with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_resnet20.npz") as path:
-        return load("cifar_resnet20", path)
+        return load("cifar_resnet20", path, image_size=64)
+
+
+def image_size(name: str) -> int:
+    """The side of the images that networks of a name are made for.
+
+    Raises:
+        ValueError: for an unknown name; lists the valid ones.
+    """
+    _check_name(name)
+    return inspect.signature(MODELS[name]).parameters["image_size"].default
 
 
 def _check_name(name: str) -> None:
@@ -79,8 +151,20 @@ def _check_name(name: str) -> None:
         raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}")
 
 
-def _sizes(arrays: dict[str, Any]) -> dict[str, int]:
-    """Width and number of classes of a ResNet state dict, as far as it tells."""
-    arrays = {key.removeprefix("module."): value for key, value in arrays.items()}
-    sizes = {"width": arrays.get("conv1.weight"), "num_classes": arrays.get("linear.weight", arrays.get("fc.weight"))}
-    return {key: value.shape[0] for key, value in sizes.items() if value is not None and value.ndim > 1}
+def _read(name: str, path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Network, convert.Canonical]:
+    """The network filled with the arrays of a file, and what had to be done to them."""
+    _check_name(name)
+    arrays = read_arrays(path)
+    try:
+        found = convert.canonical(arrays)
+        abstract = nnx.eval_shape(lambda: build(name, **{**_sizes(name, found.arrays), **options}))
+        return convert.from_state_dict(abstract, found.arrays), found
+    except ValueError as error:
+        raise ValueError(f"weights {path} do not fit {name}: {error}") from None
+
+
+def _sizes(name: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
+    """The options that a canonical state dict tells: each is the length of one array."""
+    network: Any = MODELS[name].func
+    found = {option: arrays.get(key) for option, key in network.SIZES.items()}
+    return {option: array.shape[0] for option, array in found.items() if array is not None and array.ndim > 1}

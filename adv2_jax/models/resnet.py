@@ -4,28 +4,17 @@ Attribute names are those of the widespread PyTorch implementations, so a state 
 Every method takes `[..., H, W, C]`: one image in the library, a batch in training.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from adv2_jax.activations import relu
+from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD, batch_norm, conv, normalise, stem_pool
 from adv2_jax.types import Activation, Features, Image, Logits
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
-    init = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
-    return nnx.Conv(c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=init, rngs=rngs)
-
-
-def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """BatchNorm that uses its running statistics unless training says otherwise (NNX defaults to batch statistics)."""
-    return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
 class Block(nnx.Module):
@@ -71,11 +60,6 @@ def stage(c_in: int, c: int, depth: int, stride: int, *, expansion: int, project
     )
 
 
-def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(image - mean) / std a channel."""
-    return (image - jnp.asarray(mean, image.dtype)) / jnp.asarray(std, image.dtype)
-
-
 def run(blocks: nnx.List[Block], x: Array, act: Activation) -> Array:
     """The blocks one after the other."""
     for block in blocks:
@@ -91,8 +75,11 @@ class CifarResNet(nnx.Module):
         num_classes: K.
         width: channels of the first stage (16 in the paper).
         mean, std: normalisation of the [0, 1] image, a channel.
+        image_size: side of the images it was trained on; what a folder of photographs is cropped to.
         rngs: initialisation.
     """
+
+    SIZES: ClassVar = {"num_classes": "linear.weight", "width": "conv1.weight"}
 
     def __init__(
         self,
@@ -102,12 +89,13 @@ class CifarResNet(nnx.Module):
         width: int = 16,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        image_size: int = 32,
         rngs: nnx.Rngs,
     ):
         def widen(c_in: int, c: int, stride: int) -> nnx.List[Block]:
             return stage(c_in, c, depth, stride, expansion=1, projection=False, rngs=rngs)
 
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.image_size = mean, std, image_size
         self.conv1, self.bn1 = conv(3, width, 3, 1, rngs), batch_norm(width, rngs)
         self.layer1 = widen(width, width, 1)
         self.layer2 = widen(width, 2 * width, 2)
@@ -135,8 +123,11 @@ class ImageNetResNet(nnx.Module):
         num_classes: K.
         width: channels of the first stage (64 in the paper).
         mean, std: normalisation of the [0, 1] image, a channel.
+        image_size: side of the images it was trained on; what a folder of photographs is cropped to.
         rngs: initialisation.
     """
+
+    SIZES: ClassVar = {"num_classes": "fc.weight", "width": "conv1.weight"}
 
     def __init__(
         self,
@@ -147,13 +138,14 @@ class ImageNetResNet(nnx.Module):
         width: int = 64,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        image_size: int = 224,
         rngs: nnx.Rngs,
     ):
         def widen(c_in: int, c: int, depth: int, stride: int) -> nnx.List[Block]:
             return stage(c_in, c, depth, stride, expansion=expansion, projection=True, rngs=rngs)
 
         out = width * expansion
-        self.mean, self.std = mean, std
+        self.mean, self.std, self.image_size = mean, std, image_size
         self.conv1, self.bn1 = conv(3, width, 7, 2, rngs), batch_norm(width, rngs)
         self.layer1 = widen(width, width, depths[0], 1)
         self.layer2 = widen(out, 2 * width, depths[1], 2)
@@ -163,8 +155,7 @@ class ImageNetResNet(nnx.Module):
 
     def features(self, image: Image, act: Activation = relu) -> Features:
         """[..., H, W, 3] -> [..., H/32, W/32, 8 width expansion]."""
-        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
-        x = nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
         for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = run(blocks, x, act)
         return x
@@ -174,11 +165,11 @@ class ImageNetResNet(nnx.Module):
         return self.fc(features.mean(axis=(-3, -2)))
 
 
-def cifar(depth: int) -> Callable[..., CifarResNet]:
+def cifar(depth: int) -> partial[CifarResNet]:
     """Builder of a CIFAR-style network with `depth` blocks a stage."""
-    return lambda **options: CifarResNet(depth, **options)
+    return partial(CifarResNet, depth)
 
 
-def imagenet(depths: Sequence[int], expansion: int) -> Callable[..., ImageNetResNet]:
+def imagenet(depths: Sequence[int], expansion: int) -> partial[ImageNetResNet]:
     """Builder of an ImageNet-style network."""
-    return lambda **options: ImageNetResNet(depths, expansion, **options)
+    return partial(ImageNetResNet, depths, expansion)

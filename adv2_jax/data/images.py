@@ -1,0 +1,52 @@
+"""The image set that every source gives and every run takes."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class ImageSet(NamedTuple):
+    """N images; optional entries are None where the source has none.
+
+    Attributes:
+        images: uint8 [N, H, W, 3].
+        labels: int32 [N]; None: unlabelled, the network's own prediction is to be the label.
+        targets: int32 [N], the classes to be predicted.
+        target_maps: float32 [N, h, w] in [0, 1], the maps to be shown.
+        masks: bool [N, H, W], where the labelled object is.
+        classes: names of the classes.
+        names: unicode [N], the images' file names below their folder.
+        classes_from: who says how many classes there are and in which order, for messages: "photos has 3 class folders".
+            None: nobody, any network with a class for each label will do.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    targets: np.ndarray | None = None
+    target_maps: np.ndarray | None = None
+    masks: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+    names: np.ndarray | None = None
+    classes_from: str | None = None
+
+    def take(self, index: np.ndarray) -> "ImageSet":
+        """The images at `index` [M] (integers, or booleans [N])."""
+        arrays = {key: value[index] for key, value in self._asdict().items() if isinstance(value, np.ndarray)}
+        return self._replace(**arrays)
+
+
+def check_classes(image_set: ImageSet, num_classes: int) -> None:
+    """Refuse labels and targets that the network has no class for, and class orders that cannot be the network's.
+
+    Raises:
+        ValueError: names the image, its class and the number of classes; or who counts another number of classes.
+    """
+    if image_set.classes_from and len(image_set.classes or ()) != num_classes:
+        advice = "name the classes with --classes FILE, one a line in the network's order"
+        raise ValueError(f"{image_set.classes_from}, the network {num_classes} classes: {advice}")
+    for name, values in (("label", image_set.labels), ("target", image_set.targets)):
+        if values is not None and values.max() >= num_classes:
+            i = values.argmax()
+            raise ValueError(
+                f"{name} {values[i]} of image {i} is out of range: the network has {num_classes} classes, 0..{num_classes - 1}"
+            )

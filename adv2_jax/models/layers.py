@@ -1,0 +1,33 @@
+"""What the networks share: layers that behave as torch's do, and the normalisation of the image."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from adv2_jax.types import Image
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
+    """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
+    init = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
+    return nnx.Conv(c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=init, rngs=rngs)
+
+
+def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
+    """BatchNorm that uses its running statistics unless training says otherwise (NNX defaults to batch statistics)."""
+    return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
+
+
+def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
+    """(image - mean) / std a channel."""
+    return (image - jnp.asarray(mean, image.dtype)) / jnp.asarray(std, image.dtype)
+
+
+def stem_pool(x: Array) -> Array:
+    """3x3 maximum at stride 2, one pixel beyond every side: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C]."""
+    return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

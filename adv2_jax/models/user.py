@@ -1,0 +1,75 @@
+"""A user's own network, by the file it is written in: `path/to/file.py:name`."""
+
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from adv2_jax.types import Classifier
+
+T = TypeVar("T")
+
+
+def is_reference(name: str) -> bool:
+    """Whether a model name is of the form `file.py:name`."""
+    return ".py:" in name or name.endswith(".py")
+
+
+def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Classifier:
+    """The network `name` of a Python file; the file is run as it is imported.
+
+    Args:
+        reference: `path/to/file.py:name`. The name is a network, or a function (or class) that makes one.
+        weights: handed to the function, `name(weights)`; without, `name()` is called.
+
+    Raises:
+        ValueError: if there is no such file or name, the file or the function fails (says how), or weights are given to a network.
+    """
+    path, _, name = reference.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"model {reference!r} must be path/to/file.py:name")
+    module = _attempt(f"cannot import {path}", _import, path)
+    if not hasattr(module, name):
+        raise ValueError(f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}")
+    made = getattr(module, name)
+    if hasattr(made, "features") and not inspect.isclass(made):
+        if weights is not None:
+            raise ValueError(f"{reference} is a network with its weights; --weights goes with a function that makes one")
+        return made
+    if not callable(made):
+        raise ValueError(f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}")
+    arguments = () if weights is None else (weights,)
+    return _attempt(f"{name}({'' if weights is None else weights}) failed", made, *arguments)
+
+
+def _import(path: str) -> ModuleType:
+    if not Path(path).is_file():
+        raise ValueError("no such file")
+    spec = importlib.util.spec_from_file_location(f"adv2_user_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.path.insert(0, str(Path(path).resolve().parent))  # for the modules beside it, as `python file.py` would
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    return module
+
+
+def _attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
+    """f(*arguments); whatever goes wrong is told in one line."""
+    try:
+        return f(*arguments)
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "")
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{failure}: {kind}{reason}") from error
+
+
+def _public(module: ModuleType) -> list[str]:
+    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]

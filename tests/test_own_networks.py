@@ -1,0 +1,124 @@
+"""The networks of notebooks/, which users write from: loaded by file name as the command line does, explained and attacked."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+import adv2_jax as adv2
+from adv2_jax.activations import relu_h
+from adv2_jax.experiments.select import select
+from adv2_jax.files import write_arrays
+from adv2_jax.models import user
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), np.uint8)
+
+
+def check(model, images, num_classes):
+    """Every interpreter draws maps, the smoothed twin another one, and an attack raises the target's probability."""
+    for name in adv2.interpreters.INTERPRETERS:
+        logits, maps = adv2.explain(model, images, np.arange(len(images)), interpreter=name)
+        assert logits.shape == (len(images), num_classes)
+        assert np.ptp(maps, axis=(1, 2)).min() > 0.9
+    x = jnp.asarray(images[0], jnp.float32) / 255
+    smooth = adv2.interpreters.grad(model, x, 0, act=relu_h)
+    assert abs(smooth - adv2.interpreters.grad(model, x, 0)).max() > 1e-3
+    targets = np.full(len(images), num_classes - 1)
+    result = adv2.attack(model, images, targets, maps, interpreter="grad_cam", warm_steps=5, steps=5)
+    before, after = (adv2.metrics.confidence(values, targets) for values in (logits, result.logits))
+    assert (after > before).all()
+
+
+def test_linen_module(photos, tmp_path):
+    fresh = user.load(f"{NOTEBOOKS}/linen.py:network")
+    check(fresh, photos, 10)
+    flat = {key: np.asarray(value) for key, value in flatten_dict(fresh.variables, sep="/").items()}
+    flat["params/linear/bias"] = flat["params/linear/bias"] + np.arange(10, dtype=np.float32)
+    write_arrays(tmp_path / "parameters.safetensors", flat)
+    loaded = user.load(f"{NOTEBOOKS}/linen.py:network", tmp_path / "parameters.safetensors")
+    difference = loaded.head(jnp.zeros((4, 4, 32))) - fresh.head(jnp.zeros((4, 4, 32)))
+    np.testing.assert_allclose(difference, np.arange(10), atol=1e-6)
+
+
+def miniature(rng):
+    """A graph of every operation there is, and its weights."""
+    layers = [
+        ("a", "conv", 2, "relu", (3, 3, 3, 8)),
+        ("b", "dwconv", 2, "relu", (5, 5, 1, 8)),
+        ("c", "dwconv", 1, "none", (3, 3, 1, 8)),
+    ]
+    ops, weights, last = [{"op": "quantize", "input": "images", "output": "images_int8"}], {}, "images_int8"
+    for name, kind, stride, act, shape in layers:
+        ops.append(
+            {"op": kind, "name": name, "input": last, "output": f"{name}/out", "stride": stride, "padding": "SAME", "act": act}
+        )
+        weights |= {f"{name}/kernel": rng.standard_normal(shape), f"{name}/bias": rng.standard_normal(shape[-1])}
+        last = f"{name}/out"
+    ops.append({"op": "add", "inputs": ["b/out", "c/out"], "output": "sum", "act": "none"})
+    ops.append({"op": "gap", "input": "sum", "output": "pooled"})
+    head = "MobilenetEdgeTPU/Logits/Conv2d_1c_1x1"
+    weights |= {f"{head}/kernel": rng.standard_normal((1, 1, 8, 6)), f"{head}/bias": rng.standard_normal(6)}
+    return {"ops": ops}, {name: value.astype(np.float32) for name, value in weights.items()}
+
+
+def test_plain_functions_with_a_dict_of_weights(photos, tmp_path):
+    graph, weights = miniature(np.random.default_rng(1))
+    (tmp_path / "mini.graph.json").write_text(json.dumps(graph))
+    write_arrays(tmp_path / "mini.npz", weights)
+    model = user.load(f"{NOTEBOOKS}/mobilenet.py:mobilenet", tmp_path / "mini.npz")
+    check(model, photos, 5)
+    x = jnp.asarray(photos[0], jnp.float32) / 255
+    a = jax.nn.relu(conv(2 * x - 1, weights["a/kernel"], 2) + weights["a/bias"])
+    b = jax.nn.relu(conv(a, weights["b/kernel"], 2, groups=8) + weights["b/bias"])
+    c = conv(b, weights["c/kernel"], 1, groups=8) + weights["c/bias"]
+    np.testing.assert_allclose(model.features(x), b + c, atol=1e-4)  # sums of some hundred float32 products of order 1
+
+
+def conv(x, kernel, stride, groups=1):
+    layout = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x[None], kernel, (stride, stride), "SAME", dimension_numbers=layout, feature_group_count=groups
+    )
+    return y[0]
+
+
+@pytest.mark.slow
+def test_mobilenet_gets_the_photographs_right_and_is_fooled(data_dir):
+    model = user.load(f"{NOTEBOOKS}/mobilenet.py:mobilenet", data_dir / "mobilenet_edgetpu_224.npz")
+    selection = select(model, adv2.data.load(str(data_dir / "photos40_224.npz")), batch_size=8)
+    assert (len(selection.indices), selection.left_out, selection.num_classes) == (40, 0, 1000)
+    two = selection.images.take(np.arange(2))
+    targets = (two.labels + 100) % 1000
+    _, maps = adv2.explain(model, two.images, two.labels, interpreter="cam")
+    pgd = adv2.attack(model, two.images, targets, interpreter=None, steps=20)
+    both = adv2.attack(model, two.images, targets, maps, interpreter="cam", steps=20)
+    assert (pgd.logits.argmax(-1) == targets).all() and (both.logits.argmax(-1) == targets).all()
+    _, pgd_maps = adv2.explain(model, pgd.images, targets, interpreter="cam")
+    assert abs(both.maps - maps).mean() < 0.25 * abs(pgd_maps - maps).mean()
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(capsys):
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    notebook = json.loads((NOTEBOOKS / "own_network.ipynb").read_text(encoding="utf-8"))
+    names = {"__name__": "notebook"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "own_network.ipynb", "exec"), names)
+    theirs = adv2.models.embedded()
+    x = jnp.asarray(names["chosen"].images[0], jnp.float32) / 255
+    features = theirs.features(x)
+    np.testing.assert_allclose(names["model"].features(x), features, atol=1e-4 * float(features.max()))  # 20 layers of float32
+    np.testing.assert_allclose(names["model"].head(features), theirs.head(features), rtol=1e-5, atol=1e-5)
+    assert "success 1.00" in capsys.readouterr().out
+    pyplot.close("all")

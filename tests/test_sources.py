@@ -1,0 +1,560 @@
+"""Images of the user's own: folders, label files, single photographs of every kind, and TensorFlow Datasets."""
+
+import io
+import logging
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from adv2_jax.data import ImageSet, load, photos, shapes, sizes_vary
+from adv2_jax.data.sources import check_classes
+from adv2_jax.files import write_arrays
+
+PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
+
+
+def write(path, pixels=PIXELS[0], **options):
+    """One image file, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(np.asarray(pixels))
+    image.save(path, **options)
+    return path
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Four images 0.png .. 3.png."""
+    for i in range(4):
+        write(tmp_path / "photos" / f"{i}.png", PIXELS[i])
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two images of cats, one of dogs and one of eels."""
+    for i, name in enumerate(("eel/x.png", "cat/b.png", "dog/c.png", "cat/a.png")):
+        write(tmp_path / "photos" / name, PIXELS[i])
+    return tmp_path / "photos"
+
+
+def text(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def refused(message, *arguments, **options):
+    """One line that holds the message."""
+    with pytest.raises(ValueError) as caught:
+        load(*arguments, **options)
+    assert message in str(caught.value), caught.value
+    assert "\n" not in str(caught.value)
+
+
+# Folders
+
+
+def test_class_folders_are_classes_in_sorted_order(folders):
+    images = load(folders)
+    assert images.names.tolist() == ["cat/a.png", "cat/b.png", "dog/c.png", "eel/x.png"]
+    np.testing.assert_array_equal(images.images, PIXELS[[3, 1, 2, 0]])
+    assert images.labels.tolist() == [0, 0, 1, 2] and images.labels.dtype == np.int32
+    assert images.classes == ("cat", "dog", "eel")
+    assert images.targets is None
+
+
+def test_a_guessed_class_order_must_fit_the_network(folders):
+    images = load(folders)
+    check_classes(images, 3)
+    with pytest.raises(ValueError, match=r"has 3 class folders, the network 1000 classes: name the classes with --classes FILE"):
+        check_classes(images, 1000)
+    check_classes(load("shapes:2"), 11)
+
+
+def test_folders_that_are_numbers_are_the_labels(tmp_path):
+    for i, name in enumerate(("10", "007", "2")):
+        write(tmp_path / name / "a.png", PIXELS[i])
+    images = load(tmp_path)
+    assert dict(zip(images.names, images.labels, strict=True)) == {"007/a.png": 7, "10/a.png": 10, "2/a.png": 2}
+    assert images.classes is None
+    check_classes(images, 1000)
+    with pytest.raises(ValueError, match="label 10 of image 1 is out of range"):
+        check_classes(images, 10)
+
+
+def test_a_class_file_gives_the_order(folders, tmp_path):
+    classes = text(tmp_path / "classes.txt", "n07 dog", "cat", "n08", "an eel", "n09 eel")
+    images = load(folders, classes=classes)
+    assert images.labels.tolist() == [1, 1, 0, 4]
+    assert images.classes == ("dog", "cat", "n08", "an eel", "eel")
+    check_classes(images, 5)
+    with pytest.raises(ValueError, match=r"classes.txt has 5 classes, the network 6 classes"):
+        check_classes(images, 6)
+
+
+def test_a_folder_is_a_line_its_identifier_or_its_name(tmp_path):
+    for name in ("n01", "n02 a fish", "great white", "hen"):
+        write(tmp_path / "photos" / name / "a.png")
+    classes = text(tmp_path / "classes.txt", "n01 tench", "n02 a fish", "great white", "great auk", "n05 hen")
+    images = load(tmp_path / "photos", classes=classes)
+    assert dict(zip([name.split("/")[0] for name in images.names], images.labels, strict=True)) == {
+        "n01": 0,
+        "n02 a fish": 1,
+        "great white": 2,
+        "hen": 4,
+    }
+    assert images.classes == ("tench", "a fish", "great white", "great auk", "hen")
+
+
+def test_the_class_file_may_lie_beside_the_folders(folders):
+    assert load(folders, classes=text(folders / "classes.txt", "eel", "dog", "cat")).labels.tolist() == [2, 2, 1, 0]
+
+
+def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
+    refused("class 'eel' is in no line of", folders, classes=text(tmp_path / "classes.txt", "cat", "dog"))
+    refused("class 'eel' may be any of lines 2, 4 of", folders, classes=text(tmp_path / "c.txt", "cat", "eel", "dog", "eel"))
+    refused("c.txt line 2 is empty", folders, classes=text(tmp_path / "c.txt", "cat", "", "dog"))
+    refused("c.txt line 0 is empty", folders, classes=text(tmp_path / "c.txt", ""))
+    refused("cannot read nowhere.txt: No such file", folders, classes="nowhere.txt")
+
+
+def test_a_flat_folder_has_no_labels(flat):
+    images = load(str(flat))
+    assert images.labels is None and images.classes is None
+    assert images.names.tolist() == ["0.png", "1.png", "2.png", "3.png"]
+    np.testing.assert_array_equal(images.images, PIXELS[:4])
+    check_classes(images, 10)
+    second = images.take(np.array([2]))
+    assert second.names.tolist() == ["2.png"] and second.labels is None
+
+
+def test_what_people_did_not_put_there_is_passed_over(flat, folders):
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+        (flat / name).write_bytes(b"no image")
+        (flat / "cat" / name).write_bytes(b"no image")
+    (flat / ".hidden").mkdir()
+    refused("holds both folders (cat) and files (0.png)", flat)
+    for i in range(4):
+        (flat / f"{i}.png").unlink()
+    assert len(load(folders).images) == 4
+
+
+def test_other_files_are_refused_by_name(flat, folders, tmp_path):
+    write(tmp_path / "one" / "a.png")
+    text(tmp_path / "one" / "readme.txt")
+    refused("readme.txt is not an image: suffix '.txt' is not one of .bmp, .gif", tmp_path / "one")
+    write(tmp_path / "two" / "cat" / "inner" / "a.png")
+    refused("inner is a folder in a class folder", tmp_path / "two")
+    (tmp_path / "three" / "cat").mkdir(parents=True)
+    refused("three hold no images", tmp_path / "three")
+    (tmp_path / "four").mkdir()
+    refused("four holds no images", tmp_path / "four")
+
+
+def test_paths_that_are_no_source_are_refused(tmp_path):
+    refused("neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder", tmp_path / "nowhere")
+
+
+# Labels of a flat folder
+
+
+def test_labels_in_a_csv_file(flat):
+    table = text(flat / "labels.csv", "file,class,target", "3.png, 7, 1", "", '"1.png",2,0')
+    images = load(flat, labels=table)  # in the folder itself, where it is no image
+    assert images.names.tolist() == ["1.png", "3.png"]
+    assert images.labels.tolist() == [2, 7] and images.targets.tolist() == [0, 1]
+    assert images.labels.dtype == images.targets.dtype == np.int32
+    np.testing.assert_array_equal(images.images, PIXELS[[1, 3]])
+
+
+def test_labels_may_be_names_and_the_header_may_be_missing(flat, tmp_path):
+    table = text(tmp_path / "labels.csv", "\ufeff2.png,eel", "0.png,0")
+    images = load(flat, labels=table, classes=text(tmp_path / "classes.txt", "n1 cat", "n2 eel"))
+    assert images.names.tolist() == ["0.png", "2.png"]
+    assert images.labels.tolist() == [0, 1] and images.targets is None
+    assert images.classes == ("cat", "eel")
+
+
+BAD_LABELS = {
+    "line 2: no image 'x.png' in the folder": ["1.png,0", "x.png,0"],
+    "line 3: '1.png' for the second time": ["1.png,0", "2.png,0", "1.png,0"],
+    "line 1: class 'eel' is in no line of": ["1.png,eel"],
+    "line 1: class 2 is out of range": ["1.png,2"],
+    "line 1: class '-1' is in no line of": ["1.png,-1"],
+    "line 2: 1 columns, expected 2: file name, class": ["1.png,0", "2.png"],
+    "line 2: 2 columns, expected 3: file name, class": ["1.png,0,1", "2.png,0"],
+    "line 1: the target class of '1.png' is its class, 'dog'": ["1.png,dog,1"],
+    "names none of the files": ["file,class"],
+}
+
+
+@pytest.mark.parametrize("message", BAD_LABELS)
+def test_bad_labels_are_refused_by_line(flat, tmp_path, message):
+    classes = text(tmp_path / "classes.txt", "cat", "dog")
+    refused(message, flat, labels=text(tmp_path / "labels.csv", *BAD_LABELS[message]), classes=classes)
+
+
+def test_labels_that_cannot_be_used_are_refused(flat, folders, tmp_path):
+    table = text(tmp_path / "labels.csv", "0.png,cat")
+    refused("are for a folder of images, which 'shapes' is not", "shapes", labels=table)
+    for i in range(4):
+        (flat / f"{i}.png").unlink()
+    refused("are for a flat folder", folders, labels=table)
+    write(tmp_path / "flat" / "0.png")
+    refused("line 1: class 'cat' is not a whole number, 0 or more; names need --classes FILE", tmp_path / "flat", labels=table)
+    (tmp_path / "labels.csv").write_bytes(b"\xff\xfe")
+    refused("is not a UTF-8 text", tmp_path / "flat", labels=table)
+
+
+# One photograph
+
+
+def test_the_size_of_the_real_photographs(data_dir):
+    """The crops of the data set, made elsewhere, are these pixels exactly."""
+    images = load(data_dir / "photos_jpg", size=224)
+    with np.load(data_dir / "photos40_224.npz") as truth:
+        order = [truth["wnids"].tolist().index(name.split("_")[0]) for name in images.names]
+        np.testing.assert_array_equal(images.images, truth["images"][order])
+
+
+def test_an_image_of_the_right_size_is_left_alone():
+    image = PIXELS[0]
+    assert photos.fit(image, 8) is photos.fit(image, None) is image
+    assert photos.fit(image, 9).shape == (9, 9, 3)
+    assert photos.fit(np.zeros((100, 3, 3), np.uint8), 8).shape == (8, 8, 3)
+
+
+def test_the_centre_is_taken():
+    wide = np.random.default_rng(0).integers(0, 256, (224, 1025, 3), np.uint8)
+    np.testing.assert_array_equal(photos.fit(wide, 196), wide[14:210, 414:610])  # 196 * 256 / 224 is 224: nothing to resize
+    tall = wide.swapaxes(0, 1)
+    np.testing.assert_array_equal(photos.fit(tall, 196), tall[414:610, 14:210])
+
+
+def test_a_large_image_is_averaged_not_picked():
+    checker = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    assert np.ptp(photos.fit(checker, 28)) <= 2
+    assert set(np.unique(photos.fit(checker, 28, nearest=True))) <= {0, 255}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(tmp_path, orientation):
+    corner = np.zeros((16, 32), np.uint8)
+    corner[:8, :8] = 255
+    path = write(tmp_path / "a.jpg", corner, quality=95, exif=_orientation(orientation))
+    turned = corner if orientation < 5 else corner.T
+    if orientation in (3, 4, 7, 8):
+        turned = turned[::-1]
+    if orientation in (2, 3, 6, 7):
+        turned = turned[:, ::-1]
+    np.testing.assert_array_equal(photos.read(path)[..., 0] > 128, turned > 128)
+
+
+def _orientation(value):
+    exif = Image.Exif()
+    exif[0x0112] = value
+    return exif
+
+
+def test_odd_metadata_is_not_the_users_concern(flat):
+    outside = b"II*\0\x08\0\0\0\x01\0\x0e\x01\x02\0" + bytes([100, 0, 0, 0, 200, 0, 0, 0]) + bytes(4)  # a text beyond the end
+    write(flat / "4.jpg", PIXELS[0], exif=b"Exif\0\0" + outside)
+    with pytest.warns(UserWarning, match="Skipping tag"):
+        photos.read(flat / "4.jpg")
+    assert len(load(flat).images) == 5
+
+
+GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+
+
+def _palette():
+    return Image.fromarray(PIXELS[0] // 128 * 255).quantize(8)
+
+
+MODES = {
+    "1": (Image.fromarray(GREY > 100), "png", (GREY > 100) * 255),
+    "L": (Image.fromarray(GREY), "png", GREY),
+    "LA": (Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (8, 8), 0)]), "png", np.full((8, 8), 255)),
+    "RGBA": (Image.fromarray(np.dstack([GREY] * 3 + [np.full((8, 8), 255, np.uint8)])), "png", GREY),
+    "half": (Image.fromarray(np.dstack([0 * GREY] * 3 + [0 * GREY + 51])), "png", np.full((8, 8), 204)),
+    "I;16": (Image.fromarray(np.array(GREY, np.uint16) * 257 + 128), "png", GREY),
+    "I;16 tiff": (Image.fromarray(np.array(GREY, np.uint16) * 257), "tiff", GREY),
+    "I pgm": (Image.fromarray(np.array(GREY, np.uint16) * 257), "pgm", GREY),
+    "CMYK": (Image.merge("CMYK", [Image.fromarray(255 - GREY)] * 3 + [Image.new("L", (8, 8))]), "tiff", GREY),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_comes_out_in_rgb(tmp_path, mode):
+    image, suffix, grey = MODES[mode]
+    read = photos.read(write(tmp_path / f"a.{suffix}", image))
+    np.testing.assert_array_equal(read, np.repeat(np.asarray(grey)[..., None], 3, -1))
+
+
+def test_palettes_are_looked_up(tmp_path):
+    plain, see_through = (photos.read(write(tmp_path / "a.png", _palette(), **options)) for options in ({}, {"transparency": 0}))
+    np.testing.assert_array_equal(plain, PIXELS[0] // 128 * 255)
+    hidden = np.asarray(_palette()) == 0
+    assert (see_through[hidden] == 255).all() and hidden.any()
+    np.testing.assert_array_equal(see_through[~hidden], plain[~hidden])
+
+
+def _frames(path, count):
+    frames = [Image.fromarray(image) for image in PIXELS[:count]]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def test_files_that_are_no_single_image_are_refused_by_name(tmp_path):
+    whole = write(tmp_path / "w" / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).read_bytes()
+    jpeg = write(tmp_path / "w" / "whole.jpg", PIXELS.reshape(48, 8, 3)).read_bytes()
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (bad / "cut.jpg").write_bytes(jpeg[: len(jpeg) - 60])
+    (bad / "empty.png").write_bytes(b"")
+    (bad / "text.jpg").write_bytes(b"not at all an image")
+    write(bad / "float.tiff", np.zeros((8, 8), np.float32))
+    write(bad / "wide.tiff", np.zeros((8, 8), np.int32))
+    _frames(bad / "animated.gif", 3)
+    _frames(bad / "pages.tiff", 2)
+    reasons = {
+        "cut.png": "cut.png: ",
+        "cut.jpg": "cut.jpg: image file is truncated",
+        "empty.png": "empty.png: damaged, or not an image (BMP",
+        "text.jpg": "text.jpg: damaged, or not an image (BMP",
+        "float.tiff": "float.tiff: it holds floats or 32-bit numbers",
+        "wide.tiff": "wide.tiff: it holds floats or 32-bit numbers",
+        "animated.gif": "animated.gif: it holds 3 frames",
+        "pages.tiff": "pages.tiff: it holds 2 frames",
+    }
+    for name, reason in reasons.items():
+        alone = tmp_path / name.replace(".", "_")
+        write(alone / "a.png", PIXELS[0])
+        (alone / name).write_bytes((bad / name).read_bytes())
+        refused(f"cannot read {alone / reason}", alone, size=8)
+    _frames(tmp_path / "single.gif", 1)
+    _frames(tmp_path / "phone.mpo", 2)  # a JPEG with a preview
+    assert photos.read(tmp_path / "single.gif").shape == photos.read(tmp_path / "phone.mpo").shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("pixels", [60, 40])  # Pillow warns of up to twice its limit, and refuses beyond
+def test_decompression_bombs_are_refused(flat, monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels if pixels > 50 else 20)
+    refused("0.png: Image size (64 pixels) exceeds limit", flat)
+
+
+def test_images_of_several_sizes_need_one(flat, tmp_path):
+    write(flat / "9.png", np.zeros((10, 12, 3), np.uint8))
+    refused("0.png is 8 x 8 pixels, 9.png 12 x 10: --size N brings images to one size", flat)
+    assert load(flat, size=6).images.shape == (5, 6, 6, 3)
+    (flat / "9.png").unlink()
+    assert load(flat).images.shape == (4, 8, 8, 3)
+    refused("size must be at least 1, got 0", flat, size=0)
+
+
+def test_without_pillow_one_line_says_what_to_install(flat, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    refused("pip install 'adv2_jax[images]'", flat)
+    refused("pip install 'adv2_jax[images]'", "shapes:2", size=32)
+    assert len(load("shapes:2").images) == 2
+
+
+# Sizes and samples of arrays
+
+
+def test_arrays_of_another_size_are_cropped_with_their_masks(tmp_path):
+    scenes = shapes.generate(3, seed=1)
+    images = load("shapes:3", size=32)
+    np.testing.assert_array_equal(images.images[2], photos.fit(scenes.images[2], 32))
+    assert images.masks.shape == (3, 32, 32) and images.masks.dtype == bool
+    np.testing.assert_array_equal(images.masks[2], photos.fit(scenes.masks[2].astype(np.uint8), 32, nearest=True) == 1)
+    assert np.abs(images.masks.mean() - scenes.masks.mean()) < 0.05
+    np.testing.assert_array_equal(load("shapes:3", size=64).images, scenes.images)
+    maps, masks = np.random.default_rng(0).random((6, 2, 2), np.float32), PIXELS[..., 0] > 128
+    arrays = {"images": PIXELS, "labels": np.arange(6), "target_maps": maps}
+    write_arrays(tmp_path / "a.npz", arrays)
+    write_arrays(tmp_path / "b.npz", arrays | {"masks": masks})
+    found = load(tmp_path / "a.npz", size=4)
+    assert found.images.shape == (6, 4, 4, 3) and found.masks is None
+    nearest = photos.fit(masks[0].astype(np.uint8), 4, nearest=True) == 1
+    np.testing.assert_array_equal(load(tmp_path / "b.npz", size=4).masks[0], nearest)
+    np.testing.assert_array_equal(found.target_maps, maps)
+
+
+def test_a_sample_is_drawn_from_the_seed(flat, tmp_path):
+    write_arrays(tmp_path / "a.npz", {"images": np.repeat(PIXELS, 10, 0), "labels": np.arange(60)})
+    one, same, other = (load(tmp_path / "a.npz", sample=5, seed=seed).labels.tolist() for seed in (3, 3, 4))
+    assert one == same == sorted(set(one)) and one != other and len(one) == 5
+    np.testing.assert_array_equal(load("shapes:20", sample=3, seed=2).images, load("shapes:20").images[_drawn(20, 3, 2)])
+    assert load(flat, sample=4).names.tolist() == load(flat, sample=9).names.tolist() == ["0.png", "1.png", "2.png", "3.png"]
+    refused("sample must be at least 1, got 0", flat, sample=0)
+
+
+def _drawn(n, sample, seed):
+    return np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+
+
+def test_only_the_sample_is_decoded(flat, tmp_path):
+    (chosen,) = _drawn(4, 1, 0)
+    for i in range(4):
+        if i != chosen:
+            (flat / f"{i}.png").write_bytes(b"damaged")
+    images = load(flat, sample=1, labels=text(tmp_path / "l.csv", *(f"{i}.png,{i}" for i in range(4))))
+    assert images.names.tolist() == [f"{chosen}.png"] and images.labels.tolist() == [chosen]
+
+
+def test_classes_name_those_of_arrays(tmp_path):
+    write_arrays(tmp_path / "a.npz", {"images": PIXELS, "labels": np.array([0, 1, 0, 1, 0, 1])})
+    images = load(tmp_path / "a.npz", classes=text(tmp_path / "c.txt", "n1 cat", "n2 dog"))
+    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1] and images.classes == ("cat", "dog")
+
+
+def test_which_sources_have_images_of_any_size(tmp_path):
+    assert [sizes_vary(source) for source in ("shapes", "shapes:3", "a.npz", tmp_path, "tfds:mnist/test")] == [False] * 3 + [
+        True
+    ] * 2
+
+
+def test_an_image_set_may_be_images_alone():
+    images = ImageSet(PIXELS)
+    check_classes(images, 2)
+    assert len(images.take(np.arange(6) > 3).images) == 2
+
+
+# TensorFlow Datasets
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """(name, features, examples, ...) -> a data set that is really prepared, in a folder of its own. TensorFlow is not needed."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+    writer = pytest.importorskip("array_record.python.array_record_module")
+    from tensorflow_datasets.core import constants
+    from tensorflow_datasets.core.example_parser import tf_example_pb2
+
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))  # TFDS_DATA_DIR, read when the library was imported
+
+    def make(name, features, examples, **info):
+        folder = tmp_path / "tfds" / name / "1.0.0"
+        folder.mkdir(parents=True)
+        file = writer.ArrayRecordWriter(str(folder / f"{name}-test.array_record-00000-of-00001"), "group_size:1")
+        for example in examples:
+            record = tf_example_pb2.Example()
+            for key, value in example.items():
+                kept = record.features.feature[key]
+                (kept.bytes_list if isinstance(value, bytes) else kept.int64_list).value.append(value)
+            file.write(record.SerializeToString())
+        file.close()
+        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split="test", filetype_suffix="array_record")
+        split = tfds.core.SplitInfo(name="test", shard_lengths=[len(examples)], num_bytes=1, filename_template=template)
+        tfds.folder_dataset.write_metadata(
+            data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False, **info
+        )
+        return folder
+
+    return make
+
+
+def png(pixels):
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def image_and_label(channels=3, names=("n02", "n01")):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    image = tfds.features.Image(shape=(None, None, channels))
+    return {"image": image, "label": tfds.features.ClassLabel(names=list(names))}
+
+
+def test_a_prepared_data_set_is_read_without_tensorflow(prepare, tmp_path, caplog):
+    prepare("pictures", image_and_label(), [{"image": png(PIXELS[i]), "label": i % 2} for i in range(6)])
+    with caplog.at_level(logging.INFO):
+        images = load("tfds:pictures/test")
+    np.testing.assert_array_equal(images.images, PIXELS)
+    assert images.labels.tolist() == [0, 1] * 3 and images.labels.dtype == np.int32
+    assert images.classes == ("n02", "n01") and images.names is None
+    assert "tensorflow" not in sys.modules and not caplog.records
+    np.testing.assert_array_equal(load("tfds:pictures:1.0.0/test[1:3]").images, PIXELS[1:3])
+    np.testing.assert_array_equal(load("tfds:pictures/test", sample=2, seed=5).images, PIXELS[_drawn(6, 2, 5)])
+    assert load("tfds:pictures/test", size=6).images.shape == (6, 6, 6, 3)
+    assert load("tfds:pictures/test", classes=text(tmp_path / "c.txt", "n01 tench", "n02 eel")).labels.tolist() == [1, 0] * 3
+    with pytest.raises(ValueError, match="tfds:pictures/test has 2 classes, the network 1000 classes"):
+        check_classes(images, 1000)
+
+
+def test_grey_and_transparent_data_sets(prepare):
+    prepare("grey", image_and_label(1), [{"image": png(GREY), "label": 0}])
+    np.testing.assert_array_equal(load("tfds:grey/test").images[0], np.dstack([GREY] * 3))
+    prepare("clear", image_and_label(4), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}])
+    assert (load("tfds:clear/test").images == 255).all()
+    prepare("wrong", image_and_label(3), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}])
+    refused("example 0 of tfds:wrong/test must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]", "tfds:wrong/test")
+
+
+def test_unlabelled_data_sets(prepare):
+    features = image_and_label()
+    prepare("test_only", features, [{"image": png(PIXELS[0]), "label": -1}])
+    assert load("tfds:test_only/test").labels is None
+    prepare("partly", features, [{"image": png(PIXELS[i]), "label": -i} for i in range(2)])
+    refused("tfds:partly/test: some images have labels and some have none", "tfds:partly/test")
+    prepare("plain", {"image": features["image"]}, [{"image": png(PIXELS[0])}])
+    assert load("tfds:plain/test").labels is None
+
+
+def test_classes_without_names_are_numbers(prepare, tmp_path):
+    prepare("digits", image_and_label(names="01"), [{"image": png(PIXELS[0]), "label": 1}])
+    images = load("tfds:digits/test", classes=text(tmp_path / "c.txt", "zero", "one"))
+    assert images.labels.tolist() == [1] and images.classes == ("zero", "one")
+
+
+def test_features_are_found_or_refused(prepare):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    features = image_and_label()
+    two = {**features, "coarse": features["label"]}
+    rows = [{"image": png(PIXELS[0]), "label": 1, "coarse": 0}]
+    prepare("two", two, rows)
+    refused("tfds:two/test: exactly one ClassLabel feature is wanted, the set has", "tfds:two/test")
+    prepare("two_keyed", two, rows, supervised_keys=("image", "label"))
+    assert load("tfds:two_keyed/test").labels.tolist() == [1]
+    prepare("text", {"words": tfds.features.Text()}, [{"words": b"none"}])
+    refused("exactly one Image feature is wanted, the set has words (Text)", "tfds:text/test")
+
+
+def test_data_sets_that_cannot_be_read_are_refused(prepare, tmp_path):
+    folder = prepare("pictures", image_and_label(), [{"image": png(PIXELS[0]), "label": 0}])
+    refused("expected tfds:NAME/SPLIT", "tfds:pictures")
+    refused("expected tfds:NAME/SPLIT", "tfds:pictures/")
+    refused("cannot read tfds:pictures/train: Unknown split 'train'. Should be one of ['test']", "tfds:pictures/train")
+    refused("cannot read tfds:pictures/test[5:9]: Requested slice", "tfds:pictures/test[5:9]")
+    refused("has no data set 'cifar11', and none of that name is prepared; did you mean cifar10", "tfds:cifar11/test")
+    refused("cannot read tfds:cifar10:9.9.9: Dataset cifar10 cannot be loaded at version 9.9.9, only:", "tfds:cifar10:9.9.9/test")
+    (folder / "pictures-test.array_record-00000-of-00001").unlink()
+    refused("cannot read tfds:pictures/test: open() failed: No such file", "tfds:pictures/test")
+    info = folder / "dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    refused("prepare it as array_record in another folder (TFDS_DATA_DIR)", "tfds:pictures/test")
+
+
+def test_data_sets_not_prepared_say_how_to(prepare, tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        refused(f"tfds:mnist/test is not prepared: there is none in {tmp_path / 'tfds' / 'mnist'}", "tfds:mnist/test")
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    recipe = "(needs pip install tensorflow): python -c \"import tensorflow_datasets as tfds; tfds.builder('mnist'"
+    refused(recipe + ", file_format='array_record').download_and_prepare()\"", "tfds:mnist/test")
+    manual = tmp_path / "tfds" / "downloads" / "manual"
+    refused(
+        f"download its files by hand into {manual} (manual_dir should contain two files: ILSVRC", "tfds:imagenet2012/validation"
+    )
+
+
+def test_mocked_data_sets():
+    tfds = pytest.importorskip("tensorflow_datasets")
+    with tfds.testing.mock_data(num_examples=5):
+        images = load("tfds:cifar10/test")
+        assert images.images.shape == (5, 32, 32, 3) and images.images.dtype == np.uint8
+        assert len(images.classes) == 10 and images.labels.shape == (5,)
+        assert load("tfds:mnist/test", size=32, sample=3).images.shape == (3, 32, 32, 3)
+        assert load("tfds:imagenet2012/validation", size=16).images.shape == (5, 16, 16, 3)
+        refused("--size N brings images to one size", "tfds:imagenet2012/validation")
