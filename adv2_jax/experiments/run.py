@@ -76,8 +76,8 @@ def run(
 
     Returns:
         Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one PGD run), and arrays: `images`,
-        `labels`, `targets`, `indices` (positions in the set), `masks` and file `names` when known; for each interpreter `I/benign_maps`,
-        `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t),
+        `labels`, `targets`, `indices` (positions in the set), `masks` and file `names` when known; for each interpreter
+        `I/benign_maps`, `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t),
         `I/A/success`, `I/A/map_l1`.
 
     Raises:

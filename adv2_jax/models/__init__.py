@@ -143,7 +143,8 @@ def image_size(name: str) -> int:
         ValueError: for an unknown name; lists the valid ones.
     """
     _check_name(name)
-    return inspect.signature(MODELS[name]).parameters["image_size"].default
+    network: Any = MODELS[name].func
+    return inspect.signature(network.__init__).parameters["image_size"].default
 
 
 def _check_name(name: str) -> None:
