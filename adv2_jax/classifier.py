@@ -47,12 +47,15 @@ def _in_training(model: Any) -> Iterator[str]:
             yield f"{where} ({type(module).__name__}) is random"
 
 
-def _traced(f: Callable[[Any, Any], Any], model: Any, argument: Any, failure: str) -> Any:
+def _traced(f: Callable[[Any, Any], Any], model: Any, argument: jax.ShapeDtypeStruct, failure: str) -> Any:
+    """What f(model, argument) gives; traced under `vmap`, as it will be run, where a network must not write to itself."""
+    batch = jax.ShapeDtypeStruct((1, *argument.shape), argument.dtype)
     try:
-        return jax.eval_shape(f, model, argument)
+        value = jax.eval_shape(lambda m, xs: jax.vmap(lambda x: f(m, x))(xs), model, batch)
     except Exception as error:  # whatever the user's code raises
         reason = next(iter(str(error).splitlines()), "")
         raise ValueError(f"{failure}: {type(error).__name__}: {reason}") from error
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value)
 
 
 def _check_shape(what: str, value: Any, rank: int, expected: str) -> None:

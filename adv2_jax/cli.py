@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(words)
         arguments.run(arguments, shlex.join(["adv2", *words]))
     except (ValueError, OSError) as error:
-        print(f"adv2: {error}", file=sys.stderr)
+        print(f"adv2: {' '.join(str(error).splitlines())}", file=sys.stderr)  # file names may hold line breaks
         return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

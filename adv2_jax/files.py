@@ -80,10 +80,10 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = Path(path)
     if path.suffix not in READERS:
         raise ValueError(f"cannot read {path}: suffix {path.suffix!r} is not one of {', '.join(READERS)}")
+    if not path.exists():
+        raise ValueError(f"cannot read {path}: no such file")
     try:
         return READERS[path.suffix](path)
-    except FileNotFoundError:
-        raise ValueError(f"cannot read {path}: no such file") from None
     except Exception as error:  # zipfile, zlib, numpy, safetensors and torch each raise their own on a damaged file
         reason = "it holds pickled objects, only plain arrays are read" if "allow_pickle" in str(error) else error
         raise ValueError(f"cannot read {path}: {(str(reason) or type(error).__name__).splitlines()[0]}") from None
@@ -122,13 +122,17 @@ WRITERS: dict[str, Callable[[IO[bytes], Mapping[str, np.ndarray]], None]] = {".n
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Refuse a name that `write_arrays` has no format for.
+    """Refuse a name that `write_arrays` has no format for, or no folder.
 
     Raises:
-        ValueError: names the file, its suffix and what is allowed.
+        ValueError: names the file and what is wrong with it.
     """
     if Path(path).suffix not in WRITERS:
         raise ValueError(f"cannot write {path}: suffix {Path(path).suffix!r} is not one of {', '.join(WRITERS)}")
+    if Path(path).is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if not Path(path).parent.is_dir():
+        raise ValueError(f"cannot write {path}: there is no folder {Path(path).parent}")
 
 
 def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray]) -> None:

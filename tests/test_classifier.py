@@ -54,6 +54,12 @@ class Picky(Net):
         return super().features(image.reshape(4, 4, 3), act)
 
 
+class Noting(Net):
+    def features(self, image, act=nnx.relu):
+        self.seen = nnx.data(image)
+        return super().features(image, act)
+
+
 class Rounded(Net):
     def head(self, features):
         return super().head(features).astype(int)
@@ -99,6 +105,7 @@ def test_a_classifier_is_known_by_its_classes(net):
         (Rounded, r"Rounded\.head must give floating-point logits \[K\], got int32 \[5\]"),
         (NoAct, r"cannot take images of \[8, 8, 3\]: TypeError: .*act"),
         (Picky, r"the network cannot take images of \[8, 8, 3\]: TypeError: .*reshape"),
+        (Noting, "TraceContextError: Cannot mutate 'Noting'"),
     ],
 )
 def test_what_is_no_classifier_is_refused_with_the_reason(make, message):

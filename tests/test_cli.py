@@ -154,6 +154,7 @@ BAD_WORDS = {
     "unrecognized arguments: --stpes": ["--stpes"],
     "neither shapes, shapes:N nor an .npz file": ["--images", "cat.jpg"],
     "after 'shapes:' must be a whole number": ["--images", "shapes:many"],
+    "cannot read two lines.npz: no such file": ["--images", "two\nlines.npz"],
 }
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -76,6 +77,7 @@ BROKEN = {
     "weights": (lambda path, archive: path.touch(), "suffix '' is not one of"),
     "garbage.safetensors": (lambda path, archive: path.write_bytes(b"\xff" * 40), "."),
     "missing.safetensors": (lambda path, archive: None, "no such file"),
+    "missing.pth": (lambda path, archive: None, "no such file"),
 }
 
 
@@ -160,6 +162,14 @@ def test_other_suffixes_are_not_written(tmp_path, name):
     with pytest.raises(ValueError, match=r"^cannot write .*: suffix '(\.pth)?' is not one of \.npz, \.safetensors$"):
         files.write_arrays(tmp_path / name, ARRAYS)
     assert os.listdir(tmp_path) == []
+
+
+def test_files_without_a_place_are_not_written(tmp_path):
+    (tmp_path / "folder.npz").mkdir()
+    for name, reason in (("none/arrays.npz", f"there is no folder {tmp_path / 'none'}"), ("folder.npz", "it is a folder")):
+        with pytest.raises(ValueError, match=re.escape(f"cannot write {tmp_path / name}: {reason}")):
+            files.write_arrays(tmp_path / name, ARRAYS)
+    assert os.listdir(tmp_path) == ["folder.npz"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 import sys
 
 import numpy as np
@@ -115,7 +116,7 @@ def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
     refused("class 'eel' is in no line of", folders, classes=text(tmp_path / "classes.txt", "cat", "dog"))
     refused("class 'eel' may be any of lines 2, 4 of", folders, classes=text(tmp_path / "c.txt", "cat", "eel", "dog", "eel"))
     refused("c.txt line 2 is empty", folders, classes=text(tmp_path / "c.txt", "cat", "", "dog"))
-    refused("c.txt line 0 is empty", folders, classes=text(tmp_path / "c.txt", ""))
+    refused("c.txt is empty", folders, classes=text(tmp_path / "c.txt", ""))
     refused("cannot read nowhere.txt: No such file", folders, classes="nowhere.txt")
 
 
@@ -150,6 +151,9 @@ def test_other_files_are_refused_by_name(flat, folders, tmp_path):
     refused("three hold no images", tmp_path / "three")
     (tmp_path / "four").mkdir()
     refused("four holds no images", tmp_path / "four")
+    (tmp_path / "five").mkdir()
+    os.mkfifo(tmp_path / "five" / "a.png")
+    refused("a.png is not a file but a pipe", tmp_path / "five")
 
 
 def test_paths_that_are_no_source_are_refused(tmp_path):
@@ -178,6 +182,7 @@ def test_labels_may_be_names_and_the_header_may_be_missing(flat, tmp_path):
 
 BAD_LABELS = {
     "line 2: no image 'x.png' in the folder": ["1.png,0", "x.png,0"],
+    "line 1: no image 'y.png' in the folder": ["y.png,0", "1.png,0"],
     "line 3: '1.png' for the second time": ["1.png,0", "2.png,0", "1.png,0"],
     "line 1: class 'eel' is in no line of": ["1.png,eel"],
     "line 1: class 2 is out of range": ["1.png,2"],

@@ -28,6 +28,9 @@ def network(path=None):
 def needs(path):
     return Net()
 
+def leaves():
+    raise SystemExit("no weights")
+
 def fails():
     raise KeyError("layer7\\nof many")
 """
@@ -59,12 +62,13 @@ def test_a_name_is_a_network_or_makes_one(folder, name, weights, scale):
         ("net.py:not a name", None, "must be path/to/file.py:name"),
         ("none.py:network", None, "cannot import .*none.py: no such file"),
         ("broken.py:network", None, "cannot import .*broken.py: ModuleNotFoundError: .*no_such_module"),
-        ("net.py:networks", None, "has no 'networks'; it has Net, ready, network, needs, fails"),
+        ("net.py:networks", None, "has no 'networks'; it has Net, ready, network, needs, leaves, fails"),
         ("net.py:number", None, "neither a network nor a function that makes one, but int"),
         ("net.py:ready", "weights.txt", "is a network with its weights"),
         ("net.py:needs", None, r"needs\(\) failed: TypeError: .*path"),
         ("net.py:network", "none.txt", r"network\(none.txt\) failed: FileNotFoundError"),
         ("net.py:fails", None, r"fails\(\) failed: KeyError: 'layer7"),
+        ("net.py:leaves", None, r"leaves\(\) failed: SystemExit: no weights"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(folder, reference, weights, message):

@@ -93,6 +93,8 @@ def _images(folder: Path, files: list[Path] | None = None) -> list[Path]:
     for path in files:
         if path.is_dir():
             raise ValueError(f"{path} is a folder in a class folder, which may hold only images")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a file but a pipe, socket or device")
         if path.suffix.lower() not in photos.SUFFIXES:
             raise ValueError(f"{path} is not an image: suffix {path.suffix!r} is not one of {', '.join(photos.SUFFIXES)}")
     return files

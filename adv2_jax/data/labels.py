@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adv2_jax.data.photos import SUFFIXES
+
 
 def whole(text: str) -> bool:
     """Whether a text is a whole number that can be a class (nine digits fit int32)."""
@@ -67,8 +69,10 @@ def read_classes(path: str | PathLike[str]) -> ClassList:
         ValueError: one line: unreadable, empty, or with an empty line in between.
     """
     lines = [line.strip() for line in _text(path).strip().splitlines()]
-    if "" in lines or not lines:
-        raise ValueError(f"{path} line {len(lines) and lines.index('') + 1} is empty: one class a line is wanted")
+    if not lines:
+        raise ValueError(f"{path} is empty: one class a line is wanted")
+    if "" in lines:
+        raise ValueError(f"{path} line {lines.index('') + 1} is empty: one class a line is wanted")
     return ClassList(str(path), tuple(lines))
 
 
@@ -84,7 +88,7 @@ def read_labels(path: str | PathLike[str], files: Collection[str], listed: Class
     """The labels of files in a folder, from a CSV file: file name, class and, in all lines or none, target class.
 
     Args:
-        path: of the CSV file. A first line that names no file is its header.
+        path: of the CSV file. A first line that names no image file, there or not, is its header.
         files: the names there are.
         listed: the classes, if they may be named; numbers will do without.
 
@@ -95,7 +99,7 @@ def read_labels(path: str | PathLike[str], files: Collection[str], listed: Class
         ValueError: names the line: unknown or repeated file, unknown class, target that is the label, number of columns.
     """
     lines = _lines(path)
-    if lines and lines[0][1][0] not in files:
+    if lines and lines[0][1][0] not in files and Path(lines[0][1][0]).suffix.lower() not in SUFFIXES:
         lines = lines[1:]
     rows: dict[str, list[int]] = {}
     for number, cells in lines:

@@ -65,7 +65,7 @@ def _attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
     """f(*arguments); whatever goes wrong is told in one line."""
     try:
         return f(*arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = next(iter(str(error).splitlines()), "")
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         raise ValueError(f"{failure}: {kind}{reason}") from error
