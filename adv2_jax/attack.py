@@ -301,6 +301,7 @@ def _rescore(model: Classifier, problems: Problem, states: State, options: Optio
 @partial(jax.jit, static_argnames="interpreter")
 def _explain_batch(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> tuple[Array, Array]:
     def one(image: Image, label: Label) -> tuple[Logits, Map]:
-        return model.head(model.features(image)), interpreter(model, image, label)
+        # float32, whatever the network computes in: NumPy knows no bfloat16
+        return model.head(model.features(image)).astype(jnp.float32), interpreter(model, image, label).astype(jnp.float32)
 
     return jax.vmap(one)(images, labels)

@@ -7,6 +7,7 @@ import jax
 from flax import nnx
 
 from adv2_jax.activations import relu
+from adv2_jax.errors import first_line
 from adv2_jax.types import Classifier
 
 PROTOCOL = "a classifier is a pytree with features(image, act=relu) -> [h, w, C] and head(features) -> [K]"
@@ -53,8 +54,7 @@ def _traced(f: Callable[[Any, Any], Any], model: Any, argument: jax.ShapeDtypeSt
     try:
         value = jax.eval_shape(lambda m, xs: jax.vmap(lambda x: f(m, x))(xs), model, batch)
     except Exception as error:  # whatever the user's code raises
-        reason = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{failure}: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value)
 
 

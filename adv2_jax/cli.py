@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -116,12 +117,12 @@ def _attack_arguments(parser: Parser) -> None:
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
     add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of the target classes (default: %(default)s)")
+    add("--seed", type=_seed, default=0, metavar="N", help="of --sample and the target classes (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz and report.html")
 
 
 def _normalisation_arguments(parser: Parser) -> None:
-    for name, kind, meaning in (("--mean", float, "subtracted from"), ("--std", _divisor, "that divides")):
+    for name, kind, meaning in (("--mean", _finite, "subtracted from"), ("--std", _divisor, "that divides")):
         parser.add_argument(
             name, nargs=3, type=kind, metavar=("R", "G", "B"), help=f"colour {meaning} the [0, 1] image (default: ImageNet's)"
         )
@@ -140,6 +141,12 @@ def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return int(text)
+
+
+def _finite(text: str) -> float:
+    if not abs(float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
+    return float(text)
 
 
 def _divisor(text: str) -> float:
@@ -194,6 +201,8 @@ def _model(arguments: argparse.Namespace) -> Classifier:
         return models.embedded()
     if name is not None and models.user.is_reference(name):
         return models.user.load(name, weights)
+    if name is not None:
+        models.check_name(name)
     if name is None or weights is None:
         raise ValueError("--model and --weights go together; without both, the embedded network is used")
     return models.load(name, weights, **options)
@@ -227,7 +236,13 @@ def _train_arguments(parser: Parser) -> None:
     add("--shift", type=_whole, default=Recipe.shift, metavar="N", help="largest random shift in pixels (default: %(default)s)")
     add("--no-mirror", dest="mirror", action="store_false", help="do not mirror images at random: for text and digits")
     add("--head-only", action="store_true", help="train the head, keep the features")
-    add("--seed", type=_seed, default=0, metavar="N", help="of weights, order and augmentation (default: %(default)s)")
+    add(
+        "--seed",
+        type=_seed,
+        default=0,
+        metavar="N",
+        help="of --sample, what is held out, weights, order and augmentation (default: %(default)s)",
+    )
     add("--checkpoint-every", type=_positive, metavar="N", help="steps between checkpoints (default: an epoch)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--out", required=True, metavar="DIR", help="where to write weights.npz and summary.json")
@@ -340,13 +355,13 @@ def _summary(outcome: Outcome, images: data.ImageSet, config: dict[str, Any]) ->
 
 
 def _print_table(outcome: Outcome) -> None:
-    table = Table(title="PGD against ADV² on the same images")
+    table = Table(title="PGD against ADV² on the same images (IoU: 75th percentile)", box=SIMPLE)
     columns = {
         "n": "n",
         "asr": "ASR",
         "mc": "MC",
         "map_l1": "map L1",
-        "map_iou75": "IoU 75th pct",
+        "map_iou75": "IoU",
         "gradient_evaluations": "gradients",
         "seconds": "seconds",
     }

@@ -12,6 +12,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from adv2_jax.errors import first_line
+
 SCHEMA = 1  # of summary.json and results.npz
 
 
@@ -85,8 +87,9 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     try:
         return READERS[path.suffix](path)
     except Exception as error:  # zipfile, zlib, numpy, safetensors and torch each raise their own on a damaged file
-        reason = "it holds pickled objects, only plain arrays are read" if "allow_pickle" in str(error) else error
-        raise ValueError(f"cannot read {path}: {(str(reason) or type(error).__name__).splitlines()[0]}") from None
+        pickled = "allow_pickle" in str(error)
+        reason = "it holds pickled objects, only plain arrays are read" if pickled else first_line(error)
+        raise ValueError(f"cannot read {path}: {reason}") from None
 
 
 @contextlib.contextmanager

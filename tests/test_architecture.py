@@ -11,7 +11,7 @@ import adv2_jax
 
 ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
-    {"types", "options"},
+    {"types", "options", "errors"},
     {"activations", "maps", "losses", "files"},
     {"classifier"},
     {"interpreters", "threats", "models", "data", "metrics"},

@@ -141,3 +141,14 @@ def test_logits_that_are_not_finite_are_refused():
     ):
         with pytest.raises(ValueError, match="not finite numbers"):
             use()
+
+
+def test_half_precision_comes_out_as_float32():
+    class Half(Net):
+        def features(self, image, act=nnx.relu):
+            return super().features(image, act).astype(jnp.bfloat16)
+
+    images, half = np.random.default_rng(0).random((2, *SHAPE)), Half(nnx.Rngs(0))
+    logits, maps = explain(half, images, [0, 1], interpreter="cam")
+    result = attack(half, images, [1, 2], maps, interpreter="cam", steps=2)
+    assert {array.dtype for array in (logits, maps, result.logits, result.maps, result.float_images)} == {np.dtype(np.float32)}

@@ -144,6 +144,7 @@ def test_truncated_files_are_refused(network, tmp_path, capsys, name):
 BAD_WORDS = {
     "invalid choice: 'rubbish' (choose from": ["--interpreter", "rubbish"],
     "model 'vgg' is not one of cifar_resnet20": ["--model", "vgg"],
+    "'nan' is not a finite number": ["--mean", "0", "nan", "0"],
     "do not fit cifar_resnet56": ["--model", "cifar_resnet56"],
     "no such file": ["--weights", "/nowhere/w.npz"],
     "epsilon = 2.0 must lie in (0, 1]": ["--epsilon", "2"],
@@ -164,6 +165,8 @@ def test_bad_words_are_refused(network, tmp_path, capsys, expected):
 
 
 def test_model_without_weights_is_refused(tmp_path, capsys):
+    code = cli.main(["attack", "--model", "resnet5", "--out", str(tmp_path / "out")])
+    refused(code, capsys, "model 'resnet5' is not one of", tmp_path / "out")
     code = cli.main(["attack", "--model", "cifar_resnet20", "--out", str(tmp_path / "out")])
     refused(code, capsys, "--model and --weights go together", tmp_path / "out")
 
@@ -188,6 +191,7 @@ def test_training_writes_weights_that_load(network, tmp_path, capsys):
 
 
 BAD_TRAINING = {
+    "only `adv2 attack` takes path/to/file.py:name": ["--model", "own.py:network"],
     "batch_size must lie in 1..18": ["--batch-size", "19"],
     "2 classes or more, got 1": ["--images", "one.npz"],
     "training diverged": ["--learning-rate", "1e38"],

@@ -118,3 +118,9 @@ def test_sign_test_against_all_outcomes():
     outcomes = [bin(i).count("1") for i in range(2**7)]
     for gained in range(8):
         assert _by_chance(gained, 7 - gained) == np.mean(np.array(outcomes) >= gained)
+
+
+def test_indices_are_places_in_the_source():
+    image_set = coloured([0, 1, 2, 0], [0, 2, 2, 0])._replace(positions=np.array([3, 5, 8, 9], np.int32))
+    np.testing.assert_array_equal(select(Mean(), image_set).indices, [3, 8, 9])
+    np.testing.assert_array_equal(select(Mean(), image_set, limit=2).indices, [3, 8])

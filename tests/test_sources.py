@@ -391,6 +391,8 @@ def test_a_sample_is_drawn_from_the_seed(flat, tmp_path):
     write_arrays(tmp_path / "a.npz", {"images": np.repeat(PIXELS, 10, 0), "labels": np.arange(60)})
     one, same, other = (load(tmp_path / "a.npz", sample=5, seed=seed).labels.tolist() for seed in (3, 3, 4))
     assert one == same == sorted(set(one)) and one != other and len(one) == 5
+    assert load(tmp_path / "a.npz", sample=5, seed=3).positions.tolist() == one  # the labels number the images
+    assert load(flat, sample=2, seed=1).positions.tolist() == _drawn(4, 2, 1).tolist()
     np.testing.assert_array_equal(load("shapes:20", sample=3, seed=2).images, load("shapes:20").images[_drawn(20, 3, 2)])
     assert load(flat, sample=4).names.tolist() == load(flat, sample=9).names.tolist() == ["0.png", "1.png", "2.png", "3.png"]
     refused("sample must be at least 1, got 0", flat, sample=0)

@@ -441,3 +441,12 @@ def test_embedded_network_recognises_fresh_scenes():
     model = models.load("cifar_resnet20", Path(adv2_jax.__file__).parent / "weights" / "shapes_resnet20.npz")
     fresh = shapes.generate(200, seed=2)
     assert train.accuracy(model, fresh.images, fresh.labels) >= 0.95
+
+
+def test_sets_of_two_sizes_are_refused(monkeypatch):
+    sizes = {"a": 8, "b": 16}
+    monkeypatch.setattr(
+        train, "load", lambda name, **_: ImageSet(np.zeros((10, sizes[name], sizes[name], 3), np.uint8), np.arange(10) % 2)
+    )
+    with pytest.raises(ValueError, match="images of a and b differ in size, 8x8 and 16x16; --size makes them one"):
+        train.training_sets("a", held_out="b")

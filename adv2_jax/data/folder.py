@@ -63,6 +63,7 @@ def _read(folder: Path, contents: Contents, size: int | None, draw: Draw) -> Ima
         targets,
         classes=contents.classes,
         names=np.array(names),
+        positions=index,
         classes_from=contents.classes_from,
     )
 

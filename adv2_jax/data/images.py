@@ -16,6 +16,7 @@ class ImageSet(NamedTuple):
         masks: bool [N, H, W], where the labelled object is.
         classes: names of the classes.
         names: unicode [N], the images' file names below their folder.
+        positions: int32 [N], places of the images in their source, of which only a sample may have been read.
         classes_from: who says how many classes there are and in which order, for messages: "photos has 3 class folders".
             None: nobody, any network with a class for each label will do.
     """
@@ -27,6 +28,7 @@ class ImageSet(NamedTuple):
     masks: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
     names: np.ndarray | None = None
+    positions: np.ndarray | None = None
     classes_from: str | None = None
 
     def take(self, index: np.ndarray) -> "ImageSet":

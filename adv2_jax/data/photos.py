@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adv2_jax.errors import first_line
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -69,8 +71,8 @@ def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.ui
     except pillow.UnidentifiedImageError:
         raise ValueError(f"cannot read {path}: damaged, or not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # every decoder raises its own on a damaged file
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(f"cannot read {path}: {reason[0]}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
+        raise ValueError(f"cannot read {path}: {reason}") from None
 
 
 def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np.uint8]:

@@ -66,7 +66,8 @@ def _read(source: str, size: int | None, labels: Path | None, listed: ClassList 
     if prepared:
         return tfds.load(source, size=size, draw=draw)
     found = _shapes(source) if embedded else _npz(source)
-    return _fitted(found.take(draw(len(found.images))), size)
+    index = draw(len(found.images))
+    return _fitted(found.take(index), size)._replace(positions=index)
 
 
 def sizes_vary(source: str | os.PathLike[str]) -> bool:
@@ -82,8 +83,8 @@ def _embedded(source: str) -> bool:
 def _draw(n: int, *, sample: int | None, seed: int) -> np.ndarray:
     """The sorted positions of `sample` of n images."""
     if sample is None or sample >= n:
-        return np.arange(n)
-    return np.sort(np.random.default_rng(seed).choice(n, sample, replace=False))
+        return np.arange(n, dtype=np.int32)
+    return np.sort(np.random.default_rng(seed).choice(n, sample, replace=False)).astype(np.int32)
 
 
 def _fitted(found: ImageSet, size: int | None) -> ImageSet:

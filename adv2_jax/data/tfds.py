@@ -12,6 +12,7 @@ import numpy as np
 from adv2_jax.data import photos
 from adv2_jax.data.folder import Draw
 from adv2_jax.data.images import ImageSet
+from adv2_jax.errors import first_line
 
 FORMAT = "array_record"  # the library's default, tfrecord, needs TensorFlow to be read
 
@@ -45,7 +46,7 @@ def load(source: str, *, size: int | None, draw: Draw) -> ImageSet:
                 example = data[int(i)]
             pixels.append(photos.fit(_rgb(example[image], builder.info.features[image], f"example {i} of {source}"), size))
             labels.append(example[label] if label else -1)
-    found = ImageSet(photos.stack(zip([f"example {i}" for i in index], pixels, strict=True)))
+    found = ImageSet(photos.stack(zip([f"example {i}" for i in index], pixels, strict=True)), positions=index)
     return _labelled(found, np.array(labels, np.int32), builder.info.features[label].names, source) if label else found
 
 
@@ -67,7 +68,7 @@ def _builder(name: str) -> Any:
         like = f"; did you mean {' or '.join(known)}?" if known else ""
         raise ValueError(f"TensorFlow Datasets has no data set {name!r}, and none of that name is prepared{like}") from None
     except Exception as error:  # asserts, imports, values: whatever the code of a data set raises
-        reason = _first_line(error).rpartition('": ')[2]
+        reason = first_line(error).rpartition('": ')[2]
         other = f"; prepare it as {FORMAT} in another folder (TFDS_DATA_DIR)" if "File format" in reason else ""
         raise ValueError(f"cannot read tfds:{name}: {reason}{other}") from None
 
@@ -99,7 +100,7 @@ def _explained(builder: Any, name: str, source: str) -> Iterator[None]:
         yield
     except Exception as error:  # the library, its readers and Pillow each raise their own
         if builder.is_prepared():
-            raise ValueError(f"cannot read {source}: {_first_line(error)}") from None
+            raise ValueError(f"cannot read {source}: {first_line(error)}") from None
         raise ValueError(f"{source} is not prepared: there is none in {builder.data_dir}; {_recipe(builder, name)}") from None
 
 
@@ -112,10 +113,6 @@ def _recipe(builder: Any, name: str) -> str:
     folder = Path(builder.data_dir).parents[builder.info.full_name.count("/")] / "downloads" / "manual"
     files = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
     return f"download its files by hand into {folder} ({files}), then {recipe}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

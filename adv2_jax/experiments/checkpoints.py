@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from adv2_jax.errors import first_line
+
 Tree = TypeVar("Tree")
 
 
@@ -65,7 +67,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=self._args.Composite(**parts))
         except Exception as error:  # orbax, tensorstore and json each raise their own on a damaged checkpoint
-            reason = str(error).partition("\n")[0].partition(" [tensorstore_spec")[0] or type(error).__name__
+            reason = first_line(error).partition(" [tensorstore_spec")[0]
             raise ValueError(f"cannot read checkpoint {self._folder / str(step)}: {reason}") from None
 
     def _check(self, was: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ CHANCE = 1e-3  # of refusing a network that is indifferent to the range
 
 
 class Selection(NamedTuple):
-    """Images the network gets right, their positions [N] in the set, its number of classes, and how many it gets wrong."""
+    """Images the network gets right, their positions [N] in the source, its number of classes, and how many it gets wrong."""
 
     images: ImageSet
     indices: np.ndarray
@@ -54,8 +54,10 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
         _check_range(model, image_set, right, batch_size)
     if not right.any():
         raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack")
-    indices = np.flatnonzero(right).astype(np.int32)[:limit]
-    return Selection(image_set.take(indices), indices, logits.shape[-1], int((~right).sum()))
+    index = np.flatnonzero(right).astype(np.int32)[:limit]
+    chosen = image_set.take(index)
+    positions = index if chosen.positions is None else chosen.positions
+    return Selection(chosen, positions, logits.shape[-1], int((~right).sum()))
 
 
 def _logits(model: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:

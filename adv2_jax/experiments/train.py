@@ -214,6 +214,9 @@ def training_sets(source: str, *, held_out: str | None = None, seed: int = 0, **
     if held_out is None:
         return TrainingSets(*_split(source, train, seed), first.classes)
     second = load(held_out, seed=seed, **options)
+    if second.images.shape[1:] != first.images.shape[1:]:
+        sizes = " and ".join("x".join(map(str, found.images.shape[1:3])) for found in (first, second))
+        raise ValueError(f"images of {source} and {held_out} differ in size, {sizes}; --size makes them one")
     return TrainingSets(train, _labelled(held_out, second), _same_classes(source, first, held_out, second))
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "ImageNetResNet",
     "Network",
     "build",
+    "check_name",
     "convert",
     "convert_file",
     "densenet",
@@ -66,7 +67,7 @@ def build(name: str, *, seed: int = 0, **options: Any) -> Network:
     Raises:
         ValueError: for an unknown name; lists the valid ones.
     """
-    _check_name(name)
+    check_name(name)
     return MODELS[name](rngs=nnx.Rngs(seed), **options)
 
 
@@ -142,19 +143,25 @@ def image_size(name: str) -> int:
     Raises:
         ValueError: for an unknown name; lists the valid ones.
     """
-    _check_name(name)
+    check_name(name)
     network: Any = MODELS[name].func
     return inspect.signature(network.__init__).parameters["image_size"].default
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
+    """Refuse a name that is not in `MODELS`.
+
+    Raises:
+        ValueError: lists the valid ones.
+    """
     if name not in MODELS:
-        raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}")
+        own = "; only `adv2 attack` takes path/to/file.py:name" if user.is_reference(name) else ""
+        raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}{own}")
 
 
 def _read(name: str, path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Network, convert.Canonical]:
     """The network filled with the arrays of a file, and what had to be done to them."""
-    _check_name(name)
+    check_name(name)
     arrays = read_arrays(path)
     try:
         found = convert.canonical(arrays)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from adv2_jax.errors import first_line
 from adv2_jax.types import Classifier
 
 T = TypeVar("T")
@@ -66,9 +67,8 @@ def _attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
     try:
         return f(*arguments)
     except (Exception, SystemExit) as error:
-        reason = next(iter(str(error).splitlines()), "")
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{failure}: {kind}{reason}") from error
+        kind = "" if isinstance(error, ValueError) or not str(error) else f"{type(error).__name__}: "
+        raise ValueError(f"{failure}: {kind}{first_line(error)}") from error
 
 
 def _public(module: ModuleType) -> list[str]:
