@@ -13,14 +13,15 @@ from adv2_jax.activations import relu
 from adv2_jax.attack import explain, no_map
 from adv2_jax.data import ImageSet
 from adv2_jax.data.sources import check_classes
+from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import Activation, Classifier, Features, Image, Logits
 
 RANGES = {  # scale and shift of the [0, 1] image
     "0..255": (np.full(3, 255.0), np.zeros(3)),
     "-1..1": (np.full(3, 2.0), -np.ones(3)),
     "ImageNet's mean 0 and standard deviation 1": (
-        1 / np.array([0.229, 0.224, 0.225]),
-        -np.array([0.485, 0.456, 0.406]) / np.array([0.229, 0.224, 0.225]),
+        1 / np.array(IMAGENET_STD),
+        -np.array(IMAGENET_MEAN) / np.array(IMAGENET_STD),
     ),
 }
 TRIED = 64  # images that the other ranges are tried on
