@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from functools import lru_cache
 from os import PathLike
 from pathlib import Path
 from typing import NamedTuple
@@ -39,15 +40,18 @@ class ClassList(NamedTuple):
         Raises:
             ValueError: no line or several have that name.
         """
-        found = self._numbers().get(name, [])
+        found = _numbers(self.lines).get(name, [])
         if len(found) != 1:
             lines = "is in no line" if not found else f"may be any of lines {', '.join(str(i + 1) for i in found)}"
             raise ValueError(f"class {name!r} {lines} of {self.path}")
         return found[0]
 
-    def _numbers(self) -> dict[str, list[int]]:
-        """Name -> classes; a whole line goes before a first word."""
-        return _positions(line.split()[0] for line in self.lines) | _positions(self.names) | _positions(self.lines)
+
+@lru_cache(maxsize=1)  # a file of labels asks once a line
+def _numbers(lines: tuple[str, ...]) -> dict[str, list[int]]:
+    """Name -> classes; a whole line goes before a first word."""
+    names = map(_without_identifier, lines)
+    return _positions(line.split()[0] for line in lines) | _positions(names) | _positions(lines)
 
 
 def _without_identifier(line: str) -> str:
@@ -126,7 +130,7 @@ def _lines(path: str | PathLike[str]) -> list[tuple[int, list[str]]]:
 def _row(cells: list[str], files: Collection[str], rows: dict[str, list[int]], listed: ClassList | None) -> list[int]:
     """Class and perhaps target class of one line; refuses lines that do not go with those before."""
     name, *classes = cells
-    columns = {len(numbers) + 1 for numbers in rows.values()} or {2, 3}
+    columns = {len(next(iter(rows.values()))) + 1} if rows else {2, 3}
     if len(cells) not in columns:
         allowed = " or ".join(map(str, columns))
         raise ValueError(f"{len(cells)} columns, expected {allowed}: file name, class, and target class in all lines or none")
