@@ -79,8 +79,8 @@ def attack(
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
         target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
-        interpreter: "grad", "cam", "grad_cam", an `Interpreter` of your own, or None for plain PGD on ℓ_prd. With a `Preset` of
-            your own a name must be that of its interpreter.
+        interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), an `Interpreter` of your own, or None for
+            plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
         threat: threat model, `threats.linf(0.031)` unless given.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.

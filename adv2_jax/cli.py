@@ -6,10 +6,12 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
+from flax import nnx
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,28 +20,22 @@ from rich.table import Table
 from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
+from adv2_jax.experiments import fit, train, train_masker
 from adv2_jax.experiments.files import output_directory, write_run, write_summary
 from adv2_jax.experiments.run import Outcome, Settings, environment, run
-from adv2_jax.experiments.train import (
-    BATCH_SIZE,
-    EPOCHS,
-    LEARNING_RATE,
-    Recipe,
-    TrainingSets,
-    accuracy,
-    train_classifier,
-    training_sets,
-)
+from adv2_jax.experiments.train import TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.files import atomic
-from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.types import Classifier
 
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
-RECIPE = ("seed", "epochs", "batch_size", "learning_rate", "shift", "mirror", "head_only")
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
+
+
+T = TypeVar("T")
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +91,9 @@ def _parser() -> Parser:
     classifier = kinds.add_parser("classifier", help="train a classifier")
     _train_arguments(classifier)
     classifier.set_defaults(run=_train_classifier)
+    rts = kinds.add_parser("rts", help="train the masker of RTS, by eq. 8")
+    _train_rts_arguments(rts)
+    rts.set_defaults(run=_train_rts)
 
     convert = commands.add_parser("convert", help="rewrite torchvision or timm weights in the project's form")
     _convert_arguments(convert)
@@ -108,7 +107,10 @@ def _attack_arguments(parser: Parser) -> None:
     add("--weights", metavar="FILE", help="torch-style state dict, .npz, .safetensors or .pth; with file.py:name handed to name")
     _normalisation_arguments(parser)
     _source_arguments(parser)
-    add("--interpreter", nargs="+", default=list(INTERPRETERS), choices=list(INTERPRETERS), help="default: all")
+    add("--interpreter", nargs="+", choices=list(INTERPRETERS), help="default: all; rts only where there is a masker")
+    add("--masker", metavar="FILE", help="masker of the network, for rts, from adv2 train rts (default: the embedded network's)")
+    add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
+    add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
     add("--threat", default="linf", choices=["linf"], help="threat model (default: %(default)s)")
     add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
@@ -167,14 +169,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _weight(text: str) -> float:
+    if not 0 <= float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
+    return float(text)
+
+
 def _attack(arguments: argparse.Namespace, command: str) -> None:
-    model = _model(arguments)
-    arguments.interpreter = list(dict.fromkeys(arguments.interpreter))
+    model, masker = _model(arguments), _masker(arguments)
+    arguments.interpreter = _interpreters(arguments.interpreter, masker)
     _run(
-        model,
+        model if masker is None else models.Masked(model, masker),
         data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None))),
         Settings(
-            interpreters=arguments.interpreter,
+            interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
             threat=threats.linf(arguments.epsilon),
             preset=arguments.preset,
             warm_steps=arguments.warm_steps,
@@ -185,6 +193,27 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
         config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
         limit=arguments.limit,
     )
+
+
+def _masker(arguments: argparse.Namespace) -> models.Masker | None:
+    if arguments.masker is not None:
+        return models.load_masker(arguments.masker)
+    return models.embedded_masker() if arguments.model is None and arguments.weights is None else None
+
+
+def _interpreters(chosen: list[str] | None, masker: models.Masker | None) -> list[str]:
+    """Names, each once; unless chosen, all that can be used."""
+    if chosen is None:
+        return [name for name in INTERPRETERS if name != "rts" or masker is not None]
+    if "rts" in chosen and masker is None:
+        raise ValueError("--interpreter rts needs --masker FILE, the network's own masker; adv2 train rts makes one")
+    return list(dict.fromkeys(chosen))
+
+
+def _with_options(name: str, arguments: argparse.Namespace) -> Interpreter:
+    if name == "rts":
+        return rts_interpreter(encoder_loss=arguments.encoder_loss, encoder_weight=arguments.encoder_weight)
+    return INTERPRETERS[name]()
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
@@ -223,19 +252,43 @@ def _train_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="cifar_resnet20", metavar="NAME", help=f"{NAMES} (default: %(default)s)")
     add("--weights", metavar="FILE", help="weights to start from; the head is made anew if it has other classes (default: none)")
+    _training_arguments(parser, train.Recipe())
+    add("--head-only", action="store_true", help="train the head, keep the features")
+    add("--out", required=True, metavar="DIR", help="where to write weights.npz, summary.json and report.html")
+
+
+def _train_rts_arguments(parser: Parser) -> None:
+    add, recipe = parser.add_argument, train_masker.Recipe()
+    add("--model", metavar="NAME", help=f"the network to explain: {NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
+    add("--weights", metavar="FILE", help="its weights")
+    add("--encoder", metavar="NAME", help="a ResNet of the same classes, the start of the masker (default: the network itself)")
+    add("--encoder-weights", metavar="FILE", help="its weights; go with --encoder")
+    add("--tune", action="store_true", help="train the encoder too")
+    _training_arguments(parser, recipe)
+    terms = {
+        "variation": "of the map's total variation",
+        "area": "of the map's mean",
+        "removal": "of the confidence where the map hides",
+        "power": "of that confidence, its exponent",
+    }
+    for i, (name, meaning) in enumerate(terms.items(), 1):
+        default = getattr(recipe, name)
+        add(f"--{name}", type=_weight, default=default, metavar="W", help=f"λ{i} of eq. 8, {meaning} (default: %(default)s)")
+    add("--absent", type=float, default=recipe.absent, metavar="P", help="share of maps of another class (default: %(default)s)")
+    add("--out", required=True, metavar="DIR", help="where to write masker.npz, summary.json and report.html")
+
+
+def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
+    """What every training is told; defaults from the recipe."""
+    add = parser.add_argument
     _normalisation_arguments(parser)
     _source_arguments(parser)
-    add(
-        "--held-out",
-        metavar="SOURCE",
-        help="images to measure the accuracy on (default: other scenes for shapes, else a tenth of --images)",
-    )
-    add("--epochs", type=_positive, default=EPOCHS, metavar="N", help="passes over the images (default: %(default)s)")
-    add("--batch-size", type=_positive, default=BATCH_SIZE, metavar="N", help="images a step (default: %(default)s)")
-    add("--learning-rate", type=float, default=LEARNING_RATE, metavar="R", help="its peak (default: %(default)s)")
-    add("--shift", type=_whole, default=Recipe.shift, metavar="N", help="largest random shift in pixels (default: %(default)s)")
+    add("--held-out", metavar="SOURCE", help="images to measure on (default: other scenes for shapes, else a tenth of --images)")
+    add("--epochs", type=_positive, default=recipe.epochs, metavar="N", help="passes over the images (default: %(default)s)")
+    add("--batch-size", type=_positive, default=recipe.batch_size, metavar="N", help="images a step (default: %(default)s)")
+    add("--learning-rate", type=float, default=recipe.learning_rate, metavar="R", help="its peak (default: %(default)s)")
+    add("--shift", type=_whole, default=recipe.shift, metavar="N", help="largest random shift in pixels (default: %(default)s)")
     add("--no-mirror", dest="mirror", action="store_false", help="do not mirror images at random: for text and digits")
-    add("--head-only", action="store_true", help="train the head, keep the features")
     add(
         "--seed",
         type=_seed,
@@ -245,43 +298,86 @@ def _train_arguments(parser: Parser) -> None:
     )
     add("--checkpoint-every", type=_positive, metavar="N", help="steps between checkpoints (default: an epoch)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-    add("--out", required=True, metavar="DIR", help="where to write weights.npz and summary.json")
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
-    options = _source_options(arguments, models.image_size(arguments.model))
-    sets = training_sets(arguments.images, held_out=arguments.held_out, **options)
-    model = _start(arguments, sets)
+    sets = training_sets(
+        arguments.images, held_out=arguments.held_out, **_source_options(arguments, models.image_size(arguments.model))
+    )
+    model, held_out = _start(arguments, sets), sets.held_out
+    before = accuracy(model, held_out.images, held_out.labels) if arguments.weights else None
     with output_directory(arguments.out) as directory:
-        checkpoints = directory / "checkpoints"
-        before = accuracy(model, *sets.held_out) if arguments.weights else None
-        with _progress() as start, _kept(checkpoints):
-            bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
-            model, losses = train_classifier(
-                model,
-                *sets.train,
-                checkpoints=checkpoints,
-                checkpoint_every=arguments.checkpoint_every,
-                resume=arguments.resume,
-                on_step=_advance(bar),
-                **{name: getattr(arguments, name) for name in RECIPE},
-            )
-        after = accuracy(model, *sets.held_out)
-        models.convert.save(model, directory / "weights.npz")
-        write_summary(
+        recipe = _recipe(arguments, train.Recipe)
+        model, losses = _train(
+            arguments,
             directory,
-            {
-                "config": _config(arguments, command),
-                "environment": environment(),
-                "counts": {"train": len(sets.train.images), "held_out": len(sets.held_out.images)},
-                "classes": sets.classes,
-                "accuracy": after,
-                "accuracy_before": before,
-                "losses": [float(loss) for loss in losses],
-            },
+            lambda kept: train_classifier(model, sets.train.images, sets.train.labels, kept=kept, **recipe),
+            sets,
         )
-        shutil.rmtree(checkpoints)
-    print(f"held-out accuracy {after:.4f} on {len(sets.held_out.images)} images; weights: {directory / 'weights.npz'}")
+        after = accuracy(model, held_out.images, held_out.labels)
+        models.convert.save(model, directory / "weights.npz")
+        found = {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
+        page = _write_training(directory, sets, found, losses, _config(arguments, command))
+    print(f"held-out accuracy {after:.4f} on {len(held_out.images)} images; weights: {directory / 'weights.npz'}")
+    print(f"report: {page}")
+
+
+def _train_rts(arguments: argparse.Namespace, command: str) -> None:
+    classifier = _model(arguments)
+    name, encoder = _encoder(arguments, classifier)
+    masker = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
+    options = _source_options(arguments, getattr(classifier, "image_size", None))
+    sets = training_sets(arguments.images, held_out=arguments.held_out, **options)
+    with output_directory(arguments.out) as directory:
+        recipe = _recipe(arguments, train_masker.Recipe)
+        masker, losses = _train(
+            arguments,
+            directory,
+            lambda kept: train_masker.train_masker(masker, classifier, sets.train.images, sets.train.labels, kept=kept, **recipe),
+            sets,
+        )
+        found = train_masker.qualities(models.Masked(classifier, masker), sets.held_out)
+        models.save_masker(masker, name, directory / "masker.npz")
+        rows = {"quality": [{"interpreter": key} | value._asdict() for key, value in found.items()]}
+        page = _write_training(directory, sets, rows, losses, _config(arguments, command))
+    own = found["rts"]
+    print(f"{own.n} held-out images: confidence kept {own.kept:.3f}, removed to {own.removed:.3f}")
+    print(f"masker: {directory / 'masker.npz'}")
+    print(f"report: {page}")
+
+
+def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str, models.Encoder]:
+    """What the masker sees through, and its name: a network of its own, or the one to be explained."""
+    name, weights = arguments.encoder, arguments.encoder_weights
+    if (name is None) != (weights is None):
+        raise ValueError("--encoder and --encoder-weights go together; without both, the network itself is the encoder")
+    if name is not None:
+        return name, models.check_encoder(models.load(name, weights, **_normalisation(arguments)))
+    return arguments.model or models.EMBEDDED, models.check_encoder(classifier)
+
+
+def _recipe(arguments: argparse.Namespace, kind: type[fit.Recipe]) -> dict[str, Any]:
+    return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+
+
+def _train(
+    arguments: argparse.Namespace, directory: Path, run: Callable[[fit.Kept], tuple[T, fit.Losses]], sets: TrainingSets
+) -> tuple[T, fit.Losses]:
+    """What `run` trains, with a bar, and a way to go on for whoever interrupts it."""
+    checkpoints = directory / "checkpoints"
+    with _progress() as start, _kept(checkpoints):
+        bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
+        return run(fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar)))
+
+
+def _write_training(directory: Path, sets: TrainingSets, found: dict[str, Any], losses: fit.Losses, config: dict[str, Any]) -> Path:
+    """Summary and report; the checkpoints have done their work."""
+    counts = {"train": len(sets.train.images), "held_out": len(sets.held_out.images)}
+    summary = {"config": config, "environment": environment(), "counts": counts, **found}
+    write_summary(directory, summary | {"losses": [float(loss) for loss in losses]})
+    page = report.write_training(directory)
+    shutil.rmtree(directory / "checkpoints")
+    return page
 
 
 def _advance(bar: OnStep) -> Callable[[int, float], None]:

@@ -7,7 +7,7 @@ m_t target map, g the interpreter, α step size, λ weight of the map, Π `threa
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
     Attributes:
         threat: the threat model.
-        surrogate: (model, image, label, tau) -> (logits, map), or None for the prediction loss alone (PGD).
+        surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
         direction: makes the optax transformation from gradients to directions; the step size is applied after it.
         smoothing: label smoothing of ℓ_prd.
@@ -119,16 +119,20 @@ def init(problem: Problem, options: Options, params: Params = None) -> State:
 
 
 def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options) -> tuple[Array, Info]:
-    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts."""
+    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts.
+
+    What the surrogate penalises besides is added.
+    """
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
+    penalties: Sequence[Array] = ()
     if options.surrogate is None:
         logits, m = model.head(model.features(x)), problem.target_map
     else:
-        logits, m = options.surrogate(model, x, problem.target, numbers.tau)
+        logits, m, *penalties = options.surrogate(model, x, problem.target, numbers.tau)
     f_t = losses.probability(logits, problem.target)
     prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
-    loss = prediction + numbers.lam * options.map_loss(m, problem.target_map)
+    loss = prediction + numbers.lam * options.map_loss(m, problem.target_map) + sum(penalties)
     return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
 
 

@@ -54,6 +54,28 @@ def usual_pool(h: int, w: int) -> int:
     return next(size for size in range(max(min(h, w) // 56, 1), 0, -1) if h % size == w % size == 0)
 
 
+def total_variation(m: Map) -> Array:
+    """Mean squared difference of vertical and of horizontal neighbours, added: r_tv(m) of eq. 8, [h, w] -> [] >= 0."""
+    return (jnp.diff(m, axis=0) ** 2).mean() + (jnp.diff(m, axis=1) ** 2).mean()
+
+
+def blur(values: Array, sigma: float) -> Array:
+    """Gaussian blur of [H, W, ...] along its first two axes; what would lie beyond the edge has no weight.
+
+    Args:
+        values: [H, W, ...].
+        sigma: standard deviation in pixels, > 0.
+    """
+    rows, columns = (_gaussian(n, sigma) for n in values.shape[:2])
+    return jnp.einsum("ih,jw,hw...->ij...", rows, columns, values)
+
+
+def _gaussian(n: int, sigma: float) -> Array:
+    """Matrix [n, n] that blurs n values; each row sums to 1."""
+    distance = jnp.arange(n)[:, None] - jnp.arange(n)
+    return jax.nn.softmax(-0.5 * (distance / sigma) ** 2, axis=-1)
+
+
 def resize(values: Array, shape: tuple[int, int]) -> Array:
     """Bilinear resize of [h, w] with half-pixel centres and no antialiasing (as torch's align_corners=False)."""
     return jax.image.resize(values, shape, "bilinear", antialias=False)

@@ -14,6 +14,7 @@ from adv2_jax.interpreters import (
     cam_interpreter,
     grad_cam_interpreter,
     grad_interpreter,
+    rts_interpreter,
     smooth_grad_interpreter,
 )
 from adv2_jax.options import shared
@@ -145,12 +146,14 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "grad": _PAPER_GRAD,
         "cam": _PAPER_CAM,
         "grad_cam": replace(_PAPER_CAM, interpreter=grad_cam_interpreter()),
+        "rts": replace(_PAPER_CAM, interpreter=rts_interpreter(), warm_steps=300, steps=1000),
     },
     "default": {
         "pgd": replace(_PGD, steps=300),
         "grad": _DEFAULT_GRAD,
         "cam": _DEFAULT_CAM,
         "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),
+        "rts": replace(_DEFAULT_CAM, interpreter=rts_interpreter()),
     },
 }
 

@@ -112,8 +112,7 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> s
     Raises:
         ValueError: if the summary has another schema.
     """
-    if summary.get("schema") != SCHEMA:
-        raise ValueError(f"summary has schema {summary.get('schema')!r}; this report reads schema {SCHEMA}")
+    _check_schema(summary)
     total = len(results["images"])
     shown = _first(results, limit)
     rows, config = summary["rows"], summary.get("config", {})
@@ -129,6 +128,41 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> s
         sections="".join(_section(name, summary, shown, total) for name in interpreters),
         reproduction=_reproduction(config, summary.get("environment", {})),
     )
+
+
+def write_training(directory: Path | str) -> Path:
+    """Reads `summary.json` of a finished training and writes `report.html` next to it: loss curve, and what was measured.
+
+    Args:
+        directory: the folder of the training.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: if there is no summary.
+        ValueError: if the summary has another schema.
+    """
+    folder = Path(directory)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    _check_schema(summary)
+    page = folder / "report.html"
+    config, counts = summary["config"], summary["counts"]
+    facts = {"Model": config["model"], "Images trained on": counts["train"], "Held out": counts["held_out"]}
+    for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
+        if summary.get(key) is not None:
+            facts[name] = f"{summary[key]:.4f}"
+    with atomic(page, "w") as file:
+        file.write(
+            TRAINING.substitute(
+                style=STYLE,
+                facts=_definitions(facts, "facts"),
+                curve=_curve(summary["losses"]),
+                quality=_quality(summary.get("quality", [])),
+                reproduction=_reproduction(config, summary.get("environment", {})),
+            )
+        )
+    return page
 
 
 def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: int = 112, gap: int = 6) -> Pixels:
@@ -206,6 +240,36 @@ def png(image: Pixels) -> bytes:
 
 def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def _check_schema(summary: Mapping[str, Any]) -> None:
+    if summary.get("schema") != SCHEMA:
+        raise ValueError(f"summary has schema {summary.get('schema')!r}; this report reads schema {SCHEMA}")
+
+
+def _curve(losses: Sequence[float], *, points: int = 200) -> str:
+    """The loss of every step as a line, in at most `points` means of consecutive steps; the axes carry their ends."""
+    means = np.array([part.mean() for part in np.array_split(np.asarray(losses, float), min(points, len(losses)))])
+    low, high = float(means.min()), float(means.max())
+    x = np.linspace(0, 600, len(means)) if len(means) > 1 else np.zeros(1)
+    y = 200 - 190 * (means - low) / ((high - low) or 1)
+    line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+    return CURVE.substitute(line=line, low=f"{low:.3g}", high=f"{high:.3g}", steps=len(losses), last=f"{means[-1]:.3g}")
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
+    if not rows:
+        return ""
+    headings = "".join(f'<th scope="col">{escape(key.replace("_", " ").capitalize())}</th>' for key in rows[0])
+    cells = ("".join(f"<td>{escape(_quality_cell(key, value))}</td>" for key, value in row.items()) for row in rows)
+    table = f"<table><thead><tr>{headings}</tr></thead><tbody><tr>{'</tr><tr>'.join(cells)}</tr></tbody></table>"
+    return QUALITY.substitute(table=table)
+
+
+def _quality_cell(key: str, value: object) -> str:
+    if key == "interpreter":
+        return _title(str(value))
+    return f"{value:.3f}" if isinstance(value, float) else _text(value)
 
 
 def _first(results: Arrays, limit: int) -> dict[str, NDArray[Any]]:
@@ -532,6 +596,50 @@ L∞ and L2 measure the change of the image. Arrows point to the attacker's adva
 <p class="note scale">Maps: 0 <i role="img" aria-label="colour scale from dark to light"></i> 1</p>
 </section>
 $sections
+<section aria-labelledby="reproduce">
+<h2 id="reproduce">Reproduce</h2>
+$reproduction
+</section>
+</main>
+</body>
+</html>
+""")
+
+CURVE = Template("""<svg viewBox="-4 0 608 230" role="img" aria-label="loss from $high to $last over $steps steps">
+<polyline points="$line" fill="none" stroke="currentColor" stroke-width="1.5"/>
+<g font-size="12" fill="currentColor"><text x="0" y="224">step 1</text>
+<text x="600" y="224" text-anchor="end">step $steps, loss $last</text>
+<text x="600" y="12" text-anchor="end">highest $high, lowest $low</text></g></svg>
+""")
+
+QUALITY = Template("""<section aria-labelledby="quality">
+<h2 id="quality">Do the maps explain?</h2>
+<div class="scroll" role="region" aria-label="Quality table" tabindex="0">$table</div>
+<p class="note">On N held-out images that the network gets right. Kept: the share of its confidence that is left where only what
+the map marks is shown. Removed: its confidence where that is hidden. Inside, outside: the map on the object and beside it.
+Pointing game: share of maps that peak on the object. IoU: of the map at .5 and the object.</p>
+</section>
+""")
+
+TRAINING = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Training</title>
+<style>$style</style>
+</head>
+<body>
+<header>
+<h1>Training</h1>
+$facts
+</header>
+<main>
+<section aria-labelledby="loss">
+<h2 id="loss">Loss</h2>
+$curve
+</section>
+$quality
 <section aria-labelledby="reproduce">
 <h2 id="reproduce">Reproduce</h2>
 $reproduction

@@ -10,7 +10,7 @@ Everything below `adv2_jax.attack.attack` sees one image. Shapes are written
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jax import Array
 
@@ -33,4 +33,19 @@ class Classifier(Protocol):
 
     def head(self, features: Features) -> Logits:
         """Global average pooling and the linear layer: logits [K]."""
+        ...
+
+
+@runtime_checkable
+class Masker(Protocol):
+    """The network of RTS (`adv2_jax.models.Masker`)."""
+
+    encoder: Classifier
+    means: Any
+
+    def __call__(self, image: Image, label: Label) -> Map:
+        """The map [h, w] in [0, 1] of a class.
+
+        `encoder` is the classifier inside, `means` [K, C] are its mean features, a class each.
+        """
         ...

@@ -55,6 +55,12 @@ def tiny(randomised):
 
 
 @pytest.fixture(scope="session")
+def masker(randomised):
+    """The masker of a classifier of 10 classes, on an encoder like `tiny`."""
+    return randomised(lambda: models.Masker(models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 5)
+
+
+@pytest.fixture(scope="session")
 def model(tiny):
     return tiny()
 

@@ -13,7 +13,7 @@ ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
     {"types", "options", "errors"},
     {"activations", "maps", "losses", "files"},
-    {"classifier"},
+    {"classifier", "blending"},
     {"interpreters", "threats", "models", "data", "metrics"},
     {"descent"},
     {"presets"},

@@ -9,6 +9,7 @@ import pytest
 from adv2_jax import attack, explain, interpreters, metrics, presets, threats
 from adv2_jax.attack import count_steps, gradient_evaluations
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
+from adv2_jax.models import Masked
 from adv2_jax.presets import PRESETS, Preset, constant
 
 PIXEL = 1 / 255
@@ -21,8 +22,8 @@ WIDE = threats.linf(0.1)
 
 
 @pytest.fixture(scope="module")
-def model(make_small):
-    return make_small()
+def model(make_small, masker):
+    return Masked(make_small(), masker)
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from adv2_jax import metrics
 from adv2_jax.attack import OnStep, Result, attack, count_steps, explain, gradient_evaluations
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import select
+from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset, resolve
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
@@ -29,7 +30,7 @@ class Settings(NamedTuple):
     """What a run is asked for, beyond the network and the images.
 
     Attributes:
-        interpreters: names.
+        interpreters: names, or interpreters with options of their own.
         threat: threat model.
         preset: name.
         warm_steps, steps: take the place of the preset's when given.
@@ -37,7 +38,7 @@ class Settings(NamedTuple):
         seed: of the target classes.
     """
 
-    interpreters: Sequence[str]
+    interpreters: Sequence[str | Interpreter]
     threat: Threat
     preset: str = "default"
     warm_steps: int | None = None

@@ -4,17 +4,19 @@
 
 `explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label, tau) -> (logits, map)`,
 which shares one pass over the network between the two terms of the joint loss; `tau` is the width of whatever it smooths, so that
-a schedule can sharpen it on the way. `Interpreter` pairs the two faces.
+a schedule can sharpen it on the way. What else it returns is added to the loss. `Interpreter` pairs the two faces.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax import Array
 
 from adv2_jax.activations import relu_curved, relu_h
+from adv2_jax.classifier import num_classes
 from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
+from adv2_jax.interpreters.rts import MaskWeights, head_loss, mean_loss, rts
 from adv2_jax.options import shared
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
 
@@ -22,6 +24,7 @@ __all__ = [
     "INTERPRETERS",
     "Explain",
     "Interpreter",
+    "MaskWeights",
     "Surrogate",
     "cam",
     "cam_interpreter",
@@ -30,12 +33,14 @@ __all__ = [
     "grad_cam_interpreter",
     "grad_interpreter",
     "input_gradient",
+    "rts",
+    "rts_interpreter",
     "smooth_grad_interpreter",
 ]
 
 
 Explain = Callable[[Classifier, Image, Label], Map]
-Surrogate = Callable[[Classifier, Image, Label, Array], tuple[Logits, Map]]
+Surrogate = Callable[[Classifier, Image, Label, Array], tuple[Logits, Map, *tuple[Array, ...]]]
 
 
 class Interpreter(NamedTuple):
@@ -45,6 +50,7 @@ class Interpreter(NamedTuple):
         name: as in results.
         explain: (model, image, label) -> map, what the analyst sees.
         surrogate: (model, image, label, tau) -> (logits, map), what the adversary differentiates; the logits' gradient is exact.
+            Further entries [], if any, are added to the loss as they are.
         faithful: whether the surrogate's map *is* the explained map (only its gradient may differ), so that an iterate is scored
             by the pass that differentiates it.
     """
@@ -107,6 +113,45 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None =
 
 
 @shared
+def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) -> Interpreter:
+    """RTS, and with it ℓ_enc for the adversary, without which its attack "is often ineffective" (ADV² §3.4).
+
+    The model is to be a `models.Masked`: a classifier and its masker.
+
+    Args:
+        encoder_loss: "head", cross-entropy of the encoder's own head towards the target (released code), or "mean", distance of
+            its pooled features from the mean of the target's class (the paper's text).
+        encoder_weight: what ℓ_enc is multiplied with, 0 or more; the released code uses .1, 0 leaves it out.
+
+    Returns:
+        An interpreter; equal options give the same object.
+
+    Raises:
+        ValueError: names the option that is out of its range.
+    """
+    if encoder_loss not in ENCODER_LOSSES:
+        raise ValueError(f"encoder_loss {encoder_loss!r} is not one of {', '.join(ENCODER_LOSSES)}")
+    if not 0 <= encoder_weight < float("inf"):
+        raise ValueError(f"encoder_weight = {encoder_weight} must be finite and not negative")
+    penalty = ENCODER_LOSSES[encoder_loss]
+
+    def explain(model: Any, image: Image, label: Label) -> Map:
+        if not hasattr(model, "masker"):
+            raise ValueError(f"rts needs a masker: its model is a models.Masked(classifier, masker), not a {type(model).__name__}")
+        model.masker.check(num_classes(model, image.shape), image.shape)
+        return rts(model.masker, image, label)
+
+    def surrogate(model: Any, image: Image, label: Label, tau: Array) -> tuple[Logits, Map, *tuple[Array, ...]]:
+        seen = model.head(model.features(image)), rts(model.masker, image, label)
+        return (*seen, encoder_weight * penalty(model.masker, image, label)) if encoder_weight else seen
+
+    return Interpreter("rts", explain, surrogate)
+
+
+ENCODER_LOSSES = {"head": head_loss, "mean": mean_loss}
+
+
+@shared
 def _grad(pool: int | None) -> Explain:
     return lambda model, image, label: grad(model, image, label, pool=pool)
 
@@ -115,4 +160,5 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "grad": grad_interpreter,
     "cam": cam_interpreter,
     "grad_cam": grad_cam_interpreter,
+    "rts": rts_interpreter,
 }

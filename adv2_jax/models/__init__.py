@@ -15,27 +15,38 @@ from flax import nnx
 from adv2_jax.files import check_writable, read_arrays, write_arrays
 from adv2_jax.models import convert, densenet, resnet, user
 from adv2_jax.models.densenet import DenseNet
+from adv2_jax.models.masker import Encoder, Masked, Masker
 from adv2_jax.models.resnet import CifarResNet, ImageNetResNet
 
 __all__ = [
+    "EMBEDDED",
     "MODELS",
     "CifarResNet",
     "DenseNet",
+    "Encoder",
     "ImageNetResNet",
+    "Masked",
+    "Masker",
     "Network",
     "build",
+    "check_encoder",
     "check_name",
     "convert",
     "convert_file",
     "densenet",
     "embedded",
+    "embedded_masker",
     "image_size",
     "load",
+    "load_masker",
     "resnet",
+    "save_masker",
     "user",
     "with_new_head",
 ]
 
+EMBEDDED = "cifar_resnet20"  # kind of the network that comes with the package
+OPTION, ENCODER = "option/", "encoder."  # before the names of a masker's arrays
 Network = CifarResNet | ImageNetResNet | DenseNet
 
 MODELS: dict[str, partial[Any]] = {
@@ -134,7 +145,62 @@ def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network
 def embedded() -> Network:
     """The network that comes with the package: a CIFAR-style ResNet-20 trained on `data.shapes` (64 x 64, 10 classes)."""
     with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_resnet20.npz") as path:
-        return load("cifar_resnet20", path, image_size=64)
+        return load(EMBEDDED, path, image_size=64)
+
+
+def embedded_masker() -> Masker:
+    """The masker that comes with the package: it explains the `embedded` network by RTS."""
+    with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_masker.npz") as path:
+        return load_masker(path)
+
+
+def save_masker(masker: Masker, name: str, path: str | os.PathLike[str]) -> None:
+    """Write a masker, and what its encoder is, atomically.
+
+    Args:
+        masker: what to write.
+        name: of its encoder, a key of `MODELS`.
+        path: `.npz`.
+
+    Raises:
+        ValueError: for an unknown name, or another suffix.
+    """
+    check_name(name)
+    encoder = masker.encoder
+    options = {"name": name, "mean": encoder.mean, "std": encoder.std, "image_size": encoder.image_size}
+    write_arrays(path, convert.to_state_dict(masker) | {OPTION + key: np.asarray(value) for key, value in options.items()})
+
+
+def load_masker(path: str | os.PathLike[str]) -> Masker:
+    """A masker that `save_masker` wrote.
+
+    Raises:
+        ValueError: for an unreadable file, or one that holds no masker (says which keys, with the expected and the found shape).
+    """
+    arrays = read_arrays(path)
+    options = {key.removeprefix(OPTION): array.tolist() for key, array in arrays.items() if key.startswith(OPTION)}
+    weights = {key: array for key, array in arrays.items() if not key.startswith(OPTION)}
+    encoder = {key.removeprefix(ENCODER): array for key, array in weights.items() if key.startswith(ENCODER)}
+    try:
+        if "name" not in options:
+            raise ValueError("it does not name its encoder; `adv2 train rts` writes maskers")
+        name = str(options.pop("name"))
+        abstract = nnx.eval_shape(lambda: Masker(check_encoder(build(name, **_sizes(name, encoder), **options)), rngs=nnx.Rngs(0)))
+        return convert.from_state_dict(abstract, weights)
+    except (ValueError, TypeError) as error:  # a TypeError: options that no network has
+        raise ValueError(f"{path} holds no masker: {error}") from None
+
+
+def check_encoder(network: object) -> Encoder:
+    """A network that a masker can be built on.
+
+    Raises:
+        ValueError: for another network than a ResNet of this package.
+    """
+    if not isinstance(network, Encoder):
+        names = ", ".join(name for name, kind in MODELS.items() if kind.func in (CifarResNet, ImageNetResNet))
+        raise ValueError(f"the encoder of a masker must be one of {names}, not a {type(network).__name__}")
+    return network
 
 
 def image_size(name: str) -> int:

@@ -21,8 +21,8 @@ Module = TypeVar("Module", bound=nnx.Module)
 
 TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 TORCH_ATTRIBUTE = {"trunk": "features"}
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # convolution HWIO -> OIHW, linear IO -> OI
-FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
+TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}  # convolution HWIO -> OIHW, linear IO -> OI
+FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
 OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files say norm.1, its module norm1
 NAMED = 8  # keys in one message
@@ -97,7 +97,7 @@ def _listed(items: Sequence[str], separator: str = "; ", limit: int = NAMED) -> 
 
 def _torch_key(path: tuple[Any, ...]) -> str:
     names = (TORCH_ATTRIBUTE.get(name, name) for name in path[:-1])
-    return ".".join(map(str, (*names, TORCH_NAME[path[-1]])))
+    return ".".join(map(str, (*names, TORCH_NAME.get(path[-1], path[-1]))))
 
 
 def _torch_shape(variable: nnx.Variable[Any]) -> tuple[int, ...]:
@@ -154,7 +154,7 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """The torch-style state dict of a module: inverse of `from_state_dict`."""
 
     def array(value: Array) -> np.ndarray:
-        return np.ascontiguousarray(np.asarray(value).transpose(TO_TORCH[value.ndim]))
+        return np.asarray(np.asarray(value).transpose(TO_TORCH[value.ndim]), order="C")
 
     flat = nnx.to_flat_state(nnx.state(model))
     return {_torch_key(path): array(variable.get_value()) for path, variable in flat}

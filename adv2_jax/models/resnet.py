@@ -60,11 +60,14 @@ def stage(c_in: int, c: int, depth: int, stride: int, *, expansion: int, project
     )
 
 
-def run(blocks: nnx.List[Block], x: Array, act: Activation) -> Array:
-    """The blocks one after the other."""
-    for block in blocks:
-        x = block(x, act)
-    return x
+def run_all(stages: Sequence[nnx.List[Block]], x: Array, act: Activation) -> list[Array]:
+    """The stages one after the other; what each of them gives."""
+    outputs = []
+    for blocks in stages:
+        for block in blocks:
+            x = block(x, act)
+        outputs.append(x)
+    return outputs
 
 
 class CifarResNet(nnx.Module):
@@ -102,12 +105,14 @@ class CifarResNet(nnx.Module):
         self.layer3 = widen(2 * width, 4 * width, 2)
         self.linear = nnx.Linear(4 * width, num_classes, rngs=rngs)
 
+    def scales(self, image: Image, act: Activation = relu) -> list[Features]:
+        """What each stage gives, [..., H/s, W/s, s width] for s = 1, 2, 4."""
+        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
+        return run_all((self.layer1, self.layer2, self.layer3), x, act)
+
     def features(self, image: Image, act: Activation = relu) -> Features:
         """[..., H, W, 3] -> [..., H/4, W/4, 4 width]."""
-        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
-        for blocks in (self.layer1, self.layer2, self.layer3):
-            x = run(blocks, x, act)
-        return x
+        return self.scales(image, act)[-1]
 
     def head(self, features: Features) -> Logits:
         """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
@@ -153,12 +158,14 @@ class ImageNetResNet(nnx.Module):
         self.layer4 = widen(4 * out, 8 * width, depths[3], 2)
         self.fc = nnx.Linear(8 * out, num_classes, rngs=rngs)
 
+    def scales(self, image: Image, act: Activation = relu) -> list[Features]:
+        """What each stage gives, [..., H/s, W/s, s/4 width expansion] for s = 4, 8, 16, 32."""
+        x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
+        return run_all((self.layer1, self.layer2, self.layer3, self.layer4), x, act)
+
     def features(self, image: Image, act: Activation = relu) -> Features:
         """[..., H, W, 3] -> [..., H/32, W/32, 8 width expansion]."""
-        x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
-        for blocks in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = run(blocks, x, act)
-        return x
+        return self.scales(image, act)[-1]
 
     def head(self, features: Features) -> Logits:
         """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""

@@ -1,0 +1,80 @@
+"""RTS: a trained network, the masker, draws the map (ADV² §3.4; Dabkowski & Gal 2017)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from adv2_jax.blending import blend
+from adv2_jax.losses import cross_entropy
+from adv2_jax.maps import total_variation
+from adv2_jax.types import Classifier, Image, Label, Map, Masker
+
+
+class MaskWeights(NamedTuple):
+    """λ1 to λ4 of eq. 8."""
+
+    variation: float = 3.0
+    area: float = 10.0
+    removal: float = 6.0
+    power: float = 0.3
+
+
+def rts(masker: Masker, image: Image, label: Label) -> Map:
+    """The map that a masker draws; no pass over the classifier.
+
+    Args:
+        masker: trained by `adv2 train rts`.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c the map explains.
+
+    Returns:
+        [h, w] in [0, 1], not scaled: an image that does not show c has a map near zero.
+    """
+    return masker(image, label)
+
+
+def mask_loss(model: Classifier, image: Image, label: Label, mask: Map, alternative: Image, weights: MaskWeights) -> Array:
+    """λ1 r_tv(m) + λ2 r_av(m) - log f_c(φ(x; m)) + λ3 f_c(φ(x; 1 - m))^λ4, what a masker is trained to minimise (eq. 8).
+
+    Args:
+        model: the classifier f.
+        image: x, [H, W, 3] in [0, 1].
+        label: [] the class c.
+        mask: m, [h, w] in [0, 1].
+        alternative: what φ shows where the mask hides the image, [H, W, 3].
+        weights: λ1 to λ4.
+
+    Returns:
+        [] >= 0.
+    """
+    kept, removed = (log_probability(model, blend(image, m, alternative), label) for m in (mask, 1 - mask))
+    # a power of f_c by its logarithm: no infinite slope where f_c rounds to 0
+    return size_loss(mask, weights) - kept + weights.removal * jnp.exp(weights.power * removed)
+
+
+def size_loss(mask: Map, weights: MaskWeights) -> Array:
+    """λ1 r_tv(m) + λ2 r_av(m), the terms of eq. 8 that do not ask the classifier: all there is for a class that is not shown."""
+    return weights.variation * total_variation(mask) + weights.area * mask.mean()
+
+
+def log_probability(model: Classifier, image: Image, label: Label) -> Array:
+    """log f_c(x), finite also where f_c rounds to 0."""
+    return jax.nn.log_softmax(model.head(model.features(image)))[label]
+
+
+def head_loss(masker: Masker, image: Image, label: Label) -> Array:
+    """ℓ_enc as the released code has it: the cross-entropy of the encoder's own head towards class t, [] >= 0."""
+    encoder = masker.encoder
+    return cross_entropy(encoder.head(encoder.features(image)), label)
+
+
+def mean_loss(masker: Masker, image: Image, label: Label) -> Array:
+    """ℓ_enc as the paper's text has it: distance of the encoder's output from that for class t, [] >= 0.
+
+    The mean square over channels of the difference between the last features, averaged over positions, and their mean over the
+    training images of class t, in units of the mean square of the latter.
+    """
+    pooled, mean = masker.encoder.features(image).mean(axis=(0, 1)), masker.means[...][label]
+    return jnp.mean((pooled - mean) ** 2) / jnp.mean(mean**2)
