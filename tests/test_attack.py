@@ -19,6 +19,7 @@ PGD = replace(CAM, interpreter=None)
 APART = replace(CAM, interpreter=cam_interpreter()._replace(faithful=False), keep_every=2)
 PLANS = pytest.mark.parametrize("plan", [CAM, APART, PGD], ids=["cam", "apart", "pgd"])
 WIDE = threats.linf(0.1)
+NAMES = ", ".join(INTERPRETERS)
 
 
 @pytest.fixture(scope="module")
@@ -317,7 +318,7 @@ WRONG = {
     "large maps": ({"target_maps": np.zeros((6, 8, 8))}, "target_maps must be [6, 4, 4] for cam, got [6, 8, 8]"),
     "bright maps": ({"target_maps": np.full((6, 4, 4), 1.5)}, "target_maps must lie in [0, 1], got 1.5..1.5"),
     "void maps": ({"target_maps": np.full((6, 4, 4), np.nan)}, "target_maps must lie in [0, 1], got nan..nan"),
-    "interpreter": ({"interpreter": "lime"}, "interpreter 'lime' is not one of grad, cam, grad_cam"),
+    "interpreter": ({"interpreter": "lime"}, f"interpreter 'lime' is not one of {NAMES}"),
     "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default"),
     "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
     "batch size": ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
@@ -361,7 +362,7 @@ def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, 
     [
         (CAM, "grad", "interpreter 'grad' is not that of the preset, 'cam'"),
         (PRESETS["paper"]["pgd"], "cam", "interpreter 'cam' is not that of the preset, None"),
-        ("default", "pgd", "interpreter 'pgd' is not one of grad, cam, grad_cam"),
+        ("default", "pgd", f"interpreter 'pgd' is not one of {NAMES}"),
         ("best", "cam", "preset 'best' is not one of paper, default"),
     ],
 )
@@ -387,5 +388,5 @@ def test_explain_takes_names_interpreters_and_functions(model, images, labels):
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
-    with pytest.raises(ValueError, match=r"^interpreter 'lime' is not one of grad, cam, grad_cam$"):
+    with pytest.raises(ValueError, match=f"^interpreter 'lime' is not one of {NAMES}$"):
         explain(model, images, labels, interpreter="lime")
