@@ -8,7 +8,7 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU
-from adv2_jax.descent import Direction, MapLoss
+from adv2_jax.descent import MapLoss
 from adv2_jax.interpreters import (
     Interpreter,
     cam_interpreter,
@@ -18,8 +18,7 @@ from adv2_jax.interpreters import (
     smooth_grad_interpreter,
 )
 from adv2_jax.options import shared
-
-PIXEL = 1 / 255
+from adv2_jax.threats import PIXEL, Threat, Transformation
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
@@ -56,11 +55,11 @@ class Preset:
         interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
         warm_steps: steps of plain PGD before the joint stage.
         steps: joint steps.
-        step_size: n -> optax schedule of α over n joint steps.
+        step_size: n -> optax schedule of α over n joint steps, in pixel values (see `Threat.steepest`).
         balance: n -> optax schedule of λ over n joint steps.
         tau: n -> optax schedule of the surrogate's width.
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
-        direction: makes the optax transformation from gradients to directions, joint stage.
+        momentum: makes the optax transformation that gradients go through before `Threat.steepest`, joint stage.
         smoothing: label smoothing, joint stage.
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
@@ -76,7 +75,7 @@ class Preset:
     balance: Plan
     tau: Plan = _TAU
     map_loss: MapLoss = losses.map_l2
-    direction: Direction = optax.scale_by_sign
+    momentum: Transformation = optax.identity
     smoothing: float = 0.0
     yielding: float = 0.0
     rounded: bool = False
@@ -94,9 +93,9 @@ def paper_grad_balance(n: int) -> optax.Schedule:
 
 
 @shared
-def momentum_sign(decay: float) -> Direction:
-    """Sign of a sum of normalised gradients that decays by `decay` a step (MI-FGSM, Dong et al. 2018)."""
-    return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay), optax.scale_by_sign())
+def momentum(decay: float) -> Transformation:
+    """The sum of normalised gradients, decaying by `decay` a step (MI-FGSM, Dong et al. 2018)."""
+    return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay))
 
 
 _PGD = Preset(None, warm_steps=0, steps=1200, step_size=constant(PIXEL), balance=constant(0.0))
@@ -124,7 +123,7 @@ _DEFAULT_CAM = Preset(
     step_size=decay(PIXEL / 2, PIXEL / 40),
     balance=ramp(300.0, 600.0),
     map_loss=losses.map_mse,
-    direction=momentum_sign(0.85),
+    momentum=momentum(0.85),
     smoothing=0.02,
     yielding=0.1,
     rounded=True,
@@ -137,7 +136,7 @@ _DEFAULT_GRAD = replace(
     step_size=decay(0.35 * PIXEL, PIXEL / 40),
     balance=ramp(1000.0, 2000.0),
     tau=geometric(0.1, 5e-4),
-    direction=momentum_sign(0.6),
+    momentum=momentum(0.6),
 )
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -162,6 +161,7 @@ def resolve(
     preset: str | Preset,
     interpreter: str | Interpreter | None,
     *,
+    threat: Threat | None = None,
     warm_steps: int | None = None,
     steps: int | None = None,
 ) -> Preset:
@@ -171,6 +171,7 @@ def resolve(
         preset: a key of `PRESETS`, or a `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
             takes the numbers of the preset, or those found for its name; or None for plain PGD.
+        threat: what may be changed; a preset called by its name has other numbers under some (`UNDER`), the same under others.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
     Raises:
