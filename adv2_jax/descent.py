@@ -20,7 +20,7 @@ from jax import Array
 
 from adv2_jax import losses
 from adv2_jax.interpreters import Surrogate
-from adv2_jax.threats import Params, Threat, Transformation
+from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 Driver = Literal["auto", "fori", "host"]
@@ -42,7 +42,8 @@ class Options(NamedTuple):
         threat: the threat model.
         surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
-        momentum: makes the optax transformation that gradients go through before `threat.steepest`.
+        momentum: what a sum of normalised gradients keeps of itself at each step, in [0, 1), before `threat.steepest` (MI-FGSM, Dong
+            et al. 2018); None is `threat.optimiser`.
         smoothing: label smoothing of ℓ_prd.
         yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
             at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.
@@ -56,7 +57,7 @@ class Options(NamedTuple):
     threat: Threat
     surrogate: Surrogate | None = None
     map_loss: MapLoss = losses.map_l2
-    momentum: Transformation = optax.identity
+    momentum: float | None = None
     smoothing: float = 0.0
     yielding: float = 0.0
     confidence: float = 0.8
@@ -114,7 +115,10 @@ def keep_better(state: State, found: Array) -> State:
 
 def direction(options: Options) -> optax.GradientTransformation:
     """From gradients to directions; the step size is applied after it."""
-    return optax.chain(options.momentum(), options.threat.steepest())
+    threat, momentum = options.threat, options.momentum
+    if momentum is None:
+        return (threat.optimiser or threat.steepest)()
+    return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
 
 
 def init(problem: Problem, options: Options, params: Params = None) -> State:

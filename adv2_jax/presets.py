@@ -17,8 +17,7 @@ from adv2_jax.interpreters import (
     rts_interpreter,
     smooth_grad_interpreter,
 )
-from adv2_jax.options import shared
-from adv2_jax.threats import PIXEL, Threat, Transformation
+from adv2_jax.threats import PIXEL, Threat
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
@@ -59,7 +58,7 @@ class Preset:
         balance: n -> optax schedule of λ over n joint steps.
         tau: n -> optax schedule of the surrogate's width.
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
-        momentum: makes the optax transformation that gradients go through before `Threat.steepest`, joint stage.
+        momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat model.
         smoothing: label smoothing, joint stage.
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
@@ -75,7 +74,7 @@ class Preset:
     balance: Plan
     tau: Plan = _TAU
     map_loss: MapLoss = losses.map_l2
-    momentum: Transformation = optax.identity
+    momentum: float | None = None
     smoothing: float = 0.0
     yielding: float = 0.0
     rounded: bool = False
@@ -90,12 +89,6 @@ def paper_grad_balance(n: int) -> optax.Schedule:
         step = round(at * n / 704)
         factors[step] = factors.get(step, 1.0) * factor  # in a short run several changes may fall on one step
     return optax.piecewise_constant_schedule(0.001, factors)
-
-
-@shared
-def momentum(decay: float) -> Transformation:
-    """The sum of normalised gradients, decaying by `decay` a step (MI-FGSM, Dong et al. 2018)."""
-    return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay))
 
 
 _PGD = Preset(None, warm_steps=0, steps=1200, step_size=constant(PIXEL), balance=constant(0.0))
@@ -123,7 +116,7 @@ _DEFAULT_CAM = Preset(
     step_size=decay(PIXEL / 2, PIXEL / 40),
     balance=ramp(300.0, 600.0),
     map_loss=losses.map_mse,
-    momentum=momentum(0.85),
+    momentum=0.85,
     smoothing=0.02,
     yielding=0.1,
     rounded=True,
@@ -136,7 +129,7 @@ _DEFAULT_GRAD = replace(
     step_size=decay(0.35 * PIXEL, PIXEL / 40),
     balance=ramp(1000.0, 2000.0),
     tau=geometric(0.1, 5e-4),
-    momentum=momentum(0.6),
+    momentum=0.6,
 )
 
 PRESETS: dict[str, dict[str, Preset]] = {

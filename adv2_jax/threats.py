@@ -20,6 +20,7 @@ Params = Any
 Transformation = Callable[[], optax.GradientTransformation]
 
 PIXEL = 1 / 255
+FLOW_STEP = 0.01  # pixels that a flow moves by where a pixel changes by one 8-bit level: learning rate of the released code
 DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))  # corners of the 3 x 3 window that starts one pixel up and left
 
 
@@ -37,8 +38,9 @@ class Threat(NamedTuple):
         apply: (parameters, image) -> adversarial image in [0, 1].
         project: (parameters, image) -> allowed parameters near them.
         penalty: parameters -> [], added to every loss; its gradient must be finite, at the start too.
-        steepest: makes the optax transformation from gradients to the directions that steps go along. Steps are numbered in
-            pixel values, as for `linf`; whoever has another unit scales to it here.
+        steepest: makes the optax transformation from gradients (or their moving sum) to the directions that steps go along. Step
+            sizes are in pixel values, as for `linf`; a threat model with another unit scales to it here.
+        optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among them; None is `steepest`.
         displacement: parameters -> flow [H, W, 2] in pixels, where they have one.
     """
 
@@ -48,6 +50,7 @@ class Threat(NamedTuple):
     project: Callable[[Params, Image], Params]
     penalty: Callable[[Params], Array] = free
     steepest: Transformation = optax.scale_by_sign
+    optimiser: Transformation | None = None
     displacement: Callable[[Params], Array] | None = None
 
 
@@ -101,7 +104,7 @@ def flow(penalty: float = 5e-4) -> Threat:
     """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et al. 2018).
 
     The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp` has a gradient, and unbounded.
-    Steps are those of Adam with amsgrad; one of 1/255 has a learning rate of .01, in pixels.
+    A step of 1/255 moves by .01 pixels: by the sign, or by Adam with amsgrad where there is no momentum, as in the released code.
 
     Args:
         penalty: weight of `flow_penalty`, 0 or more.
@@ -115,17 +118,15 @@ def flow(penalty: float = 5e-4) -> Threat:
     def init(image: Image) -> Array:
         return jnp.zeros((*image.shape[:2], 2), image.dtype)
 
-    def steepest() -> optax.GradientTransformation:
-        return optax.chain(optax.scale_by_amsgrad(), optax.scale(0.01 / PIXEL))
-
     return Threat(
         "flow",
         init,
-        lambda params, image: warp(image, params),
-        lambda params, image: params,
-        lambda params: penalty * flow_penalty(params),
-        steepest,
-        lambda params: params,
+        apply=lambda params, image: warp(image, params),
+        project=lambda params, image: params,
+        penalty=lambda params: penalty * flow_penalty(params),
+        steepest=lambda: optax.chain(optax.scale_by_sign(), optax.scale(FLOW_STEP / PIXEL)),
+        optimiser=lambda: optax.chain(optax.scale_by_amsgrad(), optax.scale(FLOW_STEP / PIXEL)),
+        displacement=lambda params: params,
     )
 
 
@@ -155,17 +156,19 @@ def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
     def project(params: Moved, image: Image) -> Moved:
         return params._replace(delta=ball.project(params.delta, moving.apply(params.flow, image)))
 
-    def steepest() -> optax.GradientTransformation:
-        return optax.partition({"flow": moving.steepest(), "delta": ball.steepest()}, Moved("flow", "delta"))
+    def each(flow: Transformation | None, delta: Transformation) -> Transformation:
+        assert flow is not None
+        return lambda: optax.partition({"flow": flow(), "delta": delta()}, Moved("flow", "delta"))
 
     return Threat(
         "linf+flow",
         lambda image: Moved(moving.init(image), ball.init(image)),
         apply,
         project,
-        lambda params: moving.penalty(params.flow),
-        steepest,
-        lambda params: params.flow,
+        penalty=lambda params: moving.penalty(params.flow),
+        steepest=each(moving.steepest, ball.steepest),
+        optimiser=each(moving.optimiser, ball.steepest),
+        displacement=lambda params: params.flow,
     )
 
 

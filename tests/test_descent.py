@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from adv2_jax import descent, interpreters, losses, presets, threats
+from adv2_jax import descent, interpreters, losses, threats
 from adv2_jax.descent import Info, Numbers, Options, Problem
 
 TARGET = 2
@@ -21,7 +21,7 @@ CASES = {
     "joint": Options(threats.linf(EPSILON), CAM),
     "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
     "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
-    "momentum": Options(threats.linf(EPSILON), CAM, momentum=presets.momentum(0.6)),
+    "momentum": Options(threats.linf(EPSILON), CAM, momentum=0.6),
     "plain gradient": Options(threats.linf(EPSILON)._replace(steepest=optax.identity), CAM),
     "penalised": Options(threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM),
 }
@@ -66,7 +66,7 @@ def plain_direction(options, gradient, memory):
     """What a step follows, and what it remembers."""
     if options.threat.steepest is optax.identity:
         return gradient, memory
-    if options.momentum is optax.identity:
+    if options.momentum is None:
         return np.sign(gradient), memory
     memory = 0.6 * memory + gradient / np.sqrt((gradient**2).sum())
     return np.sign(memory), memory

@@ -263,10 +263,10 @@ def test_penalty_of_no_flow_has_no_slope():
 
 def test_a_step_of_one_pixel_value_has_the_learning_rate_of_the_released_code():
     """Adam's first step is the learning rate in every coordinate, whatever the gradient."""
-    steepest = threats.flow().steepest()
     gradient = normal((5, 4, 2), scale=100.0)
-    direction, _ = steepest.update(gradient, steepest.init(gradient))
-    np.testing.assert_allclose(direction / 255, 0.01 * np.sign(gradient), rtol=1e-4)
+    for make in (threats.flow().steepest, threats.flow().optimiser):
+        direction, _ = make().update(gradient, make().init(gradient))
+        np.testing.assert_allclose(direction / 255, 0.01 * np.sign(gradient), rtol=1e-4)
 
 
 # Both.
@@ -285,13 +285,15 @@ def test_change_after_the_flow_is_within_the_ball_of_the_warped_image(image):
 
 def test_each_part_goes_its_own_way():
     threat, gradient = threats.linf_flow(), threats.Moved(normal((5, 4, 2)), normal((5, 4, 3)))
-    state = threat.steepest().init(gradient)
-    for _ in range(2):
-        direction, state = threat.steepest().update(gradient, state)
-    moving = threats.flow().steepest()
-    expected, _ = moving.update(gradient.flow, moving.init(gradient.flow))
-    np.testing.assert_allclose(direction.flow, expected, rtol=1e-4)  # a constant gradient: Adam's second step is its first
-    np.testing.assert_array_equal(direction.delta, np.sign(gradient.delta))
+    for kind in ("steepest", "optimiser"):
+        both, moving = getattr(threat, kind)(), getattr(threats.flow(), kind)()
+        state, own = both.init(gradient), moving.init(gradient.flow)
+        for factor in (1.0, -0.5):
+            changed = jax.tree.map(lambda leaf: factor * leaf, gradient)  # noqa: B023
+            direction, state = both.update(changed, state)
+            expected, own = moving.update(changed.flow, own)
+        np.testing.assert_allclose(direction.flow, expected, rtol=1e-6)
+        np.testing.assert_array_equal(direction.delta, -np.sign(gradient.delta))
 
 
 # In an attack.
