@@ -150,6 +150,20 @@ PRESETS: dict[str, dict[str, Preset]] = {
 }
 
 
+def _released_flow(plan: Preset) -> Preset:
+    """The numbers of steps of the released StAdv code; its learning rate is that of `threats.flow` at steps of one pixel value."""
+    return replace(plan, steps=800) if plan.interpreter is None else replace(plan, warm_steps=200, steps=600)
+
+
+def _patient(plan: Preset) -> Preset:
+    """At least 300 steps: a flow comes as close to a map as a change of pixel values, but takes longer."""
+    return replace(plan, steps=max(plan.steps, 300))
+
+
+# by threat model and preset: what becomes of every interpreter's numbers
+UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {"flow": {"paper": _released_flow, "default": _patient}}
+
+
 def resolve(
     preset: str | Preset,
     interpreter: str | Interpreter | None,
@@ -164,7 +178,7 @@ def resolve(
         preset: a key of `PRESETS`, or a `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
             takes the numbers of the preset, or those found for its name; or None for plain PGD.
-        threat: what may be changed; a preset called by its name has other numbers under some (`UNDER`), the same under others.
+        threat: what may be changed; a preset called by its name has other numbers for some (`UNDER`).
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
     Raises:
@@ -172,9 +186,11 @@ def resolve(
     """
     if isinstance(preset, str):
         known = look_up(PRESETS, "preset", preset)
+        adapt = UNDER.get(threat.name, {}).get(preset) if threat else None
         named = {name: plan for name, plan in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
+        preset = adapt(preset) if adapt else preset
     elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
         own = None if preset.interpreter is None else preset.interpreter.name
         raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")

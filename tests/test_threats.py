@@ -228,6 +228,7 @@ def test_grad_maps_can_be_differentiated_through_the_flow(make_small, mode, slop
     target_map = jnp.asarray(np.random.default_rng(1).random((8, 8)))
     smooth = partial(jax.nn.gelu, approximate=False)  # a kink of a ReLU would spoil the differences
 
+    @jax.jit
     def loss(flow):
         return losses.map_l2(interpreters.grad(model, threats.warp(image, flow), 3, act=smooth), target_map)
 
@@ -242,6 +243,7 @@ def test_curved_surrogate_of_grad_has_a_gradient_at_no_flow(make_small):
     """What `grad` x `flow` starts from."""
     model, image = make_small(), jnp.asarray(np.random.default_rng(0).random((8, 8, 3)), jnp.float32)
 
+    @jax.jit
     def loss(flow):
         m = interpreters.grad(model, threats.warp(image, flow), 3, act=lambda z: relu_curved(z, 0.1))
         return losses.map_l2(m, jnp.zeros((8, 8)))
