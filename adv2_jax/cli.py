@@ -121,7 +121,7 @@ def _attack_arguments(parser: Parser) -> None:
         dest="penalty",
         type=float,
         metavar="W",
-        help="weight of the flow's roughness in the loss (default: 0.0005)",
+        help="weight of a flow's roughness (default: 0.0005)",
     )
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")

@@ -42,8 +42,8 @@ class Options(NamedTuple):
         threat: the threat model.
         surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
-        momentum: what a sum of normalised gradients keeps of itself at each step, in [0, 1), before `threat.steepest` (MI-FGSM, Dong
-            et al. 2018); None is `threat.optimiser`.
+        momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
+            (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
         smoothing: label smoothing of ℓ_prd.
         yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
             at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.

@@ -158,7 +158,7 @@ def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
 
     def each(flow: Transformation | None, delta: Transformation) -> Transformation:
         assert flow is not None
-        return lambda: optax.partition({"flow": flow(), "delta": delta()}, Moved("flow", "delta"))
+        return lambda: optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
 
     return Threat(
         "linf+flow",

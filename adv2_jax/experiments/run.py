@@ -84,8 +84,8 @@ def run(
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    numbers = {"threat": settings.threat, "warm_steps": settings.warm_steps, "steps": settings.steps}
-    plans = [resolve(settings.preset, name, **numbers) for name in settings.interpreters]
+    threat, warm_steps, steps = settings.threat, settings.warm_steps, settings.steps
+    plans = [resolve(settings.preset, name, threat=threat, warm_steps=warm_steps, steps=steps) for name in settings.interpreters]
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     chosen = selection.images
     assert chosen.labels is not None
@@ -101,7 +101,7 @@ def run(
         budget = gradient_evaluations(plan)
         target_maps = benign_maps if chosen.target_maps is None else chosen.target_maps
         if budget not in pgd:
-            pgd_plan = resolve(settings.preset, None, threat=settings.threat, steps=budget)
+            pgd_plan = resolve(settings.preset, None, threat=threat, steps=budget)
             pgd[budget] = _timed_attack(model, chosen, goals, None, pgd_plan, settings, progress)
         adv2 = _timed_attack(model, chosen, goals, target_maps, plan, settings, progress)
         explained = _explained(model, pgd[budget], goals, plan, settings)
@@ -195,9 +195,9 @@ def displaced(threat: Threat, result: Result) -> tuple[Row, Arrays]:
     """Mean displacement in pixels and flow penalty, means over the images, and the array `flow` [N, H, W, 2]; of a flow only."""
     if threat.displacement is None:
         return {}, {}
-    flows = np.asarray(jax.vmap(threat.displacement)(result.params))
+    flows = jax.vmap(threat.displacement)(result.params)
     means = {"mean_displacement": metrics.mean_displacement(flows), "flow_penalty": jax.vmap(flow_penalty)(flows)}
-    return {key: float(value.mean()) for key, value in means.items()}, {"flow": flows}
+    return {key: float(value.mean()) for key, value in means.items()}, {"flow": np.asarray(flows)}
 
 
 def measure(chosen: ImageSet, goals: np.ndarray, target_maps: np.ndarray, result: Result) -> tuple[Row, Arrays]:
