@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from adv2_jax import descent, interpreters, losses, presets, threats
+from adv2_jax import descent, interpreters, losses, threats
 from adv2_jax.descent import Info, Numbers, Options, Problem
 
 TARGET = 2
@@ -21,8 +21,9 @@ CASES = {
     "joint": Options(threats.linf(EPSILON), CAM),
     "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
     "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
-    "momentum": Options(threats.linf(EPSILON), CAM, direction=presets.momentum_sign(0.6)),
-    "plain gradient": Options(threats.linf(EPSILON), CAM, direction=optax.identity),
+    "momentum": Options(threats.linf(EPSILON), CAM, momentum=0.6),
+    "plain gradient": Options(threats.linf(EPSILON)._replace(steepest=optax.identity), CAM),
+    "penalised": Options(threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM),
 }
 
 
@@ -63,9 +64,9 @@ def plain_gradient(linear, problem, options, x, weight, h=1e-6):
 
 def plain_direction(options, gradient, memory):
     """What a step follows, and what it remembers."""
-    if options.direction is optax.identity:
+    if options.threat.steepest is optax.identity:
         return gradient, memory
-    if options.direction is optax.scale_by_sign:
+    if options.momentum is None:
         return np.sign(gradient), memory
     memory = 0.6 * memory + gradient / np.sqrt((gradient**2).sum())
     return np.sign(memory), memory
@@ -79,6 +80,7 @@ def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
         gradient = plain_gradient(linear, problem, options, image + delta, weight)
+        gradient += 2 * delta if options.threat.penalty is not threats.free else 0
         holds = np.exp(plain_forward(linear, image + delta)[0][TARGET]) >= options.confidence
         weight = min(1.0, weight * (1 + options.yielding if holds else 1 - options.yielding))
         direction, memory = plain_direction(options, gradient, memory)
@@ -195,7 +197,7 @@ def batched(problem_of_image, options, n):
 @pytest.fixture(scope="module")
 def small_steps(images):
     """Problems, states, schedule and options of a descent along the gradient itself: rounding is not amplified by signs."""
-    options = Options(threats.linf(0.1), CAM, direction=optax.identity, keep_best=True, confidence=0.0)
+    options = Options(threats.linf(0.1)._replace(steepest=optax.identity), CAM, keep_best=True, confidence=0.0)
 
     def problem_of_image(i):
         return Problem(images[i] / np.float32(255), np.int32(i), np.full((4, 4), 0.5, np.float32))
