@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -322,49 +323,36 @@ def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
-    sets = training_sets(
-        arguments.images, held_out=arguments.held_out, **_source_options(arguments, models.image_size(arguments.model))
-    )
-    model, held_out = _start(arguments, sets), sets.held_out
-    before = accuracy(model, held_out.images, held_out.labels) if arguments.weights else None
-    with output_directory(arguments.out) as directory:
-        recipe = _recipe(arguments, train.Recipe)
-        model, losses = _train(
-            arguments,
-            directory,
-            lambda kept: train_classifier(model, sets.train.images, sets.train.labels, kept=kept, **recipe),
-            sets,
-        )
-        after = accuracy(model, held_out.images, held_out.labels)
+    sets = _training_sets(arguments, models.image_size(arguments.model))
+    start, (images, labels, _) = _start(arguments, sets), sets.held_out
+    before = accuracy(start, images, labels) if arguments.weights else None
+
+    def finish(model: models.Network, directory: Path) -> dict[str, Any]:
+        after = accuracy(model, images, labels)
         models.convert.save(model, directory / "weights.npz")
-        found = {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
-        page = _write_training(directory, sets, found, losses, _config(arguments, command))
-    print(f"held-out accuracy {after:.4f} on {len(held_out.images)} images; weights: {directory / 'weights.npz'}")
-    print(f"report: {page}")
+        print(f"held-out accuracy {after:.4f} on {len(images)} images; weights: {directory / 'weights.npz'}")
+        return {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
+
+    _training(arguments, _config(arguments, command), sets, partial(train_classifier, start), train.Recipe, finish)
 
 
 def _train_rts(arguments: argparse.Namespace, command: str) -> None:
     classifier = _model(arguments)
     name, encoder = _encoder(arguments, classifier)
-    masker = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
-    options = _source_options(arguments, getattr(classifier, "image_size", None))
-    sets = training_sets(arguments.images, held_out=arguments.held_out, **options)
-    with output_directory(arguments.out) as directory:
-        recipe = _recipe(arguments, train_masker.Recipe)
-        masker, losses = _train(
-            arguments,
-            directory,
-            lambda kept: train_masker.train_masker(masker, classifier, sets.train.images, sets.train.labels, kept=kept, **recipe),
-            sets,
-        )
-        found = train_masker.qualities(models.Masked(classifier, masker), sets.held_out)
+    start = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
+    sets = _training_sets(arguments, getattr(classifier, "image_size", None))
+    shown = train_masker.to_explain(classifier, sets.held_out)  # before the work: there may be none
+
+    def finish(masker: models.Masker, directory: Path) -> dict[str, Any]:
         models.save_masker(masker, name, directory / "masker.npz")
-        rows = {"quality": [{"interpreter": key} | value._asdict() for key, value in found.items()]}
-        page = _write_training(directory, sets, rows, losses, _config(arguments, command))
-    own = found["rts"]
-    print(f"{own.n} held-out images: confidence kept {own.kept:.3f}, removed to {own.removed:.3f}")
-    print(f"masker: {directory / 'masker.npz'}")
-    print(f"report: {page}")
+        found = train_masker.qualities(models.Masked(classifier, masker), shown)
+        own = found["rts"]
+        print(f"{own.n} held-out images: confidence kept {own.kept:.3f}, removed to {own.removed:.3f}")
+        print(f"masker: {directory / 'masker.npz'}")
+        return {"quality": [{"interpreter": key} | value._asdict() for key, value in found.items()]}
+
+    config = _config(arguments, command) | {"model": arguments.model or EMBEDDED}
+    _training(arguments, config, sets, partial(train_masker.train_masker, start, classifier), train_masker.Recipe, finish)
 
 
 def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str, models.Encoder]:
@@ -374,31 +362,37 @@ def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str
         raise ValueError("--encoder and --encoder-weights go together; without both, the network itself is the encoder")
     if name is not None:
         return name, models.check_encoder(models.load(name, weights, **_normalisation(arguments)))
+    if arguments.model is not None and models.user.is_reference(arguments.model):
+        raise ValueError(f"--model {arguments.model} needs --encoder and --encoder-weights: a ResNet of adv2 with the same classes")
     return arguments.model or models.EMBEDDED, models.check_encoder(classifier)
 
 
-def _recipe(arguments: argparse.Namespace, kind: type[fit.Recipe]) -> dict[str, Any]:
-    return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+def _training_sets(arguments: argparse.Namespace, image_size: int | None) -> TrainingSets:
+    return training_sets(arguments.images, held_out=arguments.held_out, **_source_options(arguments, image_size))
 
 
-def _train(
-    arguments: argparse.Namespace, directory: Path, run: Callable[[fit.Kept], tuple[T, fit.Losses]], sets: TrainingSets
-) -> tuple[T, fit.Losses]:
-    """What `run` trains, with a bar, and a way to go on for whoever interrupts it."""
-    checkpoints = directory / "checkpoints"
-    with _progress() as start, _kept(checkpoints):
-        bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
-        return run(fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar)))
-
-
-def _write_training(directory: Path, sets: TrainingSets, found: dict[str, Any], losses: fit.Losses, config: dict[str, Any]) -> Path:
-    """Summary and report; the checkpoints have done their work."""
-    counts = {"train": len(sets.train.images), "held_out": len(sets.held_out.images)}
-    summary = {"config": config, "environment": environment(), "counts": counts, **found}
-    write_summary(directory, summary | {"losses": [float(loss) for loss in losses]})
-    page = report.write_training(directory)
-    shutil.rmtree(directory / "checkpoints")
-    return page
+def _training(
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    sets: TrainingSets,
+    run: Callable[..., tuple[T, fit.Losses]],
+    kind: type[fit.Recipe],
+    finish: Callable[[T, Path], dict[str, Any]],
+) -> None:
+    """Train with a bar and checkpoints, then write what `finish` saves, measures and prints, summary and report."""
+    recipe = {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+    with output_directory(arguments.out) as directory:
+        checkpoints = directory / "checkpoints"
+        with _progress() as start, _kept(checkpoints):
+            bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
+            kept = fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar))
+            trained, losses = run(sets.train.images, sets.train.labels, kept=kept, **recipe)
+        counts = {"train": len(sets.train.images), "held_out": len(sets.held_out.images)}
+        summary = {"config": config, "environment": environment(), "counts": counts, **finish(trained, directory)}
+        write_summary(directory, summary | {"losses": [float(loss) for loss in losses]})
+        page = report.write_training(directory)
+        shutil.rmtree(checkpoints)
+    print(f"report: {page}")
 
 
 def _advance(bar: OnStep) -> Callable[[int, float], None]:

@@ -9,9 +9,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from adv2_jax import cli, models
+from adv2_jax.experiments import train_masker
 from adv2_jax.files import write_arrays
+from adv2_jax.interpreters import INTERPRETERS
 
 N, K = 6, 3
 
@@ -270,6 +273,128 @@ def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
     with np.load(tmp_path / "five" / "weights.npz") as five:
         assert five["linear.weight"].shape == (5, 8)
         np.testing.assert_array_equal(five["layer2.0.conv1.weight"], old["layer2.0.conv1.weight"])
+
+
+@pytest.fixture(scope="module")
+def other_classes(tmp_path_factory):
+    """Weights of a network of two classes more."""
+    path = tmp_path_factory.mktemp("other") / "weights.npz"
+    models.convert.save(models.build("tiny", width=2, num_classes=K + 2), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_rts(network):
+    """`adv2 train rts` of the network on its own six images."""
+
+    def call(out, *words):
+        images, weights = (str(network / name) for name in ("images.npz", "weights.npz"))
+        base = ["train", "rts", "--model", "tiny", "--weights", weights, "--images", images, "--held-out", images]
+        return cli.main([*base, "--epochs", "3", "--batch-size", "3", "--out", str(out), *words])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_masker, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")})  # sooner
+        yield call
+
+
+@pytest.fixture(scope="module")
+def rts(train_rts, tmp_path_factory):
+    """The folder of a finished training of a masker."""
+    out = tmp_path_factory.mktemp("rts") / "out"
+    assert train_rts(out, "--checkpoint-every", "2") == 0
+    return out
+
+
+def test_rts_training_writes_a_masker_that_loads(rts):
+    assert sorted(path.name for path in rts.iterdir()) == ["masker.npz", "report.html", "summary.json"]
+    summary = json.loads((rts / "summary.json").read_text())
+    assert summary["counts"] == {"train": 6, "held_out": 6} and len(summary["losses"]) == 6
+    assert summary["config"]["model"] == "tiny" and summary["config"]["command"].startswith("adv2 train rts --model tiny")
+    first, second = summary["quality"]
+    assert (first["interpreter"], second["interpreter"], first["n"]) == ("rts", "cam", 6)
+    assert first["kept"] > 0 and 0 < first["removed"] < 1 and first["iou"] is None
+    masker = models.load_masker(rts / "masker.npz")
+    assert masker(np.zeros((8, 8, 3), np.float32), 0).shape == (4, 4)
+
+
+def test_rts_is_attacked_with_its_masker(network, rts, tmp_path):
+    words = ["--masker", str(rts / "masker.npz"), "--encoder-loss", "mean", "--encoder-weight", "0.5"]
+    assert attack(network, tmp_path / "rts", "--interpreter", "rts", *words) == 0
+    summary = json.loads((tmp_path / "rts" / "summary.json").read_text())
+    assert [(row["interpreter"], row["attack"], row["n"]) for row in summary["rows"]] == [("rts", "pgd", N), ("rts", "adv2", N)]
+    with np.load(tmp_path / "rts" / "results.npz") as results:
+        assert results["rts/adv2/maps"].shape == (N, 4, 4)
+
+
+def test_interrupted_rts_training_goes_on_to_the_same_masker(train_rts, rts, tmp_path, capsys, monkeypatch):
+    out, words = tmp_path / "out", ["--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda: interrupted_at(3))
+        assert train_rts(out, *words) == 130
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["checkpoints"]
+    assert train_rts(out, *words, "--resume", "--area", "1.5") == 2
+    assert "area was" in capsys.readouterr().err
+    assert train_rts(out, *words, "--resume") == 0
+    assert (out / "masker.npz").read_bytes() == (rts / "masker.npz").read_bytes()
+
+
+def wrong_labels(network):
+    """The file of the images with labels that the network gets wrong."""
+    with np.load(network / "images.npz") as arrays:
+        write_arrays(network / "wrong.npz", {"images": arrays["images"], "labels": (arrays["labels"] + 1) % K})
+    return str(network / "wrong.npz")
+
+
+BAD_RTS_TRAINING = {
+    "--encoder and --encoder-weights go together": lambda network, other: ["--encoder", "tiny"],
+    "the masker draws maps of 5 classes, the network has 3": lambda network, other: [
+        *("--encoder", "tiny", "--encoder-weights", str(other))
+    ],
+    "--model own.py:network needs --encoder and --encoder-weights": lambda network, other: ["--model", "own.py:network"],
+    "absent must lie in [0, 1), got 1.0": lambda network, other: ["--absent", "1"],
+    "'-1' is not a number, 0 or more": lambda network, other: ["--area=-1"],
+    "'inf' is not a number, 0 or more": lambda network, other: ["--power", "inf"],
+    "batch_size must lie in 1..6": lambda network, other: ["--batch-size", "7"],
+    "nothing to resume": lambda network, other: ["--resume"],
+    "gets none of the 6 images right": lambda network, other: ["--held-out", wrong_labels(network)],
+    "scenes held out for attacks": lambda network, other: ["--images", "shapes:50"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD_RTS_TRAINING)
+def test_bad_rts_training_is_refused(network, own, other_classes, train_rts, tmp_path, capsys, expected, monkeypatch):
+    monkeypatch.chdir(network)  # where own.py is
+    refused(train_rts(tmp_path / "out", *BAD_RTS_TRAINING[expected](network, other_classes)), capsys, expected, tmp_path / "out")
+
+
+BAD_RTS = {
+    "--interpreter rts needs --masker FILE": ["--interpreter", "cam", "rts"],
+    "weights.npz holds no masker: it does not name its encoder": ["--masker", "weights.npz"],
+    "cannot read nowhere.npz: no such file": ["--masker", "nowhere.npz"],
+    "'-0.5' is not a number, 0 or more": ["--encoder-weight=-0.5"],
+    "invalid choice: 'tail' (choose from": ["--encoder-loss", "tail"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD_RTS)
+def test_bad_attacks_on_rts_are_refused(network, tmp_path, capsys, expected, monkeypatch):
+    monkeypatch.chdir(network)
+    refused(attack(network, tmp_path / "out", *BAD_RTS[expected]), capsys, expected, tmp_path / "out")
+
+
+def test_a_masker_of_other_classes_is_refused(network, other_classes, tmp_path, capsys):
+    masker = models.Masker(models.load("tiny", other_classes), rngs=nnx.Rngs(0))
+    models.save_masker(masker, "tiny", tmp_path / "masker.npz")
+    code = attack(network, tmp_path / "out", "--interpreter", "rts", "--masker", str(tmp_path / "masker.npz"))
+    refused(code, capsys, "the masker draws maps of 5 classes, the network has 3", tmp_path / "out")
+
+
+def test_rts_is_among_the_interpreters_only_where_there_is_a_masker():
+    embedded, named = (cli._parser().parse_args(["attack", "--out", "run", *words]) for words in ([], ["--model", "tiny"]))
+    assert isinstance(cli._masker(embedded), models.Masker) and cli._masker(named) is None
+    assert cli._interpreters(None, cli._masker(embedded)) == list(INTERPRETERS)
+    assert cli._interpreters(None, None) == [name for name in INTERPRETERS if name != "rts"]
 
 
 NETWORK = """

@@ -261,3 +261,107 @@ def test_write_puts_the_page_beside_its_files(tmp_path):
 def test_another_schema_is_refused():
     with pytest.raises(ValueError, match=r"schema 2.*reads schema 1"):
         report.render({"schema": 2, "rows": []}, make_results())
+
+
+def make_training(**changes):
+    config = {"command": "adv2 train classifier", "model": "tiny", "epochs": 2}
+    counts = {"train": 900, "held_out": 100}
+    found = {"classes": ["cat", "ship"], "accuracy": 0.91234, "accuracy_before": None}
+    losses = [3.0, 2.0, 2.5, 1.0]
+    return {
+        "schema": 1,
+        "config": config,
+        "environment": {"python": "3.12"},
+        "counts": counts,
+        **found,
+        "losses": losses,
+        **changes,
+    }
+
+
+def training_page(folder, **changes):
+    (folder / "summary.json").write_text(json.dumps(make_training(**changes)), encoding="utf-8")
+    path = report.write_training(folder)
+    assert path == folder / "report.html"
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_training_page_tells_what_was_trained_and_measured(tmp_path):
+    page = training_page(tmp_path)
+    assert dict(zip(page.inside("dt"), page.inside("dd"), strict=True)) == {
+        "Model": "tiny",
+        "Images trained on": "900",
+        "Held out": "100",
+        "Held-out accuracy": "0.9123",
+        "model": "tiny",
+        "epochs": "2",
+        "python": "3.12",
+    }
+    assert page.inside("code") == ["adv2 train classifier"]
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "http:" not in html and "https:" not in html and "<script" not in html
+
+
+def test_accuracy_before_fine_tuning_is_told_where_it_was_measured(tmp_path):
+    page = training_page(tmp_path, accuracy_before=0.5)
+    facts = dict(zip(page.inside("dt"), page.inside("dd"), strict=True))
+    assert (facts["Held-out accuracy"], facts["Before"]) == ("0.9123", "0.5000")
+
+
+def curve(page):
+    """Points of the loss curve, and what is written beside it."""
+    (line,) = page.attributes("polyline")
+    points = np.array([point.split(",") for point in line["points"].split()], float)
+    return points, page.attributes("svg")[0]["aria-label"], page.inside("text")
+
+
+def test_curve_goes_through_every_loss_of_a_short_training(tmp_path):
+    points, label, words = curve(training_page(tmp_path))
+    assert (np.diff(points[:, 0]) > 0).all() and np.allclose(np.diff(points[:, 0], 2), 0)  # steps are equally far apart
+    heights = points[:, 1].max() - points[:, 1]  # the picture grows downwards
+    np.testing.assert_allclose(heights / heights.max(), [1, 0.5, 0.75, 0], atol=1e-3)
+    assert label == "loss from 3 to 1 over 4 steps"
+    assert words == ["step 1", "step 4, loss 1", "highest 3, lowest 1"]
+
+
+@pytest.mark.parametrize("n", [201, 5000])
+def test_curve_of_a_long_training_is_of_means(tmp_path, n):
+    losses = np.linspace(2, 0, n)
+    points, label, _ = curve(training_page(tmp_path, losses=list(losses)))
+    assert len(points) == 200
+    heights = points[:, 1].max() - points[:, 1]
+    np.testing.assert_allclose(heights / heights.max(), np.linspace(1, 0, 200), atol=5e-3)
+    assert label.endswith(f"over {n} steps")
+
+
+@pytest.mark.parametrize("losses", [[0.5], [0.5, 0.5]])
+def test_curve_without_a_slope_has_finite_points(tmp_path, losses):
+    points, *_ = curve(training_page(tmp_path, losses=losses))
+    assert points.shape == (len(losses), 2) and np.isfinite(points).all()
+
+
+def test_quality_is_a_table_of_interpreters(tmp_path):
+    numbers = {"n": 200, "kept": 0.8765, "removed": 0.1234, "inside": 0.75, "outside": 0.0625, "pointing_game": 0.98, "iou": 0.5}
+    unknown = dict.fromkeys(("inside", "outside", "pointing_game", "iou"))
+    quality = [{"interpreter": "rts", **numbers}, {"interpreter": "grad_cam", **numbers, **unknown}]
+    page = training_page(tmp_path, quality=quality)
+    heads = page.inside("th")
+    assert heads == ["Interpreter", "N", "Kept", "Removed", "Inside", "Outside", "Pointing game", "Iou"]
+    first = ["RTS", "200", "0.876", "0.123", "0.750", "0.062", "0.980", "0.500"]
+    assert page.inside("td") == [*first, "Grad-CAM", *first[1:4], "–", "–", "–", "–"]
+    assert "Do the maps explain?" in page.inside("h2")
+    assert "Do the maps explain?" not in training_page(tmp_path).inside("h2")
+
+
+def test_what_comes_from_a_training_is_escaped(tmp_path):
+    evil = '"><script>alert(1)</script>&amp;'
+    config = {"command": evil, "model": evil}
+    page = training_page(tmp_path, config=config, quality=[{"interpreter": evil, evil: evil}])
+    assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.inside("td") == [evil, evil] and page.inside("code") == [evil]
+
+
+def test_a_training_of_another_schema_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"schema 2.*reads schema 1"):
+        training_page(tmp_path, schema=2)
+    assert not (tmp_path / "report.html").exists()
