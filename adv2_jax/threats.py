@@ -103,8 +103,8 @@ def flow(penalty: float = 5e-4) -> Threat:
     """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et al. 2018).
 
     The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp` has a gradient, and unbounded.
-    A step of 1/255 moves by .02 pixels, by the sign; or, without momentum, by Adam with amsgrad at the learning rate of the released
-    code, .01. On the same gradients the sign found closer maps in fewer steps and with smoother flows.
+    A step of 1/255 moves by .02 pixels, by the sign; or, without momentum, by Adam with amsgrad at the released code's learning
+    rate, .01. Behind momentum the sign finds closer maps than Adam, and smoother flows.
 
     Args:
         penalty: weight of `flow_penalty`, 0 or more.
