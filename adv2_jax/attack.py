@@ -250,7 +250,7 @@ def _chunks(plan: Preset) -> list[slice]:
 def _attack_batch(
     model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None
 ) -> tuple[Array, Params]:
-    """Warm start, joint stage and keep-best for one batch: images [B, H, W, 3], not yet rounded, and the parameters that make them."""
+    """Warm start, joint stage and keep-best for one batch: images [B, H, W, 3], not yet rounded, and what makes them."""
 
     def run(states: State, options: Options, schedule: Numbers) -> State:
         return descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
