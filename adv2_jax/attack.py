@@ -98,8 +98,7 @@ def attack(
     _check_batch_size(batch_size)
     problems = _problems(model, images, targets, target_maps, plan.interpreter)
     threat = threats.linf() if threat is None else threat
-    batches = _batches(problems, batch_size)
-    parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches]
+    parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches(problems, batch_size)]
     x = np.concatenate(parts)[: len(problems.target)]
     _check_finite(x)  # steps along gradients that are not
     rounded = np.round(x * 255).astype(np.uint8)
@@ -141,15 +140,21 @@ def explain(
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
     _check_batch_size(batch_size)
-    x = to_float(images)
-    inputs = jnp.asarray(x), jnp.asarray(_classes("labels", labels, model, x))
+    x = check_images(images)
+    inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
     face = interpreter.explain if isinstance(interpreter, Interpreter) else interpreter
-    parts = [_explain_batch(model, *batch, face) for batch in _batches(inputs, batch_size)]
-    logits, maps = (np.concatenate(part)[: len(inputs[0])] for part in zip(*parts, strict=True))
+    parts = [_explain_batch(model, to_float(images), labels, face) for images, labels in batches(inputs, batch_size)]
+    logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
     _check_finite(logits)
     return logits, maps
+
+
+def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
+    """h, w of the maps that an interpreter draws of images of a shape [H, W, 3]; nothing is computed."""
+    image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
+    return jax.eval_shape(interpreter.explain, model, image, label).shape
 
 
 def gradient_evaluations(plan: Preset) -> int:
@@ -166,8 +171,26 @@ def count_steps(plan: Preset, n: int, batch_size: int) -> int:
     return math.ceil(n / min(batch_size, n)) * (plan.warm_steps + plan.steps)
 
 
+def batches(arrays: T, size: int) -> Iterator[T]:
+    """Batches of one size, so of one compilation; the last is filled up with its last entry."""
+    n = len(jax.tree.leaves(arrays)[0])
+    for start in range(0, n, min(size, n)):
+        index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+        yield jax.tree.map(itemgetter(index), arrays)
+
+
 def to_float(images: ArrayLike) -> np.ndarray:
     """uint8 images, or floating point in [0, 1], as float32 [N, H, W, 3] in [0, 1].
+
+    Raises:
+        ValueError: as `check_images`.
+    """
+    x = check_images(images)
+    return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def check_images(images: ArrayLike) -> np.ndarray:
+    """The images themselves, uint8 or floating point in [0, 1], as an array [N, H, W, 3].
 
     Raises:
         ValueError: for another type, shape or range, or not-a-number.
@@ -176,12 +199,12 @@ def to_float(images: ArrayLike) -> np.ndarray:
     if x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
         raise ValueError(f"images must be [N, H, W, 3] with N >= 1, got {list(x.shape)}")
     if x.dtype == np.uint8:
-        return x.astype(np.float32) / 255
+        return x
     if x.dtype.kind != "f":
         raise ValueError(f"images must be uint8, or floating point in [0, 1], got {x.dtype}")
     if not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"images must lie in [0, 1], got {x.min()}..{x.max()}")
-    return x.astype(np.float32)
+    return x
 
 
 def _problems(
@@ -194,10 +217,9 @@ def _problems(
     """The caller's arrays, checked and brought to one form."""
     x = to_float(images)
     t = _classes("targets", targets, model, x)
-    image, label = jax.ShapeDtypeStruct(x.shape[1:], x.dtype), jax.ShapeDtypeStruct((), np.int32)
     if interpreter is None:
         return Problem(jnp.asarray(x), jnp.asarray(t), jnp.zeros((len(x), 1, 1)))
-    expected = (len(x), *jax.eval_shape(interpreter.explain, model, image, label).shape)
+    expected = (len(x), *map_shape(model, x.shape[1:], interpreter))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
@@ -225,14 +247,6 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> 
     if classes.min() < 0 or classes.max() >= k:
         raise ValueError(f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}")
     return classes.astype(np.int32)
-
-
-def _batches(arrays: T, size: int) -> Iterator[T]:
-    """Batches of one size, so of one compilation; the last is filled up with its last entry."""
-    n = len(jax.tree.leaves(arrays)[0])
-    for start in range(0, n, min(size, n)):
-        index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
-        yield jax.tree.map(itemgetter(index), arrays)
 
 
 def _scores_apart(plan: Preset) -> bool:

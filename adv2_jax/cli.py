@@ -14,14 +14,15 @@ import jax
 from flax import nnx
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
 from adv2_jax.experiments import fit, train, train_masker
-from adv2_jax.experiments.files import output_directory, write_run, write_summary
+from adv2_jax.experiments.files import output_directory, write_summary
 from adv2_jax.experiments.run import Outcome, Settings, environment, run
 from adv2_jax.experiments.train import TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.files import atomic
@@ -32,6 +33,10 @@ from adv2_jax.types import Classifier
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
+TARGET_MAP = (
+    "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
+    "target_maps take the place of benign (default: %(default)s)"
+)
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
 
 
@@ -112,15 +117,21 @@ def _attack_arguments(parser: Parser) -> None:
     add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
     add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
     add("--threat", default="linf", choices=["linf"], help="threat model (default: %(default)s)")
-    add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
+    add("--target-map", default="benign", choices=data.targets.TARGET_MAPS, help=TARGET_MAP)
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
     add("--epsilon", type=float, default=0.031, metavar="E", help="radius of the threat model (default: %(default)s)")
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
     add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of --sample and the target classes (default: %(default)s)")
-    add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz and report.html")
+    add("--seed", type=_seed, default=0, metavar="N", help="of --sample, target classes and target maps (default: %(default)s)")
+    _running_arguments(parser)
+    add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz, report.html and log.jsonl")
+
+
+def _running_arguments(parser: Parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
 
 def _normalisation_arguments(parser: Parser) -> None:
@@ -178,21 +189,33 @@ def _weight(text: str) -> float:
 def _attack(arguments: argparse.Namespace, command: str) -> None:
     model, masker = _model(arguments), _masker(arguments)
     arguments.interpreter = _interpreters(arguments.interpreter, masker)
-    _run(
-        model if masker is None else models.Masked(model, masker),
-        data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None))),
-        Settings(
-            interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
-            threat=threats.linf(arguments.epsilon),
-            preset=arguments.preset,
-            warm_steps=arguments.warm_steps,
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-        ),
-        config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
-        limit=arguments.limit,
+    images = data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None)))
+    settings = Settings(
+        interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
+        threat=threats.linf(arguments.epsilon),
+        preset=arguments.preset,
+        warm_steps=arguments.warm_steps,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        target_map=arguments.target_map,
     )
+    with output_directory(arguments.out) as directory, _progress(arguments.quiet) as start:
+        outcome = run(
+            model if masker is None else models.Masked(model, masker),
+            images,
+            settings,
+            directory,
+            limit=arguments.limit,
+            config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
+            resume=arguments.resume,
+            progress=lambda images, steps, done: start("attack", steps, done=done, images=images),
+            publish=report.write,
+        )
+    if not arguments.quiet:
+        _print_table(outcome)
+        print(f"{outcome.left_out} of {len(images.images)} images left out: the network gets them wrong")
+        print(f"report: {directory / 'report.html'}")
 
 
 def _masker(arguments: argparse.Namespace) -> models.Masker | None:
@@ -429,27 +452,6 @@ def _config(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key != "run"} | {"command": command}
 
 
-def _run(model: Classifier, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None) -> None:
-    with output_directory(config["out"]) as directory:
-        with _progress() as start:
-            outcome = run(model, images, settings, limit=limit, progress=start)
-        write_run(directory, _summary(outcome, images, config), outcome.arrays)
-        page = report.write(directory)
-    _print_table(outcome)
-    print(f"{outcome.left_out} of {len(images.images)} images left out: the network gets them wrong")
-    print(f"report: {page}")
-
-
-def _summary(outcome: Outcome, images: data.ImageSet, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "config": config,
-        "environment": environment(),
-        "counts": {"images": len(images.images), "left_out": outcome.left_out},
-        "classes": images.classes,
-        "rows": outcome.rows,
-    }
-
-
 def _print_table(outcome: Outcome) -> None:
     table = Table(title="PGD against ADV² on the same images (IoU: 75th percentile)", box=SIMPLE)
     columns = {
@@ -473,19 +475,28 @@ def _number(value: float | None) -> str:
     return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
 
 
+class Rate(ProgressColumn):
+    """Images a second, from the steps a second of a task that knows its images."""
+
+    def render(self, task: Task) -> Text:
+        """The column of one bar."""
+        speed, images = task.finished_speed or task.speed, task.fields["images"]
+        return Text(f"{speed * images / task.total:.2f} images/s" if speed and images and task.total else "")
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
+def _progress(quiet: bool = False) -> Iterator[Any]:
     """(title, steps) -> function called with the steps newly done; a bar each on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda title, steps: lambda done: None
+    if quiet or not console.is_terminal:
+        yield lambda title, steps, **more: lambda new: None
         return
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), Rate())
     with Progress(*columns, console=console) as bars:
 
-        def start(title: str, steps: int) -> OnStep:
-            task = bars.add_task(title, total=steps)
-            return lambda done: bars.advance(task, done)
+        def start(title: str, steps: int, done: int = 0, images: int | None = None) -> OnStep:
+            task = bars.add_task(title, total=steps, completed=done, images=images)
+            return lambda new: bars.advance(task, new)
 
         yield start
 

@@ -7,6 +7,7 @@ from flax import nnx
 from adv2_jax import threats
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.run import Settings, run
+from adv2_jax.files import read_arrays
 
 
 class Mean(nnx.Module):
@@ -28,11 +29,12 @@ def coloured(channels, labels):
     return ImageSet(images, np.array(labels, np.int32), masks=masks)
 
 
-def test_rows_are_what_the_arrays_say():
+def test_rows_are_what_the_arrays_say(tmp_path):
     settings = Settings(("cam",), threats.linf(0.1), warm_steps=2, steps=20, batch_size=2)
     ticks = []
-    outcome = run(Mean(), coloured([0, 1, 2], [0, 1, 2]), settings, progress=lambda title, steps: lambda done: ticks.append(done))
-    arrays = outcome.arrays
+    images = coloured([0, 1, 2], [0, 1, 2])
+    outcome = run(Mean(), images, settings, tmp_path, progress=lambda images, steps, done: ticks.append)
+    arrays = read_arrays(tmp_path / "results.npz")
     for row in outcome.rows:
         found = {key.split("/")[-1]: value for key, value in arrays.items() if key.startswith(f"cam/{row['attack']}/")}
         difference = (found["images"].astype(float) - arrays["images"]) / 255
@@ -50,7 +52,7 @@ def test_rows_are_what_the_arrays_say():
     assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
 
 
-def test_own_target_maps_of_another_size_are_refused():
+def test_own_target_maps_of_another_size_are_refused(tmp_path):
     images = coloured([0], [0])._replace(target_maps=np.zeros((1, 3, 3), np.float32))
     with pytest.raises(ValueError, match=r"target_maps must be \[1, 4, 4\] for cam, got \[1, 3, 3\]"):
-        run(Mean(), images, Settings(("cam",), threats.linf()))
+        run(Mean(), images, Settings(("cam",), threats.linf()), tmp_path)

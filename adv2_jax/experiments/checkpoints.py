@@ -71,10 +71,14 @@ class Checkpoints:
             raise ValueError(f"cannot read checkpoint {self._folder / str(step)}: {reason}") from None
 
     def _check(self, was: Mapping[str, Any]) -> None:
-        names = [name for name in {**self._settings, **was} if was.get(name) != self._settings.get(name)]
-        changes = [f"{name} was {was.get(name)}, is {self._settings.get(name)}" for name in names]
-        if changes:
-            raise ValueError(f"cannot resume {self._folder} with other settings: {'; '.join(changes)}")
+        if changed := changes(was, self._settings):
+            raise ValueError(f"cannot resume {self._folder} with other settings: {changed}")
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in words; empty if nothing does."""
+    names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
 
 
 def fingerprint(arrays: Iterable[Any]) -> str:

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
-from adv2_jax.files import SCHEMA, atomic, write_arrays
+from adv2_jax.files import SCHEMA, atomic
 
 
 @contextlib.contextmanager
@@ -38,12 +36,6 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.rmdir()
-
-
-def write_run(directory: Path, summary: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write `results.npz`, then `summary.json`, each atomically: where there is a summary, there are its results."""
-    write_arrays(directory / "results.npz", arrays)
-    write_summary(directory, summary)
 
 
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
