@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import pairwise
 from operator import itemgetter
 from typing import NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from adv2_jax import losses, threats
 from adv2_jax.classifier import num_classes
 from adv2_jax.descent import (
     Driver,
+    Info,
     Numbers,
     Options,
     Problem,
@@ -28,7 +30,7 @@ from adv2_jax.descent import (
 )
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter
 from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
-from adv2_jax.threats import Threat
+from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 OnStep = Callable[[int], None]
@@ -46,6 +48,10 @@ class Result(NamedTuple):
         float_logits: [N, K].
         float_maps: [N, h, w].
         gradient_evaluations: gradients with respect to the image spent on each image, scoring for keep-best included.
+        params: of the threat model, a pytree whose leaves have a leading axis [N].
+        curves: what the n steps, those of the warm start too, reported for the iterates they started from, [N, n]; `map_l1` is
+            not a number where a step draws no map.
+        snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last is what is delivered.
     """
 
     images: np.ndarray
@@ -55,6 +61,9 @@ class Result(NamedTuple):
     float_logits: np.ndarray
     float_maps: np.ndarray
     gradient_evaluations: int
+    params: Params
+    curves: Info
+    snapshots: np.ndarray
 
 
 def attack(
@@ -71,6 +80,7 @@ def attack(
     batch_size: int = 32,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
+    snapshots: int = 0,
 ) -> Result:
     """Fool the classifier and the interpreter at once.
 
@@ -81,12 +91,13 @@ def attack(
         target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), an `Interpreter` of your own, or None for
             plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
-        threat: threat model, `threats.linf(0.031)` unless given.
+        threat: what may be changed: `threats.linf` (0.031 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
         batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
         driver: "auto", "fori" or "host" (see `descent.descend`).
         on_step: called with the number of steps newly done; `count_steps` says how many there will be.
+        snapshots: of how many images, M or all if there are fewer, to keep what they were on the way.
 
     Returns:
         The adversarial images and what they do.
@@ -94,20 +105,25 @@ def attack(
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    plan = resolve(preset, interpreter, warm_steps=warm_steps, steps=steps)
+    threat = threats.linf() if threat is None else threat
+    plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
     problems = _problems(model, images, targets, target_maps, plan.interpreter)
-    threat = threats.linf() if threat is None else threat
-    parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches(problems, batch_size)]
-    x = np.concatenate(parts)[: len(problems.target)]
+    n = len(problems.target)
+    parts = [
+        _attack_batch(model, batch, plan, threat, driver, on_step, min(snapshots, n) - i * batch_size)
+        for i, batch in enumerate(batches(problems, batch_size))
+    ]
+    x, params, curves = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *(part[:3] for part in parts))
     _check_finite(x)  # steps along gradients that are not
-    rounded = np.round(x * 255).astype(np.uint8)
+    rounded = to_uint8(x)
 
     def look(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         interpreter = no_map if plan.interpreter is None else plan.interpreter.explain
         return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size)
 
-    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan))
+    taken = np.concatenate([part.snapshots for part in parts])
+    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan), params, curves, taken)
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -163,7 +179,7 @@ def gradient_evaluations(plan: Preset) -> int:
     A step is one: the gradient of its loss. Scoring is free where the step's own map is the explained one (a faithful surrogate),
     and one more where it is not.
     """
-    return plan.warm_steps + plan.steps + len(_chunks(plan)) * _scores_apart(plan)
+    return plan.warm_steps + plan.steps + (math.ceil(plan.steps / plan.keep_every) if _scores_apart(plan) else 0)
 
 
 def count_steps(plan: Preset, n: int, batch_size: int) -> int:
@@ -187,6 +203,11 @@ def to_float(images: ArrayLike) -> np.ndarray:
     """
     x = check_images(images)
     return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+
+
+def to_uint8(x: ArrayLike) -> np.ndarray:
+    """Images in [0, 1] as 8-bit images."""
+    return np.round(np.asarray(x) * 255).astype(np.uint8)
 
 
 def check_images(images: ArrayLike) -> np.ndarray:
@@ -253,31 +274,71 @@ def _scores_apart(plan: Preset) -> bool:
     return plan.interpreter is not None and not plan.interpreter.faithful and plan.keep_every > 0
 
 
-def _chunks(plan: Preset) -> list[slice]:
-    """The joint steps between two scorings; all of them in one where the steps score themselves."""
-    size = plan.keep_every if _scores_apart(plan) else max(plan.steps, 1)
-    return [slice(start, start + size) for start in range(0, plan.steps, size)]
+def snapshot_steps(plan: Preset) -> list[int]:
+    """About eight steps of a plan, the first and the last among them, at which the iterate is worth a look.
+
+    The joint steps between two are as many each time where that can be: a loop compiles once for each length.
+    """
+    unit = plan.keep_every if _scores_apart(plan) else 1
+    units = math.ceil(plan.steps / unit)
+    parts = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
+    stride, total = math.ceil(units / parts) * unit, plan.warm_steps + plan.steps
+    return sorted({0, *(range(plan.warm_steps, total, stride) if stride else ()), total})
+
+
+def _cuts(plan: Preset) -> list[int]:
+    """The numbers of joint steps after which the descent pauses: to look at the iterates, or to score them."""
+    scored = range(plan.keep_every, plan.steps, plan.keep_every) if _scores_apart(plan) else ()
+    seen = (step - plan.warm_steps for step in snapshot_steps(plan))
+    return sorted({step for step in (*scored, *seen) if step > 0})
+
+
+class Attacked(NamedTuple):
+    """A batch that is done: images [B, H, W, 3], not yet rounded, the parameters that make them, and what was seen on the way.
+
+    `curves` are [B, n], `snapshots` uint8 [B, S, H, W, 3].
+    """
+
+    images: Array
+    params: Params
+    curves: Info
+    snapshots: np.ndarray
 
 
 def _attack_batch(
-    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None
-) -> Array:
-    """Warm start, joint stage and keep-best for one batch: adversarial images [B, H, W, 3], not yet rounded."""
+    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None, pictured: int
+) -> Attacked:
+    """Warm start, joint stage and keep-best for one batch; snapshots of the first `pictured` images, if that is above 0."""
 
-    def run(states: State, options: Options, schedule: Numbers) -> State:
-        return descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
+    def picture(params: Params) -> np.ndarray:
+        return to_uint8(np.asarray(jax.vmap(threat.apply)(params, problems.image))[: max(pictured, 0)])
+
+    def run(states: State, options: Options, schedule: Numbers) -> tuple[State, Info]:
+        states, info = descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
+        drawn = info.map_l1 if options.surrogate is not None else jnp.asarray(np.full(info.map_l1.shape, np.nan, np.float32))
+        return states, info._replace(map_l1=drawn)
 
     warm, joint = Options(threat), joint_options(plan, threat)
     states = jax.vmap(lambda problem: init(problem, warm))(problems)
-    states = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
+    looks, snapshots = snapshot_steps(plan), [picture(states.params)]
+    states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
+    curves = [info]
+    if plan.warm_steps:
+        snapshots.append(picture(states.params))
     states = jax.vmap(lambda problem, params: init(problem, joint, params))(problems, states.params)
     interpreter = None if plan.interpreter is None else plan.interpreter.explain
     numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
-    for chunk in _chunks(plan):
-        states = run(states, joint, Numbers(*(values[chunk] for values in numbers)))
+    for start, stop in pairwise([0, *_cuts(plan)]):
+        states, info = run(states, joint, Numbers(*(values[start:stop] for values in numbers)))
+        curves.append(info)
         if interpreter is not None and _scores_apart(plan):
             states = _rescore(model, problems, states, joint, interpreter)
-    return jax.vmap(threat.apply)(states.best if plan.keep_every else states.params, problems.image)
+        if plan.warm_steps + stop in looks:
+            snapshots.append(picture(states.params))
+    params = states.best if plan.keep_every else states.params
+    snapshots[-1] = picture(params)  # what is delivered, which need not be the last iterate
+    whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *curves)
+    return Attacked(jax.vmap(threat.apply)(params, problems.image), params, whole, np.stack(snapshots, axis=1))
 
 
 def _tabulate(n: int, *plans: Plan) -> Numbers:
@@ -291,7 +352,7 @@ def joint_options(plan: Preset, threat: Threat) -> Options:
         threat,
         None if plan.interpreter is None else plan.interpreter.surrogate,
         map_loss=plan.map_loss,
-        direction=plan.direction,
+        momentum=plan.momentum,
         smoothing=plan.smoothing,
         yielding=plan.yielding,
         rounded=plan.rounded,

@@ -1,9 +1,10 @@
 """The loop: one joint-loss descent for every interpreter and threat model (ADV² eqs. 3 and 4).
 
-    x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i direction(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
+    x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i steepest(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
-m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`.
+m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`; what is said of x holds for the parameters
+that make it under other threat models.
 """
 
 import operator
@@ -23,7 +24,6 @@ from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 Driver = Literal["auto", "fori", "host"]
-Direction = Callable[[], optax.GradientTransformation]
 MapLoss = Callable[[Map, Map], Array]
 
 
@@ -42,7 +42,8 @@ class Options(NamedTuple):
         threat: the threat model.
         surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
-        direction: makes the optax transformation from gradients to directions; the step size is applied after it.
+        momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
+            (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
         smoothing: label smoothing of ℓ_prd.
         yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
             at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.
@@ -56,7 +57,7 @@ class Options(NamedTuple):
     threat: Threat
     surrogate: Surrogate | None = None
     map_loss: MapLoss = losses.map_l2
-    direction: Direction = optax.scale_by_sign
+    momentum: float | None = None
     smoothing: float = 0.0
     yielding: float = 0.0
     confidence: float = 0.8
@@ -65,7 +66,7 @@ class Options(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a schedule sets at each step: step size α in units of the parameters, weight λ, width τ of the surrogate.
+    """What a schedule sets at each step: step size α in pixel values (see `Threat.steepest`), weight λ, width τ of the surrogate.
 
     Each is [] in a step and [n] over n steps.
     """
@@ -112,16 +113,24 @@ def keep_better(state: State, found: Array) -> State:
     return state._replace(best=best, best_score=jnp.fmin(found, state.best_score))
 
 
+def direction(options: Options) -> optax.GradientTransformation:
+    """From gradients to directions; the step size is applied after it."""
+    threat, momentum = options.threat, options.momentum
+    if momentum is None:
+        return (threat.optimiser or threat.steepest)()
+    return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
+
+
 def init(problem: Problem, options: Options, params: Params = None) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, options.direction().init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32))
+    return State(start, direction(options).init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32))
 
 
 def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options) -> tuple[Array, Info]:
     """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts.
 
-    What the surrogate penalises besides is added.
+    What the surrogate and the threat model penalise besides is added.
     """
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
@@ -133,6 +142,7 @@ def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Num
     f_t = losses.probability(logits, problem.target)
     prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
     loss = prediction + numbers.lam * options.map_loss(m, problem.target_map) + sum(penalties)
+    loss += options.threat.penalty(params)
     return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
 
 
@@ -153,8 +163,8 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
     gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options)
     if options.keep_best:
         state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
-    direction, optimiser = options.direction().update(gradient, state.optimiser, state.params)
-    moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, direction)
+    down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
+    moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
     holds = info.confidence >= options.confidence
     weight = jnp.minimum(1, state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding))
     return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser, weight=weight), info
@@ -171,11 +181,8 @@ def _programs(structure: Any, options: Options) -> tuple[Callable[..., Any], Cal
         model = jax.tree.unflatten(structure, leaves)
         return jax.vmap(lambda problem, state: step(model, problem, state, numbers, options))(problems, states)
 
-    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> State:
-        def body(i: Array, carry: State) -> State:
-            return one(leaves, problems, carry, Numbers(*(values[i] for values in schedule)))[0]
-
-        return jax.lax.fori_loop(0, len(schedule.alpha), body, states)
+    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> tuple[State, Info]:
+        return jax.lax.scan(lambda carry, numbers: one(leaves, problems, carry, numbers), states, schedule)
 
     return jax.jit(one), jax.jit(loop)
 
@@ -199,7 +206,7 @@ def descend(
     *,
     driver: Driver = "auto",
     on_step: Callable[[int], None] | None = None,
-) -> State:
+) -> tuple[State, Info]:
     """Repeat `step` for a batch.
 
     Args:
@@ -208,12 +215,12 @@ def descend(
         states: batched, leading axis [B].
         schedule: the numbers of each step, [n].
         options: static options.
-        driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
+        driver: "fori" is one jitted loop (`lax.scan`), "host" calls the same step n times. "auto" is the host on CPU, where XLA
             compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
         on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
 
     Returns:
-        The states after n steps.
+        The states after n steps, and what each step reported, [B, n].
 
     Raises:
         ValueError: for an unknown driver.
@@ -225,16 +232,18 @@ def descend(
     schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
     n = len(schedule.alpha)
     if n == 0:
-        return states
+        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states = loop(leaves, problems, states, schedule)
+        states, infos = loop(leaves, problems, states, schedule)
         if on_step:
             jax.block_until_ready(states)
             on_step(n)
-        return states
+        return states, jax.tree.map(np.transpose, infos)
+    reports = []
     for i in range(n):
         states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
+        reports.append(info)
         if on_step:
             jax.block_until_ready(info)
             on_step(1)
-    return states
+    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *reports)

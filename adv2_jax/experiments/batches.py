@@ -22,7 +22,7 @@ from adv2_jax.files import Stream, atomic, read_some, stored, write_streams
 Arrays = Mapping[str, NDArray[Any]]
 MEASURE = "measure/"  # and a name: one number an image
 SECONDS = "measure/seconds"  # of the part
-SHARED = "_steps"  # arrays of such names are the same in every part: they have no image axis
+SHARED = "_steps"  # arrays of such names have no image axis: those of the first part are those of all
 ROWS = 64  # of a whole array, written at a time
 
 
@@ -147,9 +147,9 @@ class Batches:
             for name, (shape, dtype) in headers[0].items():
                 if name.startswith(MEASURE):
                     continue
-                used = 1 if name.endswith(SHARED) else len(paths)
-                n = sum(header[name][0][0] for header in headers[:used])
-                yield f"{interpreter}/{name}", Stream((n, *shape[1:]), dtype, _blocks(paths[:used], name))
+                having = [i for i, header in enumerate(headers) if name in header][: 1 if name.endswith(SHARED) else None]
+                n = sum(headers[i][name][0][0] for i in having)
+                yield f"{interpreter}/{name}", Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name))
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:

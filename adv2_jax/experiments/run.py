@@ -13,22 +13,24 @@ import jax
 import numpy as np
 
 from adv2_jax import metrics
-from adv2_jax.attack import OnStep, Result, attack, batches, count_steps, explain, gradient_evaluations, map_shape
+from adv2_jax.attack import OnStep, Result, attack, batches, count_steps, explain, gradient_evaluations, map_shape, snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Batches, Part
 from adv2_jax.experiments.checkpoints import fingerprint
 from adv2_jax.experiments.files import write_summary
-from adv2_jax.experiments.measures import Row, measure, paired, row
+from adv2_jax.experiments.measures import Measures, Row, measure, paired, row
 from adv2_jax.experiments.select import Selection, select
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset, resolve
-from adv2_jax.threats import Threat
+from adv2_jax.threats import Threat, flow_penalty
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
 TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 ATTACKS = ("pgd", "adv2")
+PICTURED = 16  # images whose way is kept
+CURVE_POINTS = 100  # at most
 UNRELATED = ("command", "out", "resume", "quiet")  # to the results: may change when a run is resumed
 
 
@@ -125,7 +127,9 @@ def run(
         Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one PGD run), paired differences,
         and how many images were left out. `results.npz` holds `images`, `labels`, `targets`, `indices` (positions in the set),
         `masks` and file `names` when known; for each interpreter `I/benign_maps`, `I/target_maps`; for each attack A in pgd, adv2
-        `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t), `I/A/success`, `I/A/map_l1`, `I/A/map_iou75`.
+        `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t), `I/A/success`, `I/A/map_l1`, `I/A/map_iou75`, and `I/A/flow` (dy, dx in
+        pixels) under a threat model that has one; `I/A/curve_...`, what the steps reported, at `I/A/curve_steps`; for the first few
+        images `I/A/snapshot_...`, what they were at `I/A/snapshot_steps`: images, and maps and f_t of the target.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
@@ -166,12 +170,15 @@ def run(
 
 
 def _jobs(settings: Settings) -> list[Job]:
-    plans = [resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps) for name in settings.interpreters]
+    threat, warm_steps, steps = settings.threat, settings.warm_steps, settings.steps
+    plans = [resolve(settings.preset, name, threat=threat, warm_steps=warm_steps, steps=steps) for name in settings.interpreters]
     sharing: dict[int, list[Interpreter]] = {}  # a PGD run, by their cost
     for plan in plans:
         assert plan.interpreter is not None
         sharing.setdefault(gradient_evaluations(plan), []).append(plan.interpreter)
-    pgd = [Job("pgd", resolve(settings.preset, None, steps=budget), tuple(served)) for budget, served in sharing.items()]
+    pgd = [
+        Job("pgd", resolve(settings.preset, None, threat=threat, steps=budget), tuple(served)) for budget, served in sharing.items()
+    ]
     return pgd + [Job("adv2", plan, (plan.interpreter,)) for plan in plans if plan.interpreter is not None]
 
 
@@ -220,7 +227,8 @@ def _attack_all(model: Classifier, task: Task, jobs: Sequence[Job], settings: Se
     on_step = progress(n, every * len(todo), every * len(todo) - sum(left))
     for i, places in enumerate(batches(np.arange(n), size)):
         for name, kind, arrays in _attack_batch(model, task, todo[i], places, settings, on_step):
-            kept.save(Part(name, kind, i), arrays)
+            if not kept.has(part := Part(name, kind, i)):
+                kept.save(part, arrays)
 
 
 def _attack_batch(
@@ -248,13 +256,23 @@ def _attack_batch(
             preset=job.plan,
             batch_size=len(places),
             on_step=on_step,
+            snapshots=int((np.unique(places) < PICTURED).sum()),
         )
-        seconds = time.perf_counter() - start
+        seconds = np.array([time.perf_counter() - start])
         for interpreter in job.interpreters:
             seen = result if job.plan.interpreter is not None else _seen_by(model, interpreter, goals, result)
-            arrays = _arrays(job.attack, chosen, goals, aim(interpreter), seen)
-            cut = {key: values[:last] for key, values in arrays.items()}
-            yield interpreter.name, job.attack, cut | {SECONDS: np.array([seconds])}
+            measures = _measures(chosen, goals, aim(interpreter), settings.threat, seen)
+            arrays = {
+                **(aim(interpreter) if job.attack == "pgd" else {}),
+                **_below(f"{job.attack}/", _shown(measures, settings.threat, seen)),
+                **_below(MEASURE, measures),
+            }
+            arrays = {key: values[:last] for key, values in arrays.items()} | {SECONDS: seconds}
+            yield interpreter.name, job.attack, arrays | _below(f"{job.attack}/", _way(model, interpreter, job.plan, goals, result))
+
+
+def _below(prefix: str, arrays: Arrays) -> Arrays:
+    return {f"{prefix}{key}": values for key, values in arrays.items()}
 
 
 def _maps(model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter) -> np.ndarray:
@@ -268,18 +286,50 @@ def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, res
     return result._replace(maps=maps, float_maps=float_maps)
 
 
-def _arrays(kind: str, chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result) -> dict[str, np.ndarray]:
-    """What is kept of a batch, by the names below the interpreter's in the results."""
-    measures = measure(chosen.images, goals, aim["target_maps"], result)
+def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, threat: Threat, result: Result) -> Measures:
+    """All that is measured of a batch, one number an image."""
+    found = measure(chosen.images, goals, aim["target_maps"], result)
     if chosen.masks is not None:
-        measures["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.masks))
-        measures["benign_pointing_game"] = np.asarray(metrics.pointing_game(aim["benign_maps"], chosen.masks))
+        found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.masks))
+        found["benign_pointing_game"] = np.asarray(metrics.pointing_game(aim["benign_maps"], chosen.masks))
+    if threat.displacement is not None:
+        flows = jax.vmap(threat.displacement)(result.params)
+        found["mean_displacement"] = np.asarray(metrics.mean_displacement(flows))
+        found["flow_penalty"] = np.asarray(jax.vmap(flow_penalty)(flows))
+    return found
+
+
+def _shown(measures: Measures, threat: Threat, result: Result) -> dict[str, np.ndarray]:
+    """What the results hold of an attack, with a leading axis of images."""
     found = {"images": result.images, "maps": result.maps, "confidence": measures["confidence"], "success": measures["asr"]}
     found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
-    return {
-        **(aim if kind == "pgd" else {}),
-        **{f"{kind}/{key}": values for key, values in found.items()},
-        **{f"{MEASURE}{key}": values for key, values in measures.items()},
+    if threat.displacement is not None:
+        found["flow"] = np.asarray(jax.vmap(threat.displacement)(result.params))
+    steps = _curve_steps(result)
+    curves = {f"curve_{name}": np.asarray(values)[:, steps] for name, values in result.curves._asdict().items()}
+    return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}
+
+
+def _curve_steps(result: Result) -> np.ndarray:
+    """The steps that curves are thinned to, evenly, the first and the last among them."""
+    n = np.shape(result.curves.loss)[1]
+    return np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(np.int32)
+
+
+def _way(model: Classifier, interpreter: Interpreter, plan: Preset, goals: np.ndarray, result: Result) -> Arrays:
+    """The steps of the curves, and what an interpreter sees of a few images on the way."""
+    images = result.snapshots
+    steps = {"curve_steps": _curve_steps(result)}
+    if not len(images):
+        return steps
+    m, s = images.shape[:2]
+    labels = np.repeat(goals[:m], s)
+    logits, maps = explain(model, images.reshape(m * s, *images.shape[2:]), labels, interpreter=interpreter, batch_size=len(goals))
+    return steps | {
+        "snapshot_steps": np.array(snapshot_steps(plan), np.int32),
+        "snapshot_images": images,
+        "snapshot_maps": maps.reshape(m, s, *maps.shape[1:]),
+        "snapshot_confidence": np.asarray(metrics.confidence(logits, labels)).reshape(m, s),
     }
 
 
