@@ -43,3 +43,18 @@ def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     with atomic(directory / "summary.json", "w") as file:
         json.dump({"schema": SCHEMA, **summary}, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """The `summary.json` of a finished run.
+
+    Raises:
+        ValueError: names the directory that holds none, or one of another schema.
+    """
+    path = directory / "summary.json"
+    if not path.exists():
+        raise ValueError(f"{directory} holds no finished run: there is no summary.json")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {summary.get('schema')}, this is adv2 of schema {SCHEMA}")
+    return summary

@@ -16,7 +16,7 @@ from adv2_jax import metrics
 from adv2_jax.attack import OnStep, Result, attack, batches, count_steps, explain, gradient_evaluations, map_shape, snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Batches, Part
-from adv2_jax.experiments.checkpoints import fingerprint
+from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.files import write_summary
 from adv2_jax.experiments.measures import Measures, Row, measure, paired, row
 from adv2_jax.experiments.select import Selection, select
@@ -137,7 +137,7 @@ def run(
     """
     jobs = _jobs(settings)
     own = dict(config or {})
-    prints = {"network": _fingerprint(model), "image set": _fingerprint(image_set)}
+    prints = {"network": tree_fingerprint(model), "image set": tree_fingerprint(image_set)}
     identity = {key: value for key, value in own.items() if key not in UNRELATED} | prints
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = _task(model, image_set, selection, settings)
@@ -357,17 +357,6 @@ def _whole(task: Task, selection: Selection) -> Arrays:
     arrays = {"images": chosen.images, "labels": chosen.labels, "targets": task.targets, "indices": selection.indices}
     arrays |= {"masks": chosen.masks, "names": chosen.names}
     return {key: values for key, values in arrays.items() if values is not None}
-
-
-def _fingerprint(tree: Any) -> str:
-    """Of the arrays in a network or an image set."""
-    return fingerprint(map(_plain, (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))))
-
-
-def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as an array of NumPy, which knows no random keys (a network with dropout holds some)."""
-    is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def environment() -> dict[str, Any]:
