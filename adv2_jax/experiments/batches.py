@@ -20,6 +20,7 @@ from adv2_jax.experiments.checkpoints import changes
 from adv2_jax.files import Stream, atomic, read_some, stored, write_streams
 
 Arrays = Mapping[str, NDArray[Any]]
+FOLDER = "batches"
 MEASURE = "measure/"  # and a name: one number an image
 SECONDS = "measure/seconds"  # of the part
 SHARED = "_steps"  # arrays of such names have no image axis: those of the first part are those of all
@@ -34,20 +35,25 @@ class Part(NamedTuple):
     batch: int
 
 
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory holds a run that was begun, and is not over."""
+    return (directory / FOLDER / "settings.json").exists()
+
+
 class Batches:
     """The parts of one run. What is held in memory is one array of one part, whatever their number.
 
     Args:
         directory: of the run.
-        settings: what was asked for, by name, as JSON can say it; a run goes on with equal settings only.
+        settings: what was asked for, by name, as JSON reads it; a run goes on with equal settings only.
         parts: all that the run is made of, in the order of the results: the batches of a row follow each other.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
         self.directory, self.parts = directory, parts
-        self._folder, self._log = directory / "batches", directory / "log.jsonl"
+        self._folder, self._log = directory / FOLDER, directory / "log.jsonl"
         self._known = self._folder / "settings.json"
-        self._settings = json.loads(json.dumps(settings))  # as they will be read
+        self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
         """Check that there is a run to go on with, or none in the way. Both must be said, so that no slip costs a run.
@@ -56,7 +62,7 @@ class Batches:
             ValueError: names the directory: it holds an unfinished run although `resume` is False, none although it is True, or one
                 with other settings (each is named with what it was and is).
         """
-        if resume != self._known.exists():
+        if resume != is_unfinished(self.directory):
             raise ValueError(
                 f"nothing to resume: {self.directory} holds no unfinished run"
                 if resume

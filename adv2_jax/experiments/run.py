@@ -1,5 +1,6 @@
 """One run: PGD and ADV² on the same images, a batch at a time; rows for a table, arrays for a report, and a way to go on."""
 
+import json
 import os
 import platform
 import time
@@ -31,7 +32,7 @@ TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 ATTACKS = ("pgd", "adv2")
 PICTURED = 16  # images whose way is kept
 CURVE_POINTS = 100  # at most
-UNRELATED = ("command", "out", "resume", "quiet")  # to the results: may change when a run is resumed
+UNRELATED = ("command", "out", "resume", "quiet", "table")  # to the results: may change when a run is resumed
 
 
 class Settings(NamedTuple):
@@ -136,15 +137,15 @@ def run(
         KeyboardInterrupt: says what is kept.
     """
     jobs = _jobs(settings)
-    own = dict(config or {})
-    prints = {"network": tree_fingerprint(model), "image set": tree_fingerprint(image_set)}
-    identity = {key: value for key, value in own.items() if key not in UNRELATED} | prints
+    prints = fingerprints(model, image_set)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = _task(model, image_set, selection, settings)
     _check_own_maps(model, task, jobs)
     count = len(range(0, len(task.targets), settings.batch_size))
     names = [interpreter.name for job in jobs if job.attack == "adv2" for interpreter in job.interpreters]
-    kept = Batches(directory, identity, [Part(name, kind, i) for name in names for kind in ATTACKS for i in range(count)])
+    kept = Batches(
+        directory, identity(config or {}, prints), [Part(name, kind, i) for name in names for kind in ATTACKS for i in range(count)]
+    )
     kept.begin(resume=resume)
     try:
         _attack_all(model, task, jobs, settings, kept, progress)
@@ -153,7 +154,7 @@ def run(
         write_summary(
             directory,
             {
-                "config": own,
+                "config": dict(config or {}),
                 "environment": environment(),
                 "counts": {"images": len(image_set.images), "left_out": selection.left_out},
                 "fingerprints": prints,
@@ -167,6 +168,18 @@ def run(
         raise KeyboardInterrupt(kept.kept()) from None
     kept.remove()
     return Outcome(rows, differences, selection.left_out)
+
+
+def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
+    """Of the arrays that a run is about."""
+    return {"network": tree_fingerprint(model), "image set": tree_fingerprint(image_set)}
+
+
+def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
+    """What makes a run the run it is, as JSON reads it: the settings that bear on its results, and the fingerprints."""
+    settings = {key: value for key, value in config.items() if key not in UNRELATED}
+    known: dict[str, Any] = json.loads(json.dumps(settings | dict(prints)))
+    return known
 
 
 def _jobs(settings: Settings) -> list[Job]:

@@ -16,6 +16,7 @@ from adv2_jax.experiments.files import read_summary, write_summary
 from adv2_jax.experiments.measures import Row
 from adv2_jax.files import read_some
 from adv2_jax.interpreters import Interpreter
+from adv2_jax.presets import resolve
 from adv2_jax.types import Classifier
 
 MEASURES = {"map_l1": metrics.map_l1, "map_iou75": metrics.iou_quantile}
@@ -48,12 +49,8 @@ class Run(NamedTuple):
         return self.labels if source == "benign" else self.targets
 
 
-def load_run(directory: Path, interpreters: Mapping[str, Interpreter]) -> Run:
-    """A finished run.
-
-    Args:
-        directory: of the run.
-        interpreters: by name, at least those of the run.
+def load_run(directory: Path) -> Run:
+    """A finished run, with the interpreters that its preset knows by their names.
 
     Raises:
         ValueError: names the directory and what is wrong with it.
@@ -62,10 +59,10 @@ def load_run(directory: Path, interpreters: Mapping[str, Interpreter]) -> Run:
     names = dict.fromkeys(row["interpreter"] for row in summary.get("rows", []))
     if not names:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
-    if unknown := [name for name in names if name not in interpreters]:
-        raise ValueError(f"{directory} has maps of {', '.join(unknown)}, known are {', '.join(interpreters)}")
+    plans = {name: resolve(summary["config"].get("preset", "default"), name) for name in names}
+    interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
     own = read_some(directory / "results.npz", {"labels", "targets"}.__contains__)
-    return Run(directory, summary, {name: interpreters[name] for name in names}, own["labels"], own["targets"])
+    return Run(directory, summary, interpreters, own["labels"], own["targets"])
 
 
 def check_network(run: Run, model: Classifier) -> None:
