@@ -318,7 +318,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
     finished = load_run(Path(arguments.run_directory))
     seen = model if masker is None else models.Masked(model, masker)
     check_network(finished, seen)
-    found = {"transfer": transfer_matrix(finished, seen, batch_size=arguments.batch_size)}
+    found: dict[str, Any] = {"transfer": transfer_matrix(finished, seen, batch_size=arguments.batch_size)}
     sheets = [by_matrix(TABLES["transfer"].title, found["transfer"])]
     if other is not None:
         able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
