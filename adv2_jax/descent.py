@@ -181,11 +181,8 @@ def _programs(structure: Any, options: Options) -> tuple[Callable[..., Any], Cal
         model = jax.tree.unflatten(structure, leaves)
         return jax.vmap(lambda problem, state: step(model, problem, state, numbers, options))(problems, states)
 
-    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> State:
-        def body(i: Array, carry: State) -> State:
-            return one(leaves, problems, carry, Numbers(*(values[i] for values in schedule)))[0]
-
-        return jax.lax.fori_loop(0, len(schedule.alpha), body, states)
+    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> tuple[State, Info]:
+        return jax.lax.scan(lambda carry, numbers: one(leaves, problems, carry, numbers), states, schedule)
 
     return jax.jit(one), jax.jit(loop)
 
@@ -209,7 +206,7 @@ def descend(
     *,
     driver: Driver = "auto",
     on_step: Callable[[int], None] | None = None,
-) -> State:
+) -> tuple[State, Info]:
     """Repeat `step` for a batch.
 
     Args:
@@ -218,12 +215,12 @@ def descend(
         states: batched, leading axis [B].
         schedule: the numbers of each step, [n].
         options: static options.
-        driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
+        driver: "fori" is one jitted loop (`lax.scan`), "host" calls the same step n times. "auto" is the host on CPU, where XLA
             compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
         on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
 
     Returns:
-        The states after n steps.
+        The states after n steps, and what each step reported, [B, n].
 
     Raises:
         ValueError: for an unknown driver.
@@ -235,16 +232,18 @@ def descend(
     schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
     n = len(schedule.alpha)
     if n == 0:
-        return states
+        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states = loop(leaves, problems, states, schedule)
+        states, infos = loop(leaves, problems, states, schedule)
         if on_step:
             jax.block_until_ready(states)
             on_step(n)
-        return states
+        return states, jax.tree.map(np.transpose, infos)
+    reports = []
     for i in range(n):
         states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
+        reports.append(info)
         if on_step:
             jax.block_until_ready(info)
             on_step(1)
-    return states
+    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *reports)

@@ -47,7 +47,7 @@ def attack(network, out, *words, images=None):
 def test_attack_writes_the_contract(network, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert attack(network, out, "--interpreter", "grad", "cam", "--limit", "4", "--seed", "3") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.npz", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == 1
     assert summary["config"]["command"].startswith("adv2 attack --model tiny")
