@@ -113,7 +113,7 @@ def run(
 def _benign_maps(model: Classifier, chosen: ImageSet, plan: Preset, settings: Settings) -> np.ndarray:
     """The maps [N, h, w] of the unchanged images for their labels; refuses target maps of another size."""
     assert plan.interpreter is not None and chosen.labels is not None
-    _, maps = explain(model, chosen.images, chosen.labels, interpreter=plan.interpreter.explain, batch_size=settings.batch_size)
+    _, maps = explain(model, chosen.images, chosen.labels, interpreter=plan.interpreter, batch_size=settings.batch_size)
     if chosen.target_maps is not None and chosen.target_maps.shape != maps.shape:
         found, name = list(chosen.target_maps.shape), plan.interpreter.name
         raise ValueError(f"target_maps must be {list(maps.shape)} for {name}, got {found}")
