@@ -60,7 +60,6 @@ class Game(NamedTuple):
     kept: Callable[[Map], Map]
 
 
-DAMPING = 0.1  # of the implicit hypergradient; the Hessian's own entries are about as large
 ITERATIONS = 10
 
 GAMES = {"deletion": Game(1, lambda a: 1 - a), "preservation": Game(-1, lambda a: a)}
@@ -214,7 +213,8 @@ def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: 
         presence = jax.nn.softplus(game.sign * log_odds(logits, label))
     else:
         presence = game.sign * objective.score(logits, label)
-    size = jnp.abs(a.mean() - objective.area)
+    excess = a.mean() - objective.area
+    size = jnp.where(excess >= 0, excess, -excess)  # unlike that of |.|, its slope is not 0 for an empty map
     return presence + objective.l1 * size + objective.tv * variation(a, objective.beta)
 
 
@@ -240,7 +240,17 @@ def unrolled(model: Classifier, image: Image, label: Label, memory: Memory, desc
     return memory.map
 
 
-def implicit(model: Classifier, image: Image, label: Label, a: Map, descent: Descent, act: Activation) -> Map:
+def implicit(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    a: Map,
+    descent: Descent,
+    act: Activation,
+    *,
+    damping: float = 0.1,
+    iterations: int = ITERATIONS,
+) -> Map:
     """The map a itself, with the slope in x of the optimum that it is taken for.
 
     At an optimum ∂ℓ/∂a = 0 on the entries F strictly inside (0, 1), and the others stay where they are; so
@@ -253,6 +263,8 @@ def implicit(model: Classifier, image: Image, label: Label, a: Map, descent: Des
         a: [h, w] in [0, 1].
         descent: static options.
         act: stands in for every ReLU.
+        damping: 0 or more; where the map moves, the Hessian's own entries are about .1.
+        iterations: of conjugate gradients at most, a gradient through the network each.
     """
     a, still = jax.lax.stop_gradient((a, image))
     free = (a > 0) & (a < 1)
@@ -261,8 +273,9 @@ def implicit(model: Classifier, image: Image, label: Label, a: Map, descent: Des
         return jnp.where(free, jax.grad(mask_loss, argnums=3)(model, x, label, b, descent.objective, act), 0)
 
     def damped_hessian(v: Map) -> Map:
-        return jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v, 0),))[1] + DAMPING * v
+        curved = jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v, 0),))[1]
+        return jnp.where(free, curved + damping * v, v)
 
     here = slope(image, a)
     nothing = here - jax.lax.stop_gradient(here)  # but it has the slope of `here`
-    return a - cg(damped_hessian, nothing, tol=0.0, maxiter=ITERATIONS)[0]
+    return a - cg(damped_hessian, nothing, maxiter=iterations)[0]
