@@ -129,7 +129,7 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
         return model.head(model.features(image)), jnp.full((4, 4), tau)
 
     options = Options(threats.linf(EPSILON), surrogate)
-    _, info = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
+    _, (info, _) = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
     assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
 
 

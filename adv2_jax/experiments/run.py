@@ -284,7 +284,7 @@ def _attack_batch(
             yield interpreter.name, job.attack, arrays | _below(f"{job.attack}/", _way(model, interpreter, job.plan, goals, result))
 
 
-def _below(prefix: str, arrays: Arrays) -> Arrays:
+def _below(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
     return {f"{prefix}{key}": values for key, values in arrays.items()}
 
 
