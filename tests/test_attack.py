@@ -294,6 +294,22 @@ def test_steps_take_the_place_of_the_presets():
     assert presets.resolve("default", "cam") == PRESETS["default"]["cam"]
 
 
+def test_steps_of_the_released_flow_code():
+    plans = [presets.resolve("paper", name, threat=threats.flow()) for name in (None, *INTERPRETERS)]
+    assert [(plan.warm_steps, plan.steps) for plan in plans] == [(0, 800)] + [(200, 600)] * len(INTERPRETERS)
+    assert all(plan.step_size(600)(i) == PIXEL == plan.warm_step_size for plan in plans for i in (0, 599))
+    assert all(plan.momentum is None for plan in plans)
+
+
+def test_other_numbers_for_a_flow_only(run, targets):
+    assert presets.resolve("default", "cam", threat=threats.flow()).steps == 300
+    for threat in (None, threats.linf(0.2), threats.l2(), threats.Threat("mine", *threats.flow()[1:])):
+        assert presets.resolve("default", "cam", threat=threat) == PRESETS["default"]["cam"]
+    assert presets.resolve(CAM, "cam", threat=threats.flow()) == CAM
+    result = run(CAM, threat=threats.flow())
+    assert result.gradient_evaluations == 9 and result.params.shape == (6, 16, 16, 2)
+
+
 def test_own_interpreter_takes_the_numbers_found_for_its_name():
     own = smooth_grad_interpreter(pool=4)
     assert presets.resolve("paper", own) == replace(PRESETS["paper"]["grad"], interpreter=own)

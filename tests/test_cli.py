@@ -41,7 +41,7 @@ def attack(network, out, *words, images=None):
 def test_attack_writes_the_contract(network, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert attack(network, out, "--interpreter", "grad", "cam", "--limit", "4", "--seed", "3") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.npz", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == 1
     assert summary["config"]["command"].startswith("adv2 attack --model tiny")
@@ -98,6 +98,25 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
         np.testing.assert_array_equal(results["cam/target_maps"], arrays["target_maps"])
 
 
+@pytest.mark.parametrize(
+    ("threat", "epsilon", "penalty"), [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 0.031, 5e-4), ("linf", 0.031, None)]
+)
+def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
+    assert attack(network, tmp_path / "out", "--interpreter", "cam", "--limit", "2", "--threat", threat, "--preset", "paper") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["config"]["epsilon"], summary["config"]["penalty"]) == (epsilon, penalty)
+    rows = summary["rows"]
+    assert [row["threat"] for row in rows] == [threat] * 2
+    with np.load(tmp_path / "out" / "results.npz") as results:
+        for row in rows:
+            key = f"cam/{row['attack']}/flow"
+            assert (key in results) == ("mean_displacement" in row) == ("flow_penalty" in row) == (penalty is not None)
+            if key in results:
+                assert results[key].shape == (2, 8, 8, 2) and results[key].dtype == np.float32
+                assert row["mean_displacement"] == pytest.approx(np.hypot(*np.moveaxis(results[key], -1, 0)).mean(), rel=1e-5)
+                assert 0 < row["mean_displacement"] <= 0.04 * 2**0.5  # four steps of .01 in each direction
+
+
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 LABELS = np.zeros(2, np.int32)
 BAD_FILES = {
@@ -146,6 +165,11 @@ BAD_WORDS = {
     "no such file": ["--weights", "/nowhere/w.npz"],
     "epsilon = 2.0 must lie in (0, 1]": ["--epsilon", "2"],
     "epsilon = nan must lie in (0, 1]": ["--epsilon", "nan"],
+    "epsilon = 0.0 must be a finite number above 0": ["--threat", "l2", "--epsilon", "0"],
+    "penalty = -1.0 must be a finite number, 0 or more": ["--threat", "linf+flow", "--flow-penalty", "-1"],
+    "--epsilon is not for --threat flow": ["--threat", "flow", "--epsilon", "0.1"],
+    "--flow-penalty is not for --threat l2": ["--threat", "l2", "--flow-penalty", "0.1"],
+    "invalid choice: 'l1' (choose from": ["--threat", "l1"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
     "is not below 2**32": ["--seed", "99999999999999999999"],
