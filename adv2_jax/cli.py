@@ -521,9 +521,8 @@ def _training(
 ) -> None:
     """Train with a bar and checkpoints, then write what `finish` saves, measures and prints, summary and report."""
     recipe = {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
-    with output_directory(arguments.out) as directory:
-        checkpoints = directory / "checkpoints"
-        with _progress() as start, _kept(checkpoints):
+    with output_directory(arguments.out) as directory, _kept(directory / "checkpoints") as checkpoints:
+        with _progress() as start:
             bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
             kept = fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar))
             trained, losses = run(sets.train.images, sets.train.labels, kept=kept, **recipe)
@@ -558,10 +557,10 @@ def _start(arguments: argparse.Namespace, sets: TrainingSets) -> models.Network:
 
 
 @contextlib.contextmanager
-def _kept(checkpoints: Path) -> Iterator[None]:
+def _kept(checkpoints: Path) -> Iterator[Path]:
     """Tells whoever interrupts a run how to go on with it."""
     try:
-        yield
+        yield checkpoints
     except KeyboardInterrupt:
         if checkpoints.exists():
             raise KeyboardInterrupt("; the last checkpoint is kept, --resume goes on from it") from None

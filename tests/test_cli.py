@@ -18,17 +18,11 @@ from adv2_jax.interpreters import INTERPRETERS
 
 N, K = 6, 3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_network():
-    """A network that compiles in seconds, known to the command line by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_by_name")
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
+def network(tiny_by_name, tmp_path_factory):
     """Weights of a tiny network, and images it gets right because the labels are its predictions."""
     folder = tmp_path_factory.mktemp("network")
     model = models.build("tiny", width=2, num_classes=K)
