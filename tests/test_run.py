@@ -192,7 +192,9 @@ def test_resuming_must_be_said_and_settings_stay(tmp_path):
     kept = sorted(tmp_path.rglob("*"))
     with pytest.raises(ValueError, match=rf"^{tmp_path} holds an unfinished run: go on with it \(--resume\), or remove "):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
-    with pytest.raises(ValueError, match=rf"^cannot resume {tmp_path} with other settings: seed was 0, is 1; limit was None, is 5$"):
+    with pytest.raises(
+        ValueError, match=rf"^cannot resume {tmp_path} with other settings: seed was 0, is 1; limit was None, is 5$"
+    ):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 1, "limit": 5}, resume=True)
     with pytest.raises(ValueError, match=r"with other settings: image set was .* numbers [0-9a-f]{8}, is .* numbers [0-9a-f]{8}$"):
         run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
