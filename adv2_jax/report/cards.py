@@ -11,12 +11,29 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax.report import charts, words
-from adv2_jax.report.pictures import ATTACKS, MAX_SIDE, Arrays, Pixels, amplified_difference, colour_map, film, grey, levels, png, resample, thumbnail
+from adv2_jax.report.pictures import (
+    ATTACKS,
+    MAX_SIDE,
+    Arrays,
+    Pixels,
+    amplified_difference,
+    colour_map,
+    film,
+    grey,
+    levels,
+    png,
+    resample,
+    thumbnail,
+)
 
 SMALL_SIDE = 64  # of a frame of a film, and of what lies below a map
 PALETTE = colour_map(np.arange(256) / 255)
 
-CURVES = (("loss", "Loss of the attack", ()), ("confidence", "Confidence in the target class", (0.0, 1.0)), ("map_l1", "Map L1", (0.0,)))
+CURVES = (
+    ("loss", "Loss of the attack", ()),
+    ("confidence", "Confidence in the target class", (0.0, 1.0)),
+    ("map_l1", "Map L1", (0.0,)),
+)
 
 
 class Subject(NamedTuple):
@@ -25,6 +42,20 @@ class Subject(NamedTuple):
     interpreter: str
     threat: str | None
     classes: Sequence[str] | None
+
+    @property
+    def title(self) -> str:
+        """The interpreter's name as readers know it."""
+        return words.title(self.interpreter)
+
+    @property
+    def anchor(self) -> str:
+        """The address of the section."""
+        return words.anchor(self.interpreter)
+
+    def name(self, attack: str) -> str:
+        """The name of an attack under this threat."""
+        return words.attack_name(attack, self.threat)
 
 
 def section(subject: Subject, results: Arrays, *, limit: int) -> str:
@@ -35,8 +66,8 @@ def section(subject: Subject, results: Arrays, *, limit: int) -> str:
     if any(f"{subject.interpreter}/{attack}/flow" in results for attack in ATTACKS):
         notes.append("Arrows point to where a pixel is taken from, enlarged; the caption says how far.")
     return SECTION.substitute(
-        anchor=words.anchor(subject.interpreter),
-        title=escape(words.title(subject.interpreter)),
+        anchor=subject.anchor,
+        title=escape(subject.title),
         description=words.description(subject.interpreter),
         notes=" ".join(notes),
         curves=_curves(subject, results),
@@ -45,8 +76,7 @@ def section(subject: Subject, results: Arrays, *, limit: int) -> str:
 
 
 def _curves(subject: Subject, results: Arrays) -> str:
-    anchor = words.anchor(subject.interpreter)
-    drawn = [(f"{anchor}-{key}", title, limits, _lines(subject, results, key)) for key, title, limits in CURVES]
+    drawn = [(f"{subject.anchor}-{key}", title, limits, _lines(subject, results, key)) for key, title, limits in CURVES]
     figures = [charts.chart(lines, anchor=name, title=title, limits=limits) for name, title, limits, lines in drawn if lines]
     if not figures:
         return ""
@@ -59,8 +89,7 @@ def _lines(subject: Subject, results: Arrays, key: str) -> list[charts.Line]:
     for attack in ATTACKS:
         prefix = f"{subject.interpreter}/{attack}/curve"
         if f"{prefix}_{key}" in results:
-            name = words.attack_name(attack, subject.threat)
-            lines.append(charts.over_images(name, attack, results[f"{prefix}_steps"], results[f"{prefix}_{key}"]))
+            lines.append(charts.over_images(subject.name(attack), attack, results[f"{prefix}_steps"], results[f"{prefix}_{key}"]))
     return [line for line in lines if line is not None]
 
 
@@ -77,7 +106,7 @@ def _card(subject: Subject, results: Arrays, i: int) -> str:
         data="".join(_data(attack, one) for attack in present),
         heading=escape(heading),
         figures="".join(figures),
-        steps=_steps(subject, results, i, one["indices"]),
+        steps=_steps(subject, present, results, i, one["indices"]),
     )
 
 
@@ -97,16 +126,16 @@ def _benign(subject: Subject, true_class: str, one: Mapping[str, Any]) -> str:
     number = one["indices"]
     tiles = [
         _tile(_picture(one["images"], f"Benign image {number}, class {true_class}")),
-        _overlay(one["images"], one["benign_maps"], f"{words.title(subject.interpreter)} map of benign image {number}"),
+        _overlay(one["images"], one["benign_maps"], f"{subject.title} map of benign image {number}"),
     ]
     return _figure(tiles, "Benign", [true_class])
 
 
 def _attacked(subject: Subject, attack: str, target: str, one: Mapping[str, Any]) -> str:
-    number, image, name = one["indices"], one[f"{attack}/images"], words.attack_name(attack, subject.threat)
+    number, image, name = one["indices"], one[f"{attack}/images"], subject.name(attack)
     tiles = [
         _tile(_picture(image, f"{name} image {number}, target class {target}")),
-        _overlay(image, one[f"{attack}/maps"], f"{words.title(subject.interpreter)} map of {name} image {number}"),
+        _overlay(image, one[f"{attack}/maps"], f"{subject.title} map of {name} image {number}"),
     ]
     lines = [
         "✓ success" if one[f"{attack}/success"] else "✗ failed",
@@ -136,20 +165,20 @@ def _difference(one: Mapping[str, Any]) -> str:
     return _figure(tiles, "Difference ×10", lines)
 
 
-def _steps(subject: Subject, results: Arrays, i: int, number: int) -> str:
+def _steps(subject: Subject, attacks: Sequence[str], results: Arrays, i: int, number: int) -> str:
     """The slider, for those with a script, and the films it takes its pictures from; nothing without snapshots of image i."""
     films = [
         _film(subject, attack, results, i, number)
-        for attack in ATTACKS
+        for attack in attacks
         if i < len(results.get(f"{subject.interpreter}/{attack}/snapshot_images", ()))
     ]
     if not films:
         return ""
-    return STEPS.substitute(anchor=f"{words.anchor(subject.interpreter)}-{i}", films="".join(films))
+    return STEPS.substitute(anchor=f"{subject.anchor}-{i}", films="".join(films))
 
 
 def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -> str:
-    prefix, name = f"{subject.interpreter}/{attack}/snapshot", words.attack_name(attack, subject.threat)
+    prefix, name = f"{subject.interpreter}/{attack}/snapshot", subject.name(attack)
     steps = results[f"{prefix}_steps"].tolist()
     frames, maps, confidence = (results[f"{prefix}_{key}"][i] for key in ("images", "maps", "confidence"))
     told = f"{name} image {number} after steps {', '.join(map(str, steps))}"
@@ -160,7 +189,7 @@ def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -
         steps=" ".join(map(str, steps)),
         confidence=" ".join(words.number(p, 2) for p in confidence),
         images=_img(film(frames, max_side=SMALL_SIDE), told, kind=_kind(frames[0], SMALL_SIDE)),
-        maps=_map(film(_drawn(maps, frames), max_side=SMALL_SIDE), f"{words.title(subject.interpreter)} maps of {told}"),
+        maps=_map(film(_drawn(maps, frames), max_side=SMALL_SIDE), f"{subject.title} maps of {told}"),
         captions="".join(f"<li>{step}<br>{words.number(p, 2)}</li>" for step, p in zip(steps, confidence, strict=True)),
     )
 
@@ -230,5 +259,6 @@ STEPS = Template("""<p class="slider" hidden><label for="$anchor-step">Step</lab
 <input type="range" id="$anchor-step" min="0" step="1"><output for="$anchor-step"></output></p>
 <details class="steps"><summary>The attack, step by step</summary>$films</details>""")
 
-FILM = Template("""<div class="film" data-attack="$attack" data-name="$name" data-steps="$steps" data-confidence="$confidence" style="--frames:$frames">
+FILM = Template("""<div class="film" data-attack="$attack" data-name="$name" data-steps="$steps" data-confidence="$confidence"
+style="--frames:$frames">
 <h4>$name</h4>$images$maps<ol aria-label="Step, and confidence in the target class">$captions</ol></div>""")

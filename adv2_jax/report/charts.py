@@ -77,9 +77,8 @@ def over_steps(name: str, values: Sequence[float], *, points: int = 200) -> Line
         points: how many means, at most.
     """
     parts = np.array_split(np.asarray(values, float), min(points, len(values)))
-    steps = np.cumsum([len(part) for part in parts])
-    middle, low, high = (np.array([pick(part) for part in parts]) for pick in (np.mean, np.min, np.max))
-    return Line(name, "loss", steps, middle, low, high)
+    steps, middle, low, high = np.array([(len(part), np.mean(part), np.min(part), np.max(part)) for part in parts]).T
+    return Line(name, "loss", np.cumsum(steps), middle, low, high)
 
 
 def ticks(low: float, high: float, *, at_most: int = 6) -> Numbers:
@@ -88,7 +87,7 @@ def ticks(low: float, high: float, *, at_most: int = 6) -> Numbers:
     power = 10.0 ** math.floor(math.log10(least))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return step * np.arange(first, max(last, first + 1) + 1)
+    return step * np.arange(first, max(last, first + 1) + 1, dtype=np.float64)
 
 
 def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[float] = ()) -> str:
@@ -109,7 +108,7 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     x = Axis(first, last if last > first else first + 1, LEFT, RIGHT)
     y = Axis(levels[0], levels[-1], BOTTOM, TOP)
     parts = [_level(y, level, levels) for level in levels]
-    parts += [_step(x, step) for step in ticks(first, last) if first <= step <= last]
+    parts += [_step(x, step) for step in ticks(first, last, at_most=8) if first <= step <= last]
     parts += [_band(line, x, y) for line in lines] + [_curve(line, x, y) for line in lines]
     told = "; ".join(f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines)
     return (
@@ -172,7 +171,7 @@ def arrows(flow: NDArray[Any], alt: str) -> str:
     height, width = flow.shape[:2]
     cell = max(height, width) / min(max(height, width), ARROWS)
     coarse = resample(flow, round(height / cell) or 1, round(width / cell) or 1)
-    longest = np.linalg.norm(coarse, axis=-1).max()
+    longest = np.max(np.linalg.norm(coarse, axis=-1))
     rows, columns = coarse.shape[:2]
     scaled = coarse * CELL / longest if longest > 0 else coarse
     path = "".join(_arrow(i, j, *scaled[i, j]) for i in range(rows) for j in range(columns))

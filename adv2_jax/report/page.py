@@ -48,16 +48,17 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> s
     check_schema(summary)
     rows, config = summary["rows"], summary.get("config", {})
     subjects = [subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results]
+    total = len(results["images"])
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     return template("page.html").substitute(
         title=escape(title),
         style=style(results["images"]),
-        facts=words.definitions(_facts(summary, len(results["images"])), "facts"),
+        facts=words.definitions(_facts(summary, total), "facts"),
         navigation="".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)),
         table=tables.summary(rows),
         intervals=" In small print: 95 % bootstrap intervals." if any(row.get("ci") for row in rows) else "",
         extras="".join(frame.substitute(table=write(summary[key])) for key, _, write, frame in EXTRAS if summary.get(key)),
-        controls=CONTROLS.substitute(plain=words.attack_name("pgd", subjects[0].threat)) if subjects else "",
+        controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
         sections="".join(cards.section(subject, results, limit=limit) for subject in subjects),
         reproduction=reproduction(config, summary.get("environment", {})),
         script=asset("script.js"),
@@ -95,7 +96,7 @@ def write_page(folder: Path, html: str) -> Path:
 
 
 def style(images: Pixels | None = None) -> str:
-    """The style sheet, with the format of the pictures, so that maps of another size fill the same frame, and the scale's colours."""
+    """The style sheet with the picture format, so that maps of another size fill the same frame, and the colours of the scale."""
     height, width = (1, 1) if images is None else images.shape[1:3]
     colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
     return asset("style.css") + f":root{{--ratio:{width}/{height};--scale:linear-gradient(90deg,{colours})}}"
@@ -132,7 +133,7 @@ def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
 def _links(summary: Mapping[str, Any], subjects: Sequence[cards.Subject]) -> list[tuple[str, str]]:
     """The sections of the page: anchor and name."""
     extras = [(key, name) for key, name, _, _ in EXTRAS if summary.get(key)]
-    own = [(words.anchor(subject.interpreter), words.title(subject.interpreter)) for subject in subjects]
+    own = [(subject.anchor, subject.title) for subject in subjects]
     return [("summary", "Summary"), *extras, *own, ("reproduce", "Reproduce")]
 
 
@@ -187,7 +188,8 @@ CONTROLS = Template("""<form class="controls" aria-label="The cards below" autoc
 <label>Sort by <select name="order"><option value="">order of the images</option>
 <option value="adv2L1 1">ADV² map L1, low first</option><option value="adv2L1 -1">ADV² map L1, high first</option>
 <option value="pgdL1 1">$plain map L1, low first</option><option value="pgdL1 -1">$plain map L1, high first</option>
-<option value="adv2P 1">ADV² confidence, low first</option><option value="adv2P -1">ADV² confidence, high first</option></select></label>
+<option value="adv2P 1">ADV² confidence, low first</option><option value="adv2P -1">ADV² confidence, high first</option>
+</select></label>
 <button type="reset">Reset</button>
 <output aria-live="polite"></output></div>
 </form>

@@ -1,4 +1,4 @@
-"""What things are called on a page, and how numbers and pieces of HTML are written. Everything returned is safe HTML or plain text."""
+"""What things are called on a page, and how numbers and pieces of HTML are written."""
 
 import json
 import math
