@@ -3,8 +3,10 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -237,7 +239,7 @@ def interrupted_at(step):
         if done == step:
             raise KeyboardInterrupt
 
-    yield lambda title, steps: tick
+    yield lambda title, steps, **more: tick
 
 
 def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, capsys, monkeypatch):
@@ -521,6 +523,110 @@ def test_interrupt_leaves_nothing_behind(network, tmp_path, capsys, monkeypatch)
     assert attack(network, tmp_path / "new" / "out") == 130
     assert capsys.readouterr().err == "adv2: interrupted\n"
     assert not (tmp_path / "new").exists()
+
+
+MEAN = """
+class Mean:
+    def features(self, image, act=None):
+        return image
+
+    def head(self, features):
+        return 10 * features.mean(axis=(0, 1))
+
+import jax
+jax.tree_util.register_static(Mean)
+"""
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A network that compiles in no time, the mean colour, and 24 images it gets right; the words that attack them."""
+    folder = tmp_path_factory.mktemp("coloured")
+    (folder / "mean.py").write_text(MEAN)
+    images = np.random.default_rng(0).integers(80, 120, (24, 4, 4, 3), np.uint8)
+    labels = np.arange(24) % 3
+    images[np.arange(24), :2, :2, labels] = 160
+    write_arrays(folder / "images.npz", {"images": images, "labels": labels})
+    words = ["--model", f"{folder}/mean.py:Mean", "--images", f"{folder}/images.npz", "--interpreter", "cam", "grad"]
+    return [*words, "--batch-size", "3", "--epsilon", "0.1", "--warm-steps", "0"]
+
+
+def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
+    words = ["attack", *coloured, "--steps", "30", "--interpreter", "cam"]
+    assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    out, command = tmp_path / "out", [sys.executable, "-m", "adv2_jax", *words, "--out", str(tmp_path / "out")]
+    same = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as tests/conftest.py has it
+    with subprocess.Popen(command, env=same, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size < 300):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    kept = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert 0 < len(kept) < 16 and sorted(path.name for path in out.iterdir()) == ["batches", "log.jsonl"]
+    assert cli.main([*words, "--out", str(out)]) == 2
+    assert "holds an unfinished run: go on with it (--resume)" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(out), "--resume", "--steps", "31"]) == 2
+    assert "with other settings: steps was 30, is 31" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(out), "--resume"]) == 0
+    assert (out / "results.npz").read_bytes() == (tmp_path / "whole" / "results.npz").read_bytes()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len({(line["batch"], line["interpreter"], line["attack"]) for line in lines}) == len(lines) == 16
+    assert not (out / "batches").exists()
+
+
+def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatch):
+    words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda quiet: interrupted_at(30))
+        assert cli.main(words) == 130
+    assert capsys.readouterr().err == "adv2: interrupted; 7 of 32 parts are kept, --resume goes on from them\n"
+    assert cli.main([*words, "--resume", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
+def test_tables(coloured, tmp_path, capsys, name):
+    words = ["table", name, *coloured[: coloured.index("--epsilon")], "--steps", "3", "--limit", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert "report.html" in capsys.readouterr().out
+    run = {"patch": "linf-patch", "stadv": "flow-benign"}.get(name, "linf-benign")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run, "summary.json", "table.md"]
+    assert sorted(path.name for path in (tmp_path / run).iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 8  # title, headings, rule, four lines
+    assert cli.main([*words, "--resume", "--quiet"]) == 0
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+
+
+def test_unknown_tables_list_the_valid_ones(tmp_path, capsys):
+    code = cli.main(["table", "tabel", "--out", str(tmp_path / "out")])
+    refused(code, capsys, "invalid choice: 'tabel' (choose from", tmp_path / "out")
+
+
+def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
+    words = [*coloured[:2], "--batch-size", "5"]
+    assert cli.main(["attack", *coloured, "--steps", "5", "--limit", "6", "--out", str(tmp_path / "out")]) == 0
+    report = (tmp_path / "out" / "report.html").stat().st_mtime_ns
+    assert cli.main(["transfer", str(tmp_path / "out"), *words, "--to-model", coloured[1]]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["transfer"]["sources"] == ["benign", "pgd", "cam", "grad"]
+    same = {(row["source"], row["interpreter"]): row for row in summary["models"]}  # the same network under another name
+    for row in summary["rows"]:
+        seen = same[row["interpreter"] if row["attack"] == "adv2" else "pgd", row["interpreter"]]
+        assert (seen["n"], seen["asr"]) == (row["n"], row["asr"])
+        assert seen["map_l1"] == pytest.approx(row["map_l1"], abs=1e-5)
+    assert (tmp_path / "out" / "report.html").stat().st_mtime_ns > report
+    capsys.readouterr()
+    for other, expected in (
+        (["--to-weights", "w.npz"], "--to-model and --to-weights go together"),
+        (["--model", "cifar_resnet20"], "--model and --weights go together"),
+    ):
+        code = cli.main(["transfer", str(tmp_path / "out"), *words, *other])
+        refused(code, capsys, expected, tmp_path / "nowhere")
+    code = cli.main(["transfer", str(tmp_path / "empty"), *words])
+    refused(code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty")
+    code = cli.main(["transfer", str(tmp_path / "out")])
+    refused(code, capsys, f"it was made with model '{coloured[1]}'", tmp_path / "nowhere")
 
 
 def test_the_module_is_the_command():

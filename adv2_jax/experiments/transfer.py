@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from adv2_jax import metrics
 from adv2_jax.attack import explain
@@ -100,7 +101,7 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
             images = run.images(source, column)
             _, maps = explain(model, images, run.classes(source), interpreter=interpreter, batch_size=batch_size)
             for name, measure in MEASURES.items():
-                found[name][i].append(float(np.mean(measure(maps, wanted))))
+                found[name][i].append(_mean(measure(maps, wanted)))
     return {"interpreters": list(run.interpreters), "sources": run.sources, **found}
 
 
@@ -131,11 +132,15 @@ def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequenc
         for source in run.sources:
             images, classes = run.images(source, column)[right], run.classes(source)[right]
             logits, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size)
-            asr = float(np.mean(metrics.success(logits, run.targets[right])))
-            means = {key: float(np.mean(measure(maps, wanted[right]))) for key, measure in MEASURES.items()}
+            asr = _mean(metrics.success(logits, run.targets[right]))
+            means = {key: _mean(measure(maps, wanted[right])) for key, measure in MEASURES.items()}
             head = {"model": name, "source": source, "n": int(right.sum()), "asr": asr, "interpreter": column}
             rows.append(head | means)
     return rows
+
+
+def _mean(values: ArrayLike) -> float:
+    return float(np.mean(np.asarray(values)))
 
 
 def add(run: Run, **found: Any) -> None:
