@@ -208,7 +208,7 @@ BARE = Preset(
     balance=constant(50.0),
     map_loss=losses.map_mse,
 )
-WITH_ENCODER = replace(BARE, interpreter=rts_interpreter(encoder_weight=1.0))
+WITH_ENCODER = replace(BARE, interpreter=rts_interpreter(encoder_weight=0.5))
 PGD = replace(BARE, interpreter=None)
 
 
