@@ -30,7 +30,7 @@ from adv2_jax.descent import (
 )
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver
 from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
-from adv2_jax.threats import Threat
+from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 T = TypeVar("T")
@@ -47,6 +47,7 @@ class Result(NamedTuple):
         float_logits: [N, K].
         float_maps: [N, h, w].
         gradient_evaluations: gradients through the network spent on each image, scoring for keep-best included.
+        params: of the threat model, a pytree whose leaves have a leading axis [N].
     """
 
     images: np.ndarray
@@ -56,6 +57,7 @@ class Result(NamedTuple):
     float_logits: np.ndarray
     float_maps: np.ndarray
     gradient_evaluations: int
+    params: Params
 
 
 def attack(
@@ -82,7 +84,7 @@ def attack(
         target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), "mask", an `Interpreter` of your own, or
             None for plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
-        threat: threat model, `threats.linf(0.031)` unless given.
+        threat: what may be changed: `threats.linf` (0.031 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
         batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
@@ -95,13 +97,13 @@ def attack(
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    plan = resolve(preset, interpreter, warm_steps=warm_steps, steps=steps)
+    threat = threats.linf() if threat is None else threat
+    plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
     problems = _problems(model, images, targets, target_maps, plan.interpreter)
-    threat = threats.linf() if threat is None else threat
     batches = _batches(problems, batch_size)
     parts = [_attack_batch(model, batch, plan, threat, driver, on_step) for batch in batches]
-    x = np.concatenate(parts)[: len(problems.target)]
+    x, params = jax.tree.map(lambda *leaves: np.concatenate(leaves)[: len(problems.target)], *parts)
     _check_finite(x)  # steps along gradients that are not
     rounded = np.round(x * 255).astype(np.uint8)
 
@@ -109,7 +111,7 @@ def attack(
         interpreter = no_map if plan.interpreter is None else plan.interpreter
         return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size, driver=driver)
 
-    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan))
+    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan), params)
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -258,8 +260,8 @@ def _chunks(plan: Preset) -> list[slice]:
 
 def _attack_batch(
     model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None
-) -> Array:
-    """Warm start, joint stage and keep-best for one batch: adversarial images [B, H, W, 3], not yet rounded."""
+) -> tuple[Array, Params]:
+    """Warm start, joint stage and keep-best for one batch: images [B, H, W, 3], not yet rounded, and the parameters that make them."""
 
     def run(states: State, options: Options, schedule: Numbers) -> State:
         return descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
@@ -274,7 +276,8 @@ def _attack_batch(
         states = run(states, joint, Numbers(*(values[chunk] for values in numbers)))
         if plan.interpreter is not None and _scores_apart(plan):
             states = _rescore(model, problems, states, joint, plan.interpreter, driver, plan.reset)
-    return jax.vmap(threat.apply)(states.best if plan.keep_every else states.params, problems.image)
+    params = states.best if plan.keep_every else states.params
+    return jax.vmap(threat.apply)(params, problems.image), params
 
 
 def _tabulate(n: int, *plans: Plan) -> Numbers:
@@ -288,7 +291,7 @@ def joint_options(plan: Preset, threat: Threat) -> Options:
         threat,
         None if plan.interpreter is None else plan.interpreter.surrogate,
         map_loss=plan.map_loss,
-        direction=plan.direction,
+        momentum=plan.momentum,
         smoothing=plan.smoothing,
         yielding=plan.yielding,
         rounded=plan.rounded,

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import shlex
 import shutil
 import sys
@@ -111,10 +112,17 @@ def _attack_arguments(parser: Parser) -> None:
     add("--masker", metavar="FILE", help="masker of the network, for rts, from adv2 train rts (default: the embedded network's)")
     add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
     add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
-    add("--threat", default="linf", choices=["linf"], help="threat model (default: %(default)s)")
+    add("--threat", default="linf", choices=list(threats.THREATS), help="what may be changed (default: %(default)s)")
     add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
-    add("--epsilon", type=float, default=0.031, metavar="E", help="radius of the threat model (default: %(default)s)")
+    add("--epsilon", type=float, metavar="E", help="radius of linf (default: 0.031) or l2 (default: 0.5), in units of pixel value")
+    add(
+        "--flow-penalty",
+        dest="penalty",
+        type=float,
+        metavar="W",
+        help="weight of a flow's roughness (default: 0.0005)",
+    )
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
@@ -176,6 +184,7 @@ def _weight(text: str) -> float:
 
 
 def _attack(arguments: argparse.Namespace, command: str) -> None:
+    threat = _threat(arguments)
     model, masker = _model(arguments), _masker(arguments)
     arguments.interpreter = _interpreters(arguments.interpreter, masker)
     _run(
@@ -183,7 +192,7 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
         data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None))),
         Settings(
             interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
-            threat=threats.linf(arguments.epsilon),
+            threat=threat,
             preset=arguments.preset,
             warm_steps=arguments.warm_steps,
             steps=arguments.steps,
@@ -193,6 +202,18 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
         config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
         limit=arguments.limit,
     )
+
+
+def _threat(arguments: argparse.Namespace) -> threats.Threat:
+    """The threat model. Options of it that were not given take their defaults, so that the summary tells them."""
+    factory = threats.THREATS[arguments.threat]
+    options = {key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()}
+    for word, key in (("--epsilon", "epsilon"), ("--flow-penalty", "penalty")):
+        if getattr(arguments, key) is None:
+            setattr(arguments, key, options.get(key))
+        elif key not in options:
+            raise ValueError(f"{word} is not for --threat {arguments.threat}")
+    return factory(**{key: getattr(arguments, key) for key in options})
 
 
 def _masker(arguments: argparse.Namespace) -> models.Masker | None:

@@ -1,10 +1,10 @@
 """The loop: one joint-loss descent for every interpreter and threat model (ADV² eqs. 3 and 4).
 
-    x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i direction(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
+    x⁽ⁱ⁺¹⁾ = Π( x⁽ⁱ⁾ - α_i steepest(∇_x [ ℓ_prd(f(x), t) + λ_i ℓ_int(g(x; f), m_t) ]) )
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
-m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`. Where a map is itself the end of a descent,
-`solve` goes down to it; both are driven by `drive`.
+m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`; what is said of x holds for the parameters
+that make it under other threat models. Where a map is itself the end of a descent, `solve` goes down to it; `drive` drives both.
 """
 
 import operator
@@ -24,7 +24,6 @@ from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 Driver = Literal["auto", "fori", "host"]
-Direction = Callable[[], optax.GradientTransformation]
 MapLoss = Callable[[Map, Map], Array]
 OnStep = Callable[[int], None]
 Step = Callable[[Classifier, Any, Any, Any], tuple[Any, Any]]
@@ -46,7 +45,8 @@ class Options(NamedTuple):
         surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD). One
             with a memory takes it last, and returns it after the map.
         map_loss: ℓ_int, (map, target map) -> [].
-        direction: makes the optax transformation from gradients to directions; the step size is applied after it.
+        momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
+            (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
         smoothing: label smoothing of ℓ_prd.
         yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
             at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.
@@ -60,7 +60,7 @@ class Options(NamedTuple):
     threat: Threat
     surrogate: Surrogate | None = None
     map_loss: MapLoss = losses.map_l2
-    direction: Direction = optax.scale_by_sign
+    momentum: float | None = None
     smoothing: float = 0.0
     yielding: float = 0.0
     confidence: float = 0.8
@@ -69,7 +69,7 @@ class Options(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a schedule sets at each step: step size α in units of the parameters, weight λ, width τ of the surrogate.
+    """What a schedule sets at each step: step size α in pixel values (see `Threat.steepest`), weight λ, width τ of the surrogate.
 
     Each is [] in a step and [n] over n steps.
     """
@@ -118,10 +118,18 @@ def keep_better(state: State, found: Array) -> State:
     return state._replace(best=best, best_score=jnp.fmin(found, state.best_score))
 
 
+def direction(options: Options) -> optax.GradientTransformation:
+    """From gradients to directions; the step size is applied after it."""
+    threat, momentum = options.threat, options.momentum
+    if momentum is None:
+        return (threat.optimiser or threat.steepest)()
+    return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
+
+
 def init(problem: Problem, options: Options, params: Params = None, memory: tuple[Any, ...] = ()) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, options.direction().init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32), memory)
+    return State(start, direction(options).init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32), memory)
 
 
 def joint_loss(
@@ -129,7 +137,7 @@ def joint_loss(
 ) -> tuple[Array, tuple[Info, tuple[Any, ...]]]:
     """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3); its parts, and the next memory.
 
-    What the surrogate penalises besides is added.
+    What the surrogate and the threat model penalise besides is added.
     """
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
@@ -142,6 +150,7 @@ def joint_loss(
     f_t = losses.probability(logits, problem.target)
     prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
     loss = prediction + numbers.lam * options.map_loss(m, problem.target_map) + sum(penalties)
+    loss += options.threat.penalty(params)
     return loss, (Info(loss, f_t, jnp.abs(m - problem.target_map).mean()), memory)
 
 
@@ -162,8 +171,8 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
     gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options, state.memory)
     if options.keep_best:
         state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
-    direction, optimiser = options.direction().update(gradient, state.optimiser, state.params)
-    moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, direction)
+    down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
+    moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
     holds = info.confidence >= options.confidence
     weight = jnp.minimum(1, state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding))
     projected = options.threat.project(moved, problem.image)

@@ -71,6 +71,11 @@ def l2(images: ArrayLike, benign: ArrayLike) -> Array:
     return jnp.sqrt((_difference(images, benign) ** 2).sum(axis=(1, 2, 3)))
 
 
+def mean_displacement(flows: ArrayLike) -> Array:
+    """Mean length of the displacements, in pixels: [N, H, W, 2] -> [N]."""
+    return jnp.linalg.norm(jnp.asarray(flows), axis=-1).mean(axis=(1, 2))
+
+
 def pointing_game(maps: ArrayLike, masks: ArrayLike) -> Array:
     """Whether the map's largest value lies on the object (Zhang et al. 2018): [N, h, w], [N, H, W] bool -> [N] bool.
 

@@ -8,7 +8,7 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU
-from adv2_jax.descent import Direction, MapLoss
+from adv2_jax.descent import MapLoss
 from adv2_jax.interpreters import (
     Interpreter,
     MaskObjective,
@@ -19,9 +19,7 @@ from adv2_jax.interpreters import (
     rts_interpreter,
     smooth_grad_interpreter,
 )
-from adv2_jax.options import shared
-
-PIXEL = 1 / 255
+from adv2_jax.threats import PIXEL, Threat
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
@@ -58,11 +56,11 @@ class Preset:
         interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
         warm_steps: steps of plain PGD before the joint stage.
         steps: joint steps.
-        step_size: n -> optax schedule of α over n joint steps.
+        step_size: n -> optax schedule of α over n joint steps, in pixel values (see `Threat.steepest`).
         balance: n -> optax schedule of λ over n joint steps.
         tau: n -> optax schedule of the surrogate's width.
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
-        direction: makes the optax transformation from gradients to directions, joint stage.
+        momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat model.
         smoothing: label smoothing, joint stage.
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
@@ -79,7 +77,7 @@ class Preset:
     balance: Plan
     tau: Plan = _TAU
     map_loss: MapLoss = losses.map_l2
-    direction: Direction = optax.scale_by_sign
+    momentum: float | None = None
     smoothing: float = 0.0
     yielding: float = 0.0
     rounded: bool = False
@@ -95,12 +93,6 @@ def paper_grad_balance(n: int) -> optax.Schedule:
         step = round(at * n / 704)
         factors[step] = factors.get(step, 1.0) * factor  # in a short run several changes may fall on one step
     return optax.piecewise_constant_schedule(0.001, factors)
-
-
-@shared
-def momentum_sign(decay: float) -> Direction:
-    """Sign of a sum of normalised gradients that decays by `decay` a step (MI-FGSM, Dong et al. 2018)."""
-    return lambda: optax.chain(optax.normalize_by_update_norm(), optax.trace(decay), optax.scale_by_sign())
 
 
 _PGD = Preset(None, warm_steps=0, steps=1200, step_size=constant(PIXEL), balance=constant(0.0))
@@ -128,7 +120,7 @@ _DEFAULT_CAM = Preset(
     step_size=decay(PIXEL / 2, PIXEL / 40),
     balance=ramp(300.0, 600.0),
     map_loss=losses.map_mse,
-    direction=momentum_sign(0.85),
+    momentum=0.85,
     smoothing=0.02,
     yielding=0.1,
     rounded=True,
@@ -141,7 +133,7 @@ _DEFAULT_GRAD = replace(
     step_size=decay(0.35 * PIXEL, PIXEL / 40),
     balance=ramp(1000.0, 2000.0),
     tau=geometric(0.1, 5e-4),
-    direction=momentum_sign(0.6),
+    momentum=0.6,
 )
 # The released constants and the literal formula, but for two things that the loop has no words for: steps along signs (eq. 4), not
 # along the normalised gradient, and a weight λ like that of CAM for the bisection between the two losses.
@@ -179,10 +171,25 @@ PRESETS: dict[str, dict[str, Preset]] = {
 }
 
 
+def _released_flow(plan: Preset) -> Preset:
+    """The numbers of steps of the released StAdv code; its learning rate is that of `threats.flow` at steps of one pixel value."""
+    return replace(plan, steps=800) if plan.interpreter is None else replace(plan, warm_steps=200, steps=600)
+
+
+def _patient(plan: Preset) -> Preset:
+    """At least 300 steps: a flow comes as close to a map as a change of pixel values, but takes longer."""
+    return replace(plan, steps=max(plan.steps, 300))
+
+
+# by threat model and preset: what becomes of every interpreter's numbers
+UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {"flow": {"paper": _released_flow, "default": _patient}}
+
+
 def resolve(
     preset: str | Preset,
     interpreter: str | Interpreter | None,
     *,
+    threat: Threat | None = None,
     warm_steps: int | None = None,
     steps: int | None = None,
 ) -> Preset:
@@ -192,6 +199,7 @@ def resolve(
         preset: a key of `PRESETS`, or a `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
             takes the numbers of the preset, or those found for its name; or None for plain PGD.
+        threat: what may be changed; a preset called by its name has other numbers for some (`UNDER`).
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
     Raises:
@@ -199,9 +207,11 @@ def resolve(
     """
     if isinstance(preset, str):
         known = look_up(PRESETS, "preset", preset)
+        adapt = UNDER.get(threat.name, {}).get(preset) if threat else None
         named = {name: plan for name, plan in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
+        preset = adapt(preset) if adapt else preset
     elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
         own = None if preset.interpreter is None else preset.interpreter.name
         raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")

@@ -1,20 +1,32 @@
-"""Threat models as data: what the adversary may change, as (init, apply, project) on one image.
+"""Threat models as data: what the adversary may change, as functions on one image.
 
-An attack optimises parameters; a threat model says where they start, which image they make and how they are brought back into
-the allowed set. Factories are cached, so equal options give the same object.
+An attack optimises parameters; a threat model says where they start, which image they make, how they are brought back into the
+allowed set, what they cost and which way is down. Factories are cached, so equal options give the same object.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.scipy.ndimage import map_coordinates
 
 from adv2_jax.options import shared
 from adv2_jax.types import Image
 
 Params = Any
+Transformation = Callable[[], optax.GradientTransformation]
+
+PIXEL = 1 / 255
+FLOW_STEP = 0.01  # pixels that a flow moves by where a pixel changes by one 8-bit level: learning rate of the released code
+DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))  # corners of the 3 x 3 window that starts one pixel up and left
+
+
+def free(params: Params) -> Array:
+    """The penalty of a threat model that has none: 0."""
+    return jnp.zeros(())
 
 
 class Threat(NamedTuple):
@@ -24,13 +36,22 @@ class Threat(NamedTuple):
         name: as in results.
         init: image [H, W, 3] -> parameters (any pytree) of the unchanged image.
         apply: (parameters, image) -> adversarial image in [0, 1].
-        project: (parameters, image) -> the nearest allowed parameters.
+        project: (parameters, image) -> allowed parameters near them.
+        penalty: parameters -> [], added to every loss; its gradient must be finite, at the start too.
+        steepest: makes the optax transformation from gradients (or their moving sum) to the directions that steps go along. Step
+            sizes are in pixel values, as for `linf`; a threat model with another unit scales to it here.
+        optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among them; None is `steepest`.
+        displacement: parameters -> flow [H, W, 2] in pixels, where they have one.
     """
 
     name: str
     init: Callable[[Image], Params]
     apply: Callable[[Params, Image], Image]
     project: Callable[[Params, Image], Params]
+    penalty: Callable[[Params], Array] = free
+    steepest: Transformation = optax.scale_by_sign
+    optimiser: Transformation | None = None
+    displacement: Callable[[Params], Array] | None = None
 
 
 @shared
@@ -50,4 +71,144 @@ def linf(epsilon: float = 0.031) -> Threat:
         low, high = jnp.maximum(-epsilon, -image), jnp.minimum(epsilon, 1 - image)
         return optax.projections.projection_box(delta, low, high)
 
-    return Threat("linf", jnp.zeros_like, lambda delta, image: image + delta, project)
+    return Threat("linf", jnp.zeros_like, _add, project)
+
+
+@shared
+def l2(epsilon: float = 0.5) -> Threat:
+    """|| x - x° ||_2 <= epsilon and x in [0, 1].
+
+    Projected is on [0, 1] first, then on the ball: that only shrinks the change, and no change is in [0, 1], so both hold.
+    Steps go along the normalised gradient; one of 1/255 is an eighth of the radius, as it is for `linf()`.
+
+    Args:
+        epsilon: radius in units of pixel value, above 0. Rounding to 8 bits comes on top: to .5, it adds .004 at 32 x 32 pixels.
+
+    Raises:
+        ValueError: if epsilon is not a number above 0.
+    """
+    if not 0 < epsilon < float("inf"):
+        raise ValueError(f"epsilon = {epsilon} must be a finite number above 0, in units of pixel value")
+
+    def project(delta: Array, image: Image) -> Array:
+        return optax.projections.projection_l2_ball(optax.projections.projection_box(delta, -image, 1 - image), epsilon)
+
+    def steepest() -> optax.GradientTransformation:
+        return optax.chain(optax.normalize_by_update_norm(), optax.scale(epsilon / (8 * PIXEL)))
+
+    return Threat("l2", jnp.zeros_like, _add, project, steepest=steepest)
+
+
+@shared
+def flow(penalty: float = 5e-4) -> Threat:
+    """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et al. 2018).
+
+    The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp` has a gradient, and unbounded.
+    A step of 1/255 moves by .01 pixels: by the sign, or by Adam with amsgrad where there is no momentum, as in the released code.
+
+    Args:
+        penalty: weight of `flow_penalty`, 0 or more.
+
+    Raises:
+        ValueError: if the weight is negative or not finite.
+    """
+    if not 0 <= penalty < float("inf"):
+        raise ValueError(f"penalty = {penalty} must be a finite number, 0 or more")
+
+    def init(image: Image) -> Array:
+        return jnp.zeros((*image.shape[:2], 2), image.dtype)
+
+    return Threat(
+        "flow",
+        init,
+        apply=lambda params, image: warp(image, params),
+        project=lambda params, image: params,
+        penalty=lambda params: penalty * flow_penalty(params),
+        steepest=lambda: optax.chain(optax.scale_by_sign(), optax.scale(FLOW_STEP / PIXEL)),
+        optimiser=lambda: optax.chain(optax.scale_by_amsgrad(), optax.scale(FLOW_STEP / PIXEL)),
+        displacement=lambda params: params,
+    )
+
+
+class Moved(NamedTuple):
+    """Parameters of `linf_flow`: a flow [H, W, 2], and the change [H, W, 3] of what it makes."""
+
+    flow: Array
+    delta: Array
+
+
+@shared
+def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
+    """`flow` first, and a change within `linf` of the warped image.
+
+    Args:
+        epsilon: as for `linf`.
+        penalty: as for `flow`.
+
+    Raises:
+        ValueError: as these two.
+    """
+    ball, moving = linf(epsilon), flow(penalty)
+
+    def apply(params: Moved, image: Image) -> Image:
+        return _unrounded(ball.apply(params.delta, moving.apply(params.flow, image)))
+
+    def project(params: Moved, image: Image) -> Moved:
+        return params._replace(delta=ball.project(params.delta, moving.apply(params.flow, image)))
+
+    def each(flow: Transformation | None, delta: Transformation) -> Transformation:
+        assert flow is not None
+        return lambda: optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
+
+    return Threat(
+        "linf+flow",
+        lambda image: Moved(moving.init(image), ball.init(image)),
+        apply,
+        project,
+        penalty=lambda params: moving.penalty(params.flow),
+        steepest=each(moving.steepest, ball.steepest),
+        optimiser=each(moving.optimiser, ball.steepest),
+        displacement=lambda params: params.flow,
+    )
+
+
+THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "flow": flow, "linf+flow": linf_flow}
+
+
+def warp(image: Image, flow: Array) -> Image:
+    """x(p) = x°(p + flow(p)), bilinear; places beyond the border show the border.
+
+    Between the pixels q and q + 1 the slope is that from q to q + 1, also at q itself: so it is not zero at zero flow. It is in
+    the last row (downwards) and the last column (to the right), since what is beyond them is the same.
+
+    Args:
+        image: [H, W, 3] in [0, 1].
+        flow: [H, W, 2], (dy, dx) in pixels.
+
+    Returns:
+        [H, W, 3] in [0, 1].
+    """
+    rows, columns = jnp.mgrid[: image.shape[0], : image.shape[1]]
+    places = [rows + flow[..., 0], columns + flow[..., 1]]
+    x = jax.vmap(lambda channel: map_coordinates(channel, places, order=1, mode="nearest"), in_axes=2, out_axes=2)(image)
+    return _unrounded(x)
+
+
+def flow_penalty(flow: Array) -> Array:
+    """Σ_p Σ_{q in N(p)} √(Δdy² + Δdx² + 1e-8), N the four diagonal neighbours, the border repeated: [H, W, 2] -> [] > 0.
+
+    The released code's form of StAdv's flow loss. The constant keeps the gradient finite where neighbours agree.
+    """
+    h, w, _ = flow.shape
+    padded = jnp.pad(flow, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    apart = jnp.stack([padded[i : i + h, j : j + w] - flow for i, j in DIAGONALS])
+    return jnp.sqrt((apart**2).sum(-1) + 1e-8).sum()
+
+
+def _unrounded(image: Image) -> Image:
+    """The image within [0, 1], which float32 sums leave by a hair; the gradient passes straight through."""
+    return image + jax.lax.stop_gradient(jnp.clip(image, 0, 1) - image)
+
+
+def _add(delta: Array, image: Image) -> Image:
+    return image + delta

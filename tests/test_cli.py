@@ -101,6 +101,25 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
         np.testing.assert_array_equal(results["cam/target_maps"], arrays["target_maps"])
 
 
+@pytest.mark.parametrize(
+    ("threat", "epsilon", "penalty"), [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 0.031, 5e-4), ("linf", 0.031, None)]
+)
+def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
+    assert attack(network, tmp_path / "out", "--interpreter", "cam", "--limit", "2", "--threat", threat, "--preset", "paper") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["config"]["epsilon"], summary["config"]["penalty"]) == (epsilon, penalty)
+    rows = summary["rows"]
+    assert [row["threat"] for row in rows] == [threat] * 2
+    with np.load(tmp_path / "out" / "results.npz") as results:
+        for row in rows:
+            key = f"cam/{row['attack']}/flow"
+            assert (key in results) == ("mean_displacement" in row) == ("flow_penalty" in row) == (penalty is not None)
+            if key in results:
+                assert results[key].shape == (2, 8, 8, 2) and results[key].dtype == np.float32
+                assert row["mean_displacement"] == pytest.approx(np.hypot(*np.moveaxis(results[key], -1, 0)).mean(), rel=1e-5)
+                assert 0 < row["mean_displacement"] <= 0.04 * 2**0.5  # four steps of .01 in each direction
+
+
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
 LABELS = np.zeros(2, np.int32)
 BAD_FILES = {
@@ -149,6 +168,11 @@ BAD_WORDS = {
     "no such file": ["--weights", "/nowhere/w.npz"],
     "epsilon = 2.0 must lie in (0, 1]": ["--epsilon", "2"],
     "epsilon = nan must lie in (0, 1]": ["--epsilon", "nan"],
+    "epsilon = 0.0 must be a finite number above 0": ["--threat", "l2", "--epsilon", "0"],
+    "penalty = -1.0 must be a finite number, 0 or more": ["--threat", "linf+flow", "--flow-penalty", "-1"],
+    "--epsilon is not for --threat flow": ["--threat", "flow", "--epsilon", "0.1"],
+    "--flow-penalty is not for --threat l2": ["--threat", "l2", "--flow-penalty", "0.1"],
+    "invalid choice: 'l1' (choose from": ["--threat", "l1"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
     "is not below 2**32": ["--seed", "99999999999999999999"],
@@ -181,7 +205,7 @@ def train(network, out, *words):
 
 def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["counts"] == {"train": 18, "held_out": 2}
     assert len(summary["losses"]) == 6
@@ -232,7 +256,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     assert train(network, tmp_path / "out", *words, "--seed", "5", "--resume") == 2
     assert "seed was 0, is 5" in capsys.readouterr().err
     assert train(network, tmp_path / "out", *words, "--resume") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     assert (tmp_path / "out" / "weights.npz").read_bytes() == (tmp_path / "whole" / "weights.npz").read_bytes()
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from adv2_jax import descent, interpreters, losses, presets, threats
+from adv2_jax import descent, interpreters, losses, threats
 from adv2_jax.descent import Info, Numbers, Options, Problem
 
 TARGET = 2
@@ -21,8 +21,9 @@ CASES = {
     "joint": Options(threats.linf(EPSILON), CAM),
     "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
     "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
-    "momentum": Options(threats.linf(EPSILON), CAM, direction=presets.momentum_sign(0.6)),
-    "plain gradient": Options(threats.linf(EPSILON), CAM, direction=optax.identity),
+    "momentum": Options(threats.linf(EPSILON), CAM, momentum=0.6),
+    "plain gradient": Options(threats.linf(EPSILON)._replace(steepest=optax.identity), CAM),
+    "penalised": Options(threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM),
 }
 
 
@@ -63,9 +64,9 @@ def plain_gradient(linear, problem, options, x, weight, h=1e-6):
 
 def plain_direction(options, gradient, memory):
     """What a step follows, and what it remembers."""
-    if options.direction is optax.identity:
+    if options.threat.steepest is optax.identity:
         return gradient, memory
-    if options.direction is optax.scale_by_sign:
+    if options.momentum is None:
         return np.sign(gradient), memory
     memory = 0.6 * memory + gradient / np.sqrt((gradient**2).sum())
     return np.sign(memory), memory
@@ -79,6 +80,7 @@ def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
         gradient = plain_gradient(linear, problem, options, image + delta, weight)
+        gradient += 2 * delta if options.threat.penalty is not threats.free else 0
         holds = np.exp(plain_forward(linear, image + delta)[0][TARGET]) >= options.confidence
         weight = min(1.0, weight * (1 + options.yielding if holds else 1 - options.yielding))
         direction, memory = plain_direction(options, gradient, memory)
@@ -131,6 +133,20 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
     assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
 
 
+def test_what_the_surrogate_penalises_is_added(linear, problem):
+    def surrogate(model, image, label, tau):
+        return *CAM(model, image, label, tau), 3 * image.sum(), 5 * (image**2).sum()
+
+    def loss_and_slope(surrogate):
+        options = Options(threats.linf(EPSILON), surrogate)
+        zero = jnp.zeros_like(problem.image)
+        return jax.value_and_grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(zero)
+
+    (loss, slope), (more, steeper), x = loss_and_slope(CAM), loss_and_slope(surrogate), np.asarray(problem.image, float)
+    assert more - loss == pytest.approx(3 * x.sum() + 5 * (x**2).sum(), rel=1e-5)
+    np.testing.assert_allclose(steeper - slope, 3 + 10 * x, rtol=1e-5)
+
+
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):
     plain, rounded = (Options(threats.linf(EPSILON), CAM, rounded=flag) for flag in (False, True))
     delta = jnp.asarray(np.random.default_rng(0).uniform(-0.03, 0.03, problem.image.shape), jnp.float32)
@@ -181,7 +197,7 @@ def batched(problem_of_image, options, n):
 @pytest.fixture(scope="module")
 def small_steps(images):
     """Problems, states, schedule and options of a descent along the gradient itself: rounding is not amplified by signs."""
-    options = Options(threats.linf(0.1), CAM, direction=optax.identity, keep_best=True, confidence=0.0)
+    options = Options(threats.linf(0.1)._replace(steepest=optax.identity), CAM, keep_best=True, confidence=0.0)
 
     def problem_of_image(i):
         return Problem(images[i] / np.float32(255), np.int32(i), np.full((4, 4), 0.5, np.float32))

@@ -94,9 +94,7 @@ def test_gradient_is_that_of_central_differences(double_linear, some_map, object
 
 def test_an_empty_map_is_pulled_down_by_its_size(linear, pixels):
     """|.| would have no slope there."""
-    slopes = [
-        jax.grad(mask_loss, argnums=3)(linear, pixels, LABEL, jnp.zeros((2, 2)), MILD._replace(l1=l1)) for l1 in (0.0, 4.0)
-    ]
+    slopes = [jax.grad(mask_loss, argnums=3)(linear, pixels, LABEL, jnp.zeros((2, 2)), MILD._replace(l1=l1)) for l1 in (0.0, 4.0)]
     np.testing.assert_allclose(slopes[1] - slopes[0], 1, rtol=1e-6)
 
 

@@ -95,3 +95,9 @@ def test_pointing_game_asks_where_the_peak_lies(place, hit):
     masks = np.zeros((1, 12, 16), bool)
     masks[0, :6, 8:] = True
     assert metrics.pointing_game(maps, masks)[0] == hit
+
+
+def test_mean_displacement_is_that_of_a_loop():
+    flows = RNG.normal(size=(3, 4, 5, 2)).astype(np.float32)
+    expected = [np.mean([np.hypot(*flow[p]) for p in np.ndindex(4, 5)]) for flow in flows]
+    np.testing.assert_allclose(metrics.mean_displacement(flows), expected, rtol=1e-5)

@@ -18,7 +18,7 @@ from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import select
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset, resolve
-from adv2_jax.threats import Threat
+from adv2_jax.threats import Threat, flow_penalty
 from adv2_jax.types import Classifier
 
 Row = dict[str, Any]
@@ -79,12 +79,13 @@ def run(
         Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one PGD run), and arrays: `images`,
         `labels`, `targets`, `indices` (positions in the set), `masks` and file `names` when known; for each interpreter
         `I/benign_maps`, `I/target_maps`; for each attack A in pgd, adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t),
-        `I/A/success`, `I/A/map_l1`.
+        `I/A/success`, `I/A/map_l1`, and `I/A/flow` (dy, dx in pixels) under a threat model that has one.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
-    plans = [resolve(settings.preset, name, warm_steps=settings.warm_steps, steps=settings.steps) for name in settings.interpreters]
+    threat, warm_steps, steps = settings.threat, settings.warm_steps, settings.steps
+    plans = [resolve(settings.preset, name, threat=threat, warm_steps=warm_steps, steps=steps) for name in settings.interpreters]
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     chosen = selection.images
     assert chosen.labels is not None
@@ -100,7 +101,7 @@ def run(
         budget = gradient_evaluations(plan)
         target_maps = benign_maps if chosen.target_maps is None else chosen.target_maps
         if budget not in pgd:
-            pgd_plan = resolve(settings.preset, None, steps=budget)
+            pgd_plan = resolve(settings.preset, None, threat=threat, steps=budget)
             pgd[budget] = _timed_attack(model, chosen, goals, None, pgd_plan, settings, progress)
         adv2 = _timed_attack(model, chosen, goals, target_maps, plan, settings, progress)
         explained = _explained(model, pgd[budget], goals, plan, settings)
@@ -182,11 +183,21 @@ def _compare(
     rows = []
     for kind, (result, seconds) in (("pgd", pgd), ("adv2", adv2)):
         row, found = measure(chosen, goals, target_maps, result)
+        moved, flows = displaced(settings.threat, result)
         head = {"interpreter": name, "attack": kind, "threat": settings.threat.name}
         cost = {"gradient_evaluations": result.gradient_evaluations, "seconds": round(seconds, 2)}
-        rows.append(head | row | cost | truth)
-        arrays |= {f"{name}/{kind}/{key}": value for key, value in found.items()}
+        rows.append(head | row | moved | cost | truth)
+        arrays |= {f"{name}/{kind}/{key}": value for key, value in (found | flows).items()}
     return rows, arrays
+
+
+def displaced(threat: Threat, result: Result) -> tuple[Row, Arrays]:
+    """Mean displacement in pixels and flow penalty, means over the images, and the array `flow` [N, H, W, 2]; of a flow only."""
+    if threat.displacement is None:
+        return {}, {}
+    flows = jax.vmap(threat.displacement)(result.params)
+    means = {"mean_displacement": metrics.mean_displacement(flows), "flow_penalty": jax.vmap(flow_penalty)(flows)}
+    return {key: float(value.mean()) for key, value in means.items()}, {"flow": np.asarray(flows)}
 
 
 def measure(chosen: ImageSet, goals: np.ndarray, target_maps: np.ndarray, result: Result) -> tuple[Row, Arrays]:
