@@ -4,7 +4,8 @@
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
 m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`; what is said of x holds for the parameters
-that make it under other threat models. Where a map is itself the end of a descent, `solve` goes down to it; `drive` drives both.
+that make it under other threat models. Where a map is itself the end of a descent, `solve` goes down to it; both are driven by
+`drive`.
 """
 
 import operator
@@ -206,11 +207,18 @@ def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[
         model = jax.tree.unflatten(structure, leaves)
         return jax.vmap(lambda problem, state: step(model, problem, state, numbers))(problems, states)
 
-    def loop(leaves: list[Array], problems: Any, states: Any, schedule: Any) -> Any:
-        def body(i: Array, carry: Any) -> Any:
-            return one(leaves, problems, carry, jax.tree.map(lambda values: values[i], schedule))[0]
+    def loop(leaves: list[Array], problems: Any, states: Any, schedule: Any) -> tuple[Any, Any]:
+        def numbers(i: Any) -> Any:
+            return jax.tree.map(lambda values: values[i], schedule)
 
-        return jax.lax.fori_loop(0, len(jax.tree.leaves(schedule)[0]), body, states)
+        def body(i: Array, carry: tuple[Any, Any]) -> tuple[Any, Any]:
+            states, info = one(leaves, problems, carry[0], numbers(i))
+            return states, jax.tree.map(lambda all, new: all.at[:, i].set(new), carry[1], info)
+
+        n = len(jax.tree.leaves(schedule)[0])
+        _, info = jax.eval_shape(one, leaves, problems, states, numbers(0))
+        reports = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], n, *leaf.shape[1:]), leaf.dtype), info)
+        return jax.lax.fori_loop(0, n, body, (states, reports))
 
     return jax.jit(one), jax.jit(loop)
 
@@ -234,7 +242,7 @@ def descend(
     *,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
-) -> State:
+) -> tuple[State, Info]:
     """Repeat `step` for a batch.
 
     Args:
@@ -247,19 +255,21 @@ def descend(
         on_step: see `drive`.
 
     Returns:
-        The states after n steps.
+        The states after n steps, and what each step reported, [B, n].
 
     Raises:
         ValueError: for an unknown driver.
     """
     schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
+    if len(schedule.alpha) == 0:
+        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
     return drive(model, _step_of(options), problems, states, schedule, driver=driver, on_step=on_step)
 
 
 def solve(model: Classifier, images: Array, labels: Array, solver: Solver, *, driver: Driver = "auto") -> Any:
     """The memory of a solver at the end of its steps, for a batch: [B, H, W, 3], [B] -> leading axis [B]."""
     start = jax.vmap(solver.init)(images)
-    return drive(model, _step_to_map(solver), (images, labels), start, np.arange(solver.steps), driver=driver)
+    return drive(model, _step_to_map(solver), (images, labels), start, np.arange(solver.steps), driver=driver)[0]
 
 
 def drive(
@@ -271,7 +281,7 @@ def drive(
     *,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
-) -> Any:
+) -> tuple[Any, Any]:
     """Repeat a step of one image for a batch.
 
     Args:
@@ -279,13 +289,13 @@ def drive(
         step: (model, problem, state, numbers) -> (state, info); compiled once for each such object.
         problems: what does not change, any pytree with leading axis [B].
         states: what does, any pytree with leading axis [B].
-        schedule: the numbers of each step, any pytree with leading axis [n].
+        schedule: the numbers of each step, any pytree with leading axis [n], n >= 1.
         driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
             compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
         on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
 
     Returns:
-        The states after n steps.
+        The states after n steps, and what each step reported, [B, n].
 
     Raises:
         ValueError: for an unknown driver.
@@ -295,17 +305,17 @@ def drive(
     leaves, structure = jax.tree.flatten(model)
     one, loop = _programs(structure, step)
     n = len(jax.tree.leaves(schedule)[0])
-    if n == 0:
-        return states
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states = loop(leaves, problems, states, schedule)
+        states, infos = loop(leaves, problems, states, schedule)
         if on_step:
             jax.block_until_ready(states)
             on_step(n)
-        return states
+        return states, infos
+    reports = []
     for i in range(n):
         states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
+        reports.append(info)
         if on_step:
             jax.block_until_ready(info)
             on_step(1)
-    return states
+    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *reports)

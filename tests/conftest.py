@@ -54,6 +54,14 @@ def tiny(randomised):
     return lambda seed=0: randomised(lambda: models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), seed)
 
 
+@pytest.fixture(scope="module")
+def tiny_by_name():
+    """A network that compiles in seconds, known by the name "tiny"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def masker(randomised):
     """The masker of a classifier of 10 classes, on an encoder like `tiny`."""

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from adv2_jax import attack, explain, interpreters, metrics, presets, threats
-from adv2_jax.attack import count_steps, gradient_evaluations
+from adv2_jax.attack import count_steps, gradient_evaluations, snapshot_steps
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
 from adv2_jax.models import Masked
-from adv2_jax.presets import PRESETS, Preset, constant
+from adv2_jax.presets import PRESETS, Preset, constant, resolve
 
 PIXEL = 1 / 255
 CAM = Preset(cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0))
@@ -407,3 +407,48 @@ def test_explain_takes_names_interpreters_and_functions(model, images, labels):
     np.testing.assert_array_equal(maps[0], maps[2])
     with pytest.raises(ValueError, match=f"^interpreter 'lime' is not one of {NAMES}$"):
         explain(model, images, labels, interpreter="lime")
+
+
+# Curves and snapshots.
+
+
+def test_snapshots_change_nothing_and_end_with_what_is_delivered(run, images, result):
+    watched = run(batch_size=4, snapshots=5)
+    np.testing.assert_array_equal(watched.images, result.images)
+    steps = snapshot_steps(resolve(CAM, CAM.interpreter))
+    assert watched.snapshots.shape == (5, len(steps), 16, 16, 3) and result.snapshots.shape[0] == 0
+    np.testing.assert_array_equal(watched.snapshots[:, 0], images[:5])
+    np.testing.assert_array_equal(watched.snapshots[:, -1], watched.images[:5])
+    assert run(snapshots=99).snapshots.shape[0] == 6
+
+
+def test_snapshots_are_the_iterates(run):
+    constant_steps = replace(CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), keep_every=0)
+    assert snapshot_steps(constant_steps) == [0, 2, 3, 4, 5, 6, 7, 8]
+    whole = run(constant_steps, snapshots=6)
+    for i, steps in ((1, 0), (3, 2), (5, 4)):
+        np.testing.assert_array_equal(whole.snapshots[:, i], run(replace(constant_steps, steps=steps)).images)
+
+
+def test_curves_begin_at_the_benign_image(run, model, images, targets, benign, result):
+    n = CAM.warm_steps + CAM.steps
+    assert result.curves.loss.shape == (6, n)
+    f_t = metrics.confidence(explain(model, images, targets, interpreter="cam")[0], targets)
+    np.testing.assert_allclose(result.curves.confidence[:, 0], f_t, atol=1e-5)
+    drawn = ~np.isnan(result.curves.map_l1)
+    assert (drawn == (np.arange(n) >= CAM.warm_steps)).all()
+    assert np.isnan(run(replace(CAM, interpreter=None)).curves.map_l1).all()
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (replace(CAM, warm_steps=0, steps=0), [0]),
+        (replace(CAM, warm_steps=0, steps=300), [0, 50, 100, 150, 200, 250, 300]),
+        (replace(CAM, warm_steps=0, steps=140), [0, 20, 40, 60, 80, 100, 120, 140]),
+        (replace(CAM, warm_steps=40, steps=1), [0, 40, 41]),
+        (replace(APART, warm_steps=0, steps=103, keep_every=10), [0, 20, 40, 60, 80, 100, 103]),
+    ],
+)
+def test_snapshots_are_about_eight_and_evenly_apart(plan, expected):
+    assert snapshot_steps(plan) == expected

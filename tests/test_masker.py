@@ -19,13 +19,7 @@ from adv2_jax.models.masker import Stage, pixel_shuffle
 
 K = 10  # classes of the fixture `masker`
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_network():
-    """The encoder of the fixture `masker` by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_by_name")
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +183,7 @@ def test_only_a_resnet_is_an_encoder(network, encoder):
 
 
 @pytest.fixture(scope="module")
-def arrays(masker, tmp_path_factory):
+def arrays(tiny_by_name, masker, tmp_path_factory):
     """What is in the file of a masker."""
     path = tmp_path_factory.mktemp("masker") / "masker.npz"
     models.save_masker(masker, "tiny", path)
