@@ -152,9 +152,10 @@ _PAPER_MASK = replace(
 _DEFAULT_MASK = replace(
     _DEFAULT_CAM,
     interpreter=mask_interpreter(),
+    steps=100,
     balance=ramp(3000.0, 6000.0),
     tau=constant(0.03),
-    keep_every=20,
+    keep_every=10,
 )
 
 PRESETS: dict[str, dict[str, Preset]] = {

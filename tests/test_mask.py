@@ -270,7 +270,7 @@ def test_damping_shortens_the_implicit_slope(optimum):
 
 # The attack.
 
-MASK = mask_interpreter(steps=5, objective=MaskObjective(l1=0.5, tv=1.0))
+MASK = mask_interpreter(steps=5, objective=MaskObjective(l1=0.5, tv=1.0), free=1)
 PLAN = Preset(MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), keep_every=3)
 WIDE = threats.linf(0.1)
 
@@ -331,7 +331,7 @@ def test_memory_is_carried_from_step_to_step_and_reset(small, images, asked):
 
 def test_reset_and_look_ahead_change_the_attack(run):
     carried = replace(PLAN, reset=False)
-    options = {"steps": 5, "objective": MaskObjective(l1=0.5, tv=1.0)}
+    options = {"steps": 5, "objective": MaskObjective(l1=0.5, tv=1.0), "free": 1}
     blind = replace(PLAN, interpreter=mask_interpreter(ahead=0, **options))
     other = replace(PLAN, interpreter=mask_interpreter(hypergradient="implicit", **options))
     images = [run(plan).images for plan in (PLAN, carried, blind, other)]
@@ -389,7 +389,7 @@ def test_cost_is_counted_in_convolutions(small, images, free, ahead):
 def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images, asked, caplog):
     def compiled(model):
         caplog.clear()
-        plan = replace(PLAN, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0)))
+        plan = replace(PLAN, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0), free=1))
         with jax.log_compiles():
             attack(model, images, *asked, interpreter=plan.interpreter, preset=plan, threat=WIDE, batch_size=3)
         return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
