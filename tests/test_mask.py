@@ -404,7 +404,7 @@ def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images
 def test_equal_options_give_the_same_object():
     assert mask_interpreter() is mask_interpreter(size=None, objective=MaskObjective())
     assert mask_interpreter(objective=MaskObjective(l1=2.0)) is mask_interpreter(objective=MaskObjective(l1=2))
-    assert mask_interpreter(free=2) is not mask_interpreter()
+    assert mask_interpreter(free=3) is not mask_interpreter()
 
 
 @pytest.mark.parametrize(("side", "size"), [(4, 1), (16, 4), (32, 8), (64, 16), (112, 28), (224, 28), (299, 28)])
