@@ -116,13 +116,7 @@ def _attack_arguments(parser: Parser) -> None:
     add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
     add("--epsilon", type=float, metavar="E", help="radius of linf (default: 0.031) or l2 (default: 0.5), in units of pixel value")
-    add(
-        "--flow-penalty",
-        dest="penalty",
-        type=float,
-        metavar="W",
-        help="weight of a flow's roughness (default: 0.0005)",
-    )
+    add("--flow-penalty", dest="penalty", type=float, metavar="W", help="weight of a flow's roughness (default: 0.0005)")
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
