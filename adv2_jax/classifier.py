@@ -29,7 +29,7 @@ def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:
         raise ValueError(f"{name} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it")
     training = next(_in_training(model), None)
     if training is not None:
-        raise ValueError(f"{name} is set to training: {training}; call its eval() first")
+        raise ValueError(f"{training}; call its eval() first")
     image = jax.ShapeDtypeStruct(shape, jax.numpy.float32)
     features = _traced(lambda m, x: m.features(x, act=relu), model, image, f"the network cannot take images of {list(shape)}")
     _check_shape(f"{name}.features", features, 3, "[h, w, C]")
@@ -39,13 +39,15 @@ def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:
 
 
 def _in_training(model: Any) -> Iterator[str]:
-    """What in an NNX module depends on the batch or on chance: BatchNorm and dropout behave so until told otherwise."""
-    for path, module in nnx.iter_modules(model) if isinstance(model, nnx.Module) else ():
-        where = ".".join(map(str, path)) or "it"
-        if getattr(module, "use_running_average", None) is False:
-            yield f"{where} ({type(module).__name__}) uses batch statistics"
-        if getattr(module, "deterministic", None) is False:
-            yield f"{where} ({type(module).__name__}) is random"
+    """What in NNX modules, wrapped or not, depends on the batch or on chance: BatchNorm and dropout do until told otherwise."""
+    for network in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Module)):
+        for path, module in nnx.iter_modules(network) if isinstance(network, nnx.Module) else ():
+            where = ".".join(map(str, path)) or "it"
+            found = f"{type(network).__name__} is set to training: {where} ({type(module).__name__})"
+            if getattr(module, "use_running_average", None) is False:
+                yield f"{found} uses batch statistics"
+            if getattr(module, "deterministic", None) is False:
+                yield f"{found} is random"
 
 
 def _traced(f: Callable[[Any, Any], Any], model: Any, argument: jax.ShapeDtypeStruct, failure: str) -> Any:

@@ -8,23 +8,27 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 from flax import nnx
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
 from adv2_jax.experiments import fit, train, train_masker
-from adv2_jax.experiments.files import output_directory, write_run, write_summary
-from adv2_jax.experiments.run import Outcome, Settings, environment, run
+from adv2_jax.experiments.files import output_directory, write_summary
+from adv2_jax.experiments.run import Settings, environment, run
+from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
 from adv2_jax.experiments.train import TrainingSets, accuracy, train_classifier, training_sets
+from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import atomic
 from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
@@ -33,6 +37,19 @@ from adv2_jax.types import Classifier
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
+TARGET_MAP = (
+    "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
+    "target_maps take the place of benign (default: %(default)s)"
+)
+TITLE = "PGD against ADV² on the same images (IoU: 75th percentile)"
+COLUMNS = {
+    "asr": "ASR",
+    "mc": "MC",
+    "map_l1": "map L1",
+    "map_iou75": "IoU",
+    "gradient_evaluations": "gradients",
+    "seconds": "seconds",
+}
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
 
 
@@ -87,6 +104,16 @@ def _parser() -> Parser:
     _attack_arguments(attack)
     attack.set_defaults(run=_attack)
 
+    table = commands.add_parser("table", help="a table of the paper, on the embedded images or on yours")
+    _table_arguments(table)
+    table.set_defaults(run=_table)
+
+    transfer = commands.add_parser(
+        "transfer", help="show the images of a finished run to other interpreters, and to another network"
+    )
+    _transfer_arguments(transfer)
+    transfer.set_defaults(run=_transfer)
+
     train = commands.add_parser("train", help="train a network")
     kinds = train.add_subparsers(metavar="KIND", required=True, parser_class=Parser)
     classifier = kinds.add_parser("classifier", help="train a classifier")
@@ -103,26 +130,71 @@ def _parser() -> Parser:
 
 
 def _attack_arguments(parser: Parser) -> None:
+    _subject_arguments(parser)
+    add = parser.add_argument
+    add("--threat", default="linf", choices=list(threats.THREATS), help="what may be changed (default: %(default)s)")
+    add("--target-map", default="benign", choices=data.targets.TARGET_MAPS, help=TARGET_MAP)
+    _effort_arguments(parser)
+    add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz, report.html and log.jsonl")
+
+
+def _subject_arguments(parser: Parser) -> None:
+    """What is attacked: a network, images, interpreters."""
+    _network_arguments(parser)
+    _source_arguments(parser)
+    add = parser.add_argument
+    add("--interpreter", nargs="+", choices=list(INTERPRETERS), help="default: all; rts only where there is a masker")
+    add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
+    add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
+
+
+def _network_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help=f"{NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
     add("--weights", metavar="FILE", help="torch-style state dict, .npz, .safetensors or .pth; with file.py:name handed to name")
-    _normalisation_arguments(parser)
-    _source_arguments(parser)
-    add("--interpreter", nargs="+", choices=list(INTERPRETERS), help="default: all; rts only where there is a masker")
     add("--masker", metavar="FILE", help="masker of the network, for rts, from adv2 train rts (default: the embedded network's)")
-    add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
-    add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
-    add("--threat", default="linf", choices=list(threats.THREATS), help="what may be changed (default: %(default)s)")
-    add("--target-map", default="benign", choices=["benign"], help="the map to be shown (default: %(default)s)")
+    _normalisation_arguments(parser)
+
+
+def _effort_arguments(parser: Parser) -> None:
+    """How much is done, and how."""
+    add = parser.add_argument
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
     add("--epsilon", type=float, metavar="E", help="radius of linf (default: 0.031) or l2 (default: 0.5), in units of pixel value")
     add("--flow-penalty", dest="penalty", type=float, metavar="W", help="weight of a flow's roughness (default: 0.0005)")
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
-    add("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
-    add("--seed", type=_seed, default=0, metavar="N", help="of --sample and the target classes (default: %(default)s)")
-    add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz and report.html")
+    _batch_size_argument(parser)
+    add("--seed", type=_seed, default=0, metavar="N", help="of --sample, target classes and target maps (default: %(default)s)")
+    add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    _quiet_argument(parser)
+
+
+def _batch_size_argument(parser: Parser) -> None:
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
+
+
+def _quiet_argument(parser: Parser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+
+
+def _table_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("table", choices=list(TABLES), metavar="NAME", help=f"one of {', '.join(TABLES)}")
+    _subject_arguments(parser)
+    _effort_arguments(parser)
+    add("--out", required=True, metavar="DIR", help="where to write table.md, summary.json, and the run in a folder of its own")
+
+
+def _transfer_arguments(parser: Parser) -> None:
+    add = parser.add_argument
+    add("run_directory", metavar="DIR", help="a finished run of adv2 attack; its summary.json and report.html are added to")
+    _network_arguments(parser)
+    add("--to-model", metavar="NAME", help="another network, which the images are shown to (default: none)")
+    add("--to-weights", metavar="FILE", help="its weights")
+    _batch_size_argument(parser)
+    _quiet_argument(parser)
 
 
 def _normalisation_arguments(parser: Parser) -> None:
@@ -177,25 +249,99 @@ def _weight(text: str) -> float:
     return float(text)
 
 
-def _attack(arguments: argparse.Namespace, command: str) -> None:
+class Subject(NamedTuple):
+    """What the command line asks to be attacked, and how."""
+
+    model: Classifier
+    images: data.ImageSet
+    settings: Settings
+
+
+def _subject(arguments: argparse.Namespace) -> Subject:
     threat = _threat(arguments)
     model, masker = _model(arguments), _masker(arguments)
     arguments.interpreter = _interpreters(arguments.interpreter, masker)
-    _run(
-        model if masker is None else models.Masked(model, masker),
-        data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None))),
-        Settings(
-            interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
-            threat=threat,
-            preset=arguments.preset,
-            warm_steps=arguments.warm_steps,
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-        ),
-        config=_config(arguments, command) | {"model": arguments.model or EMBEDDED},
-        limit=arguments.limit,
+    images = data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None)))
+    settings = Settings(
+        interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
+        threat=threat,
+        preset=arguments.preset,
+        warm_steps=arguments.warm_steps,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        target_map=arguments.target_map,
     )
+    return Subject(model if masker is None else models.Masked(model, masker), images, settings)
+
+
+@contextlib.contextmanager
+def _running(arguments: argparse.Namespace, command: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The directory of a run, and the options that every run takes."""
+    with output_directory(arguments.out) as directory, _progress(arguments.quiet) as start:
+        yield (
+            directory,
+            {
+                "limit": arguments.limit,
+                "config": _config(arguments, command) | {"model": arguments.model or EMBEDDED},
+                "resume": arguments.resume,
+                "progress": lambda images, steps, done: start("attack", steps, done=done, images=images),
+                "publish": report.write,
+            },
+        )
+
+
+def _attack(arguments: argparse.Namespace, command: str) -> None:
+    subject = _subject(arguments)
+    with _running(arguments, command) as (directory, options):
+        outcome = run(*subject, directory, **options)
+    if not arguments.quiet:
+        _print(by_rows(TITLE, COLUMNS, outcome.rows, spread=False))
+        print(f"{outcome.left_out} of {len(subject.images.images)} images left out: the network gets them wrong")
+        print(f"report: {directory / 'report.html'}")
+
+
+def _table(arguments: argparse.Namespace, command: str) -> None:
+    table = TABLES[arguments.table]
+    arguments.threat, arguments.target_map = table.threat, table.target_map
+    subject = _subject(arguments)
+    with _running(arguments, command) as (directory, options):
+        sheet = make_table(arguments.table, *subject, directory, **options)
+    if not arguments.quiet:
+        _print(sheet)
+        print(f"table: {directory / 'table.md'}")
+        print(f"report: {directory / table.run / 'report.html'}")
+
+
+def _transfer(arguments: argparse.Namespace, command: str) -> None:
+    model, masker, name = _model(arguments), _masker(arguments), arguments.to_model
+    other = _other_model(arguments)
+    finished = load_run(Path(arguments.run_directory))
+    seen = model if masker is None else models.Masked(model, masker)
+    check_network(finished, seen)
+    found: dict[str, Any] = {"transfer": transfer_matrix(finished, seen, batch_size=arguments.batch_size)}
+    sheets = [by_matrix(TABLES["transfer"].title, found["transfer"])]
+    if other is not None:
+        able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
+        found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
+        sheets.append(by_model(f"The same images shown to {name}", found["models"]))
+    add(finished, **found)
+    report.write(finished.directory)
+    if not arguments.quiet:
+        for sheet in sheets:
+            _print(sheet)
+        print(f"report: {finished.directory / 'report.html'}")
+
+
+def _other_model(arguments: argparse.Namespace) -> Classifier | None:
+    name, weights = arguments.to_model, arguments.to_weights
+    if name is None and weights is None:
+        return None
+    if name is not None and models.user.is_reference(name):
+        return models.user.load(name, weights)
+    if name is None or weights is None:
+        raise ValueError("--to-model and --to-weights go together")
+    return models.load(name, weights, **_normalisation(arguments))
 
 
 def _threat(arguments: argparse.Namespace) -> threats.Threat:
@@ -225,10 +371,11 @@ def _interpreters(chosen: list[str] | None, masker: models.Masker | None) -> lis
     return list(dict.fromkeys(chosen))
 
 
-def _with_options(name: str, arguments: argparse.Namespace) -> Interpreter:
+def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter:
+    """An interpreter with the options of the command line, or the name of one that has none: the preset knows its own."""
     if name == "rts":
         return rts_interpreter(encoder_loss=arguments.encoder_loss, encoder_weight=arguments.encoder_weight)
-    return INTERPRETERS[name]()
+    return name
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
@@ -316,49 +463,36 @@ def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
-    sets = training_sets(
-        arguments.images, held_out=arguments.held_out, **_source_options(arguments, models.image_size(arguments.model))
-    )
-    model, held_out = _start(arguments, sets), sets.held_out
-    before = accuracy(model, held_out.images, held_out.labels) if arguments.weights else None
-    with output_directory(arguments.out) as directory:
-        recipe = _recipe(arguments, train.Recipe)
-        model, losses = _train(
-            arguments,
-            directory,
-            lambda kept: train_classifier(model, sets.train.images, sets.train.labels, kept=kept, **recipe),
-            sets,
-        )
-        after = accuracy(model, held_out.images, held_out.labels)
+    sets = _training_sets(arguments, models.image_size(arguments.model))
+    start, (images, labels, _) = _start(arguments, sets), sets.held_out
+    before = accuracy(start, images, labels) if arguments.weights else None
+
+    def finish(model: models.Network, directory: Path) -> dict[str, Any]:
+        after = accuracy(model, images, labels)
         models.convert.save(model, directory / "weights.npz")
-        found = {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
-        page = _write_training(directory, sets, found, losses, _config(arguments, command))
-    print(f"held-out accuracy {after:.4f} on {len(held_out.images)} images; weights: {directory / 'weights.npz'}")
-    print(f"report: {page}")
+        print(f"held-out accuracy {after:.4f} on {len(images)} images; weights: {directory / 'weights.npz'}")
+        return {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
+
+    _training(arguments, _config(arguments, command), sets, partial(train_classifier, start), train.Recipe, finish)
 
 
 def _train_rts(arguments: argparse.Namespace, command: str) -> None:
     classifier = _model(arguments)
     name, encoder = _encoder(arguments, classifier)
-    masker = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
-    options = _source_options(arguments, getattr(classifier, "image_size", None))
-    sets = training_sets(arguments.images, held_out=arguments.held_out, **options)
-    with output_directory(arguments.out) as directory:
-        recipe = _recipe(arguments, train_masker.Recipe)
-        masker, losses = _train(
-            arguments,
-            directory,
-            lambda kept: train_masker.train_masker(masker, classifier, sets.train.images, sets.train.labels, kept=kept, **recipe),
-            sets,
-        )
-        found = train_masker.qualities(models.Masked(classifier, masker), sets.held_out)
+    start = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
+    sets = _training_sets(arguments, getattr(classifier, "image_size", None))
+    shown = train_masker.to_explain(classifier, sets.held_out)  # before the work: there may be none
+
+    def finish(masker: models.Masker, directory: Path) -> dict[str, Any]:
         models.save_masker(masker, name, directory / "masker.npz")
-        rows = {"quality": [{"interpreter": key} | value._asdict() for key, value in found.items()]}
-        page = _write_training(directory, sets, rows, losses, _config(arguments, command))
-    own = found["rts"]
-    print(f"{own.n} held-out images: confidence kept {own.kept:.3f}, removed to {own.removed:.3f}")
-    print(f"masker: {directory / 'masker.npz'}")
-    print(f"report: {page}")
+        found = train_masker.qualities(models.Masked(classifier, masker), shown)
+        own = found["rts"]
+        print(f"{own.n} held-out images: confidence kept {own.kept:.3f}, removed to {own.removed:.3f}")
+        print(f"masker: {directory / 'masker.npz'}")
+        return {"quality": [{"interpreter": key} | value._asdict() for key, value in found.items()]}
+
+    config = _config(arguments, command) | {"model": arguments.model or EMBEDDED}
+    _training(arguments, config, sets, partial(train_masker.train_masker, start, classifier), train_masker.Recipe, finish)
 
 
 def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str, models.Encoder]:
@@ -368,31 +502,36 @@ def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str
         raise ValueError("--encoder and --encoder-weights go together; without both, the network itself is the encoder")
     if name is not None:
         return name, models.check_encoder(models.load(name, weights, **_normalisation(arguments)))
+    if arguments.model is not None and models.user.is_reference(arguments.model):
+        raise ValueError(f"--model {arguments.model} needs --encoder and --encoder-weights: a ResNet of adv2 with the same classes")
     return arguments.model or models.EMBEDDED, models.check_encoder(classifier)
 
 
-def _recipe(arguments: argparse.Namespace, kind: type[fit.Recipe]) -> dict[str, Any]:
-    return {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+def _training_sets(arguments: argparse.Namespace, image_size: int | None) -> TrainingSets:
+    return training_sets(arguments.images, held_out=arguments.held_out, **_source_options(arguments, image_size))
 
 
-def _train(
-    arguments: argparse.Namespace, directory: Path, run: Callable[[fit.Kept], tuple[T, fit.Losses]], sets: TrainingSets
-) -> tuple[T, fit.Losses]:
-    """What `run` trains, with a bar, and a way to go on for whoever interrupts it."""
-    checkpoints = directory / "checkpoints"
-    with _progress() as start, _kept(checkpoints):
-        bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
-        return run(fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar)))
-
-
-def _write_training(directory: Path, sets: TrainingSets, found: dict[str, Any], losses: fit.Losses, config: dict[str, Any]) -> Path:
-    """Summary and report; the checkpoints have done their work."""
-    counts = {"train": len(sets.train.images), "held_out": len(sets.held_out.images)}
-    summary = {"config": config, "environment": environment(), "counts": counts, **found}
-    write_summary(directory, summary | {"losses": [float(loss) for loss in losses]})
-    page = report.write_training(directory)
-    shutil.rmtree(directory / "checkpoints")
-    return page
+def _training(
+    arguments: argparse.Namespace,
+    config: dict[str, Any],
+    sets: TrainingSets,
+    run: Callable[..., tuple[T, fit.Losses]],
+    kind: type[fit.Recipe],
+    finish: Callable[[T, Path], dict[str, Any]],
+) -> None:
+    """Train with a bar and checkpoints, then write what `finish` saves, measures and prints, summary and report."""
+    recipe = {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
+    with output_directory(arguments.out) as directory, _kept(directory / "checkpoints") as checkpoints:
+        with _progress() as start:
+            bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
+            kept = fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar))
+            trained, losses = run(sets.train.images, sets.train.labels, kept=kept, **recipe)
+        counts = {"train": len(sets.train.images), "held_out": len(sets.held_out.images)}
+        summary = {"config": config, "environment": environment(), "counts": counts, **finish(trained, directory)}
+        write_summary(directory, summary | {"losses": [float(loss) for loss in losses]})
+        page = report.write_training(directory)
+        shutil.rmtree(checkpoints)
+    print(f"report: {page}")
 
 
 def _advance(bar: OnStep) -> Callable[[int, float], None]:
@@ -418,10 +557,10 @@ def _start(arguments: argparse.Namespace, sets: TrainingSets) -> models.Network:
 
 
 @contextlib.contextmanager
-def _kept(checkpoints: Path) -> Iterator[None]:
+def _kept(checkpoints: Path) -> Iterator[Path]:
     """Tells whoever interrupts a run how to go on with it."""
     try:
-        yield
+        yield checkpoints
     except KeyboardInterrupt:
         if checkpoints.exists():
             raise KeyboardInterrupt("; the last checkpoint is kept, --resume goes on from it") from None
@@ -444,63 +583,37 @@ def _config(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
     return {key: value for key, value in vars(arguments).items() if key != "run"} | {"command": command}
 
 
-def _run(model: Classifier, images: data.ImageSet, settings: Settings, *, config: dict[str, Any], limit: int | None) -> None:
-    with output_directory(config["out"]) as directory:
-        with _progress() as start:
-            outcome = run(model, images, settings, limit=limit, progress=start)
-        write_run(directory, _summary(outcome, images, config), outcome.arrays)
-        page = report.write(directory)
-    _print_table(outcome)
-    print(f"{outcome.left_out} of {len(images.images)} images left out: the network gets them wrong")
-    print(f"report: {page}")
-
-
-def _summary(outcome: Outcome, images: data.ImageSet, config: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "config": config,
-        "environment": environment(),
-        "counts": {"images": len(images.images), "left_out": outcome.left_out},
-        "classes": images.classes,
-        "rows": outcome.rows,
-    }
-
-
-def _print_table(outcome: Outcome) -> None:
-    table = Table(title="PGD against ADV² on the same images (IoU: 75th percentile)", box=SIMPLE)
-    columns = {
-        "n": "n",
-        "asr": "ASR",
-        "mc": "MC",
-        "map_l1": "map L1",
-        "map_iou75": "IoU",
-        "gradient_evaluations": "gradients",
-        "seconds": "seconds",
-    }
-    for heading in ("interpreter", "attack", *columns.values()):
-        table.add_column(heading, justify="right" if heading in columns.values() else "left")
-    for row in outcome.rows:
-        numbers = [row[key] for key in columns]
-        table.add_row(row["interpreter"], row["attack"], *(_number(number) for number in numbers))
+def _print(sheet: Sheet) -> None:
+    table = Table(title=sheet.title, box=SIMPLE)
+    for heading in sheet.headings:
+        table.add_column(heading, justify="left" if heading in WORDS else "right")
+    for line in sheet.lines:
+        table.add_row(*line)
     Console().print(table)
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else str(value) if isinstance(value, int) else f"{value:.3f}"
+class Rate(ProgressColumn):
+    """Images a second, from the steps a second of a task that knows its images."""
+
+    def render(self, task: Task) -> Text:
+        """The column of one bar."""
+        speed, images = task.finished_speed or task.speed, task.fields["images"]
+        return Text(f"{speed * images / task.total:.2f} images/s" if speed and images and task.total else "")
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
+def _progress(quiet: bool = False) -> Iterator[Any]:
     """(title, steps) -> function called with the steps newly done; a bar each on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda title, steps: lambda done: None
+    if quiet or not console.is_terminal:
+        yield lambda title, steps, **more: lambda new: None
         return
-    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description:<14}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), Rate())
     with Progress(*columns, console=console) as bars:
 
-        def start(title: str, steps: int) -> OnStep:
-            task = bars.add_task(title, total=steps)
-            return lambda done: bars.advance(task, done)
+        def start(title: str, steps: int, done: int = 0, images: int | None = None) -> OnStep:
+            task = bars.add_task(title, total=steps, completed=done, images=images)
+            return lambda new: bars.advance(task, new)
 
         yield start
 

@@ -6,9 +6,9 @@ import pickle
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -16,13 +16,15 @@ from adv2_jax.errors import first_line
 
 SCHEMA = 1  # of summary.json and results.npz
 
+Wanted = Callable[[str], bool]
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+
+def _read_npz(path: Path, wanted: Wanted = lambda name: True) -> dict[str, np.ndarray]:
     with path.open("rb") as file:
         if not zipfile.is_zipfile(file):
             raise ValueError("not a whole .npz archive")
     with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files}
+        return {key: archive[key] for key in archive.files if wanted(key)}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -82,10 +84,28 @@ def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     path = Path(path)
     if path.suffix not in READERS:
         raise ValueError(f"cannot read {path}: suffix {path.suffix!r} is not one of {', '.join(READERS)}")
+    with _one_line(path):
+        return READERS[path.suffix](path)
+
+
+def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` whose names are wanted; the others are not read.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = Path(path)
+    with _one_line(path):
+        return _read_npz(path, wanted)
+
+
+@contextlib.contextmanager
+def _one_line(path: Path) -> Iterator[None]:
+    """Whatever a reader raises as one line that names the file."""
     if not path.exists():
         raise ValueError(f"cannot read {path}: no such file")
     try:
-        return READERS[path.suffix](path)
+        yield
     except Exception as error:  # zipfile, zlib, numpy, safetensors and torch each raise their own on a damaged file
         pickled = "allow_pickle" in str(error)
         reason = "it holds pickled objects, only plain arrays are read" if pickled else first_line(error)
@@ -107,6 +127,39 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+class Stream(NamedTuple):
+    """An array that is never whole in memory: its shape [N, ...], its type, and its blocks [n, ...] along the first axis."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    blocks: Iterable[np.ndarray]
+
+
+def write_streams(path: str | os.PathLike[str], streams: Iterable[tuple[str, Stream]]) -> None:
+    """Write an `.npz` atomically, a block at a time. Equal arrays give equal bytes, whatever their blocks and the time of day."""
+    with atomic(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, (shape, dtype, blocks) in streams:
+            entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                for block in blocks:
+                    member.write(np.asarray(block, dtype).tobytes())
+
+
+def stored(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and type of each array of an `.npz`; their values are not read."""
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.namelist():
+            with archive.open(entry) as member:
+                np.lib.format.read_magic(member)
+                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
+            found[entry.removesuffix(".npy")] = shape, dtype
+    return found
 
 
 def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:

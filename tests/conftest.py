@@ -54,6 +54,14 @@ def tiny(randomised):
     return lambda seed=0: randomised(lambda: models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), seed)
 
 
+@pytest.fixture(scope="module")
+def tiny_by_name():
+    """A network that compiles in seconds, known by the name "tiny"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
+        yield
+
+
 @pytest.fixture(scope="session")
 def masker(randomised):
     """The masker of a classifier of 10 classes, on an encoder like `tiny`."""
@@ -137,6 +145,39 @@ def make_small():
         return Small(tuple(kernels), 6 * weights)
 
     return make
+
+
+class Normed(nnx.Module):
+    """One convolution, BatchNorm and a linear layer, for images of any size and 3 classes: what training is tested on."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.bn = nnx.BatchNorm(4, use_running_average=True, momentum=0.9, rngs=rngs)
+        self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+    def features(self, image, act=nnx.relu):
+        return act(self.bn(self.conv(image)))
+
+    def head(self, features):
+        return self.linear(features.mean((-3, -2)))
+
+
+@pytest.fixture(scope="session")
+def normed():
+    return Normed(nnx.Rngs(0))
+
+
+def colours():
+    """64 noisy images; the class is the channel that is a little brighter than the others."""
+    labels = np.arange(64) % 3
+    images = np.random.default_rng(0).integers(0, 156, (64, 8, 8, 3), np.uint8)
+    images[range(64), :, :, labels] += 60
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def coloured():
+    return colours()
 
 
 @pytest.fixture(scope="session")

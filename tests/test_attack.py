@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from adv2_jax import attack, explain, interpreters, metrics, presets, threats
-from adv2_jax.attack import count_steps, gradient_evaluations
+from adv2_jax.attack import count_steps, gradient_evaluations, snapshot_steps
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
 from adv2_jax.models import Masked
-from adv2_jax.presets import PRESETS, Preset, constant
+from adv2_jax.presets import PRESETS, Preset, constant, resolve
 
 PIXEL = 1 / 255
 CAM = Preset(cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0))
@@ -19,6 +19,7 @@ PGD = replace(CAM, interpreter=None)
 APART = replace(CAM, interpreter=cam_interpreter()._replace(faithful=False), keep_every=2)
 PLANS = pytest.mark.parametrize("plan", [CAM, APART, PGD], ids=["cam", "apart", "pgd"])
 WIDE = threats.linf(0.1)
+NAMES = ", ".join(INTERPRETERS)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +150,7 @@ def test_stages_may_be_left_out(run, images, warm_steps, steps, change, driver):
 # Compilation.
 
 
-def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images, caplog):
+def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, masker, images, caplog):
     def compiled(**changes):
         caplog.clear()
         with jax.log_compiles():
@@ -157,7 +158,8 @@ def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images
         return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
 
     assert compiled(threat=threats.linf(0.031))
-    assert compiled(threat=threats.linf(0.031), model=make_small(1), images=images[::-1].copy()) == []
+    other = Masked(make_small(1), masker)
+    assert compiled(threat=threats.linf(0.031), model=other, images=images[::-1].copy()) == []
     other_numbers = replace(CAM, balance=constant(3.0), step_size=constant(PIXEL / 2))
     assert compiled(threat=threats.linf(0.031), plan=other_numbers) == []
 
@@ -333,7 +335,7 @@ WRONG = {
     "large maps": ({"target_maps": np.zeros((6, 8, 8))}, "target_maps must be [6, 4, 4] for cam, got [6, 8, 8]"),
     "bright maps": ({"target_maps": np.full((6, 4, 4), 1.5)}, "target_maps must lie in [0, 1], got 1.5..1.5"),
     "void maps": ({"target_maps": np.full((6, 4, 4), np.nan)}, "target_maps must lie in [0, 1], got nan..nan"),
-    "interpreter": ({"interpreter": "lime"}, "interpreter 'lime' is not one of grad, cam, grad_cam"),
+    "interpreter": ({"interpreter": "lime"}, f"interpreter 'lime' is not one of {NAMES}"),
     "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default"),
     "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
     "batch size": ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
@@ -377,7 +379,7 @@ def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, 
     [
         (CAM, "grad", "interpreter 'grad' is not that of the preset, 'cam'"),
         (PRESETS["paper"]["pgd"], "cam", "interpreter 'cam' is not that of the preset, None"),
-        ("default", "pgd", "interpreter 'pgd' is not one of grad, cam, grad_cam"),
+        ("default", "pgd", f"interpreter 'pgd' is not one of {NAMES}"),
         ("best", "cam", "preset 'best' is not one of paper, default"),
     ],
 )
@@ -403,5 +405,50 @@ def test_explain_takes_names_interpreters_and_functions(model, images, labels):
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
-    with pytest.raises(ValueError, match=r"^interpreter 'lime' is not one of grad, cam, grad_cam$"):
+    with pytest.raises(ValueError, match=f"^interpreter 'lime' is not one of {NAMES}$"):
         explain(model, images, labels, interpreter="lime")
+
+
+# Curves and snapshots.
+
+
+def test_snapshots_change_nothing_and_end_with_what_is_delivered(run, images, result):
+    watched = run(batch_size=4, snapshots=5)
+    np.testing.assert_array_equal(watched.images, result.images)
+    steps = snapshot_steps(resolve(CAM, CAM.interpreter))
+    assert watched.snapshots.shape == (5, len(steps), 16, 16, 3) and result.snapshots.shape[0] == 0
+    np.testing.assert_array_equal(watched.snapshots[:, 0], images[:5])
+    np.testing.assert_array_equal(watched.snapshots[:, -1], watched.images[:5])
+    assert run(snapshots=99).snapshots.shape[0] == 6
+
+
+def test_snapshots_are_the_iterates(run):
+    constant_steps = replace(CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), keep_every=0)
+    assert snapshot_steps(constant_steps) == [0, 2, 3, 4, 5, 6, 7, 8]
+    whole = run(constant_steps, snapshots=6)
+    for i, steps in ((1, 0), (3, 2), (5, 4)):
+        np.testing.assert_array_equal(whole.snapshots[:, i], run(replace(constant_steps, steps=steps)).images)
+
+
+def test_curves_begin_at_the_benign_image(run, model, images, targets, benign, result):
+    n = CAM.warm_steps + CAM.steps
+    assert result.curves.loss.shape == (6, n)
+    f_t = metrics.confidence(explain(model, images, targets, interpreter="cam")[0], targets)
+    np.testing.assert_allclose(result.curves.confidence[:, 0], f_t, atol=1e-5)
+    drawn = ~np.isnan(result.curves.map_l1)
+    assert (drawn == (np.arange(n) >= CAM.warm_steps)).all()
+    assert np.isnan(run(replace(CAM, interpreter=None)).curves.map_l1).all()
+
+
+@pytest.mark.parametrize(
+    ("plan", "expected"),
+    [
+        (replace(CAM, warm_steps=0, steps=0), [0]),
+        (replace(CAM, warm_steps=0, steps=300), [0, 50, 100, 150, 200, 250, 300]),
+        (replace(CAM, warm_steps=0, steps=140), [0, 20, 40, 60, 80, 100, 120, 140]),
+        (replace(CAM, warm_steps=40, steps=1), [0, 40, 41]),
+        (replace(APART, warm_steps=0, steps=103, keep_every=10), [0, 20, 40, 60, 80, 100, 103]),
+    ],
+)
+def test_snapshots_are_about_eight_and_evenly_apart(plan, expected):
+    assert snapshot_steps(plan) == expected

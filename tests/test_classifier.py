@@ -9,6 +9,7 @@ from flax import linen, nnx
 
 from adv2_jax import attack, explain
 from adv2_jax.classifier import num_classes
+from adv2_jax.models import Masked
 
 SHAPE = (8, 8, 3)
 
@@ -122,11 +123,17 @@ def test_what_is_no_classifier_is_refused_with_the_reason(make, message):
     ],
 )
 def test_training_mode_is_refused(change, message):
-    net = Net(nnx.Rngs(0))
+    net, right = Net(nnx.Rngs(0)), Net(nnx.Rngs(0))
     net.set_attributes(**change)
-    for use in (lambda: num_classes(net, SHAPE), lambda: attack(net, np.zeros((1, *SHAPE)), [0], interpreter=None, steps=1)):
-        with pytest.raises(ValueError, match=message):
+    for use in (
+        lambda: num_classes(net, SHAPE),
+        lambda: attack(net, np.zeros((1, *SHAPE)), [0], interpreter=None, steps=1),
+        lambda: num_classes(Masked(net, right), SHAPE),
+        lambda: num_classes(Masked(right, net), SHAPE),
+    ):
+        with pytest.raises(ValueError, match=f"^Net is {message}$"):
             use()
+    assert num_classes(Masked(right, right), SHAPE) == 5
 
 
 def test_logits_that_are_not_finite_are_refused():

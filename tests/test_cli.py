@@ -3,29 +3,28 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from adv2_jax import cli, models
+from adv2_jax.experiments import train_masker
 from adv2_jax.files import write_arrays
+from adv2_jax.interpreters import INTERPRETERS
 
 N, K = 6, 3
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _tiny_network():
-    """A network that compiles in seconds, known to the command line by name."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
-        yield
+pytestmark = pytest.mark.usefixtures("tiny_by_name")
 
 
 @pytest.fixture(scope="module")
-def network(tmp_path_factory):
+def network(tiny_by_name, tmp_path_factory):
     """Weights of a tiny network, and images it gets right because the labels are its predictions."""
     folder = tmp_path_factory.mktemp("network")
     model = models.build("tiny", width=2, num_classes=K)
@@ -44,7 +43,7 @@ def attack(network, out, *words, images=None):
 def test_attack_writes_the_contract(network, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert attack(network, out, "--interpreter", "grad", "cam", "--limit", "4", "--seed", "3") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["report.html", "results.npz", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == 1
     assert summary["config"]["command"].startswith("adv2 attack --model tiny")
@@ -205,7 +204,7 @@ def train(network, out, *words):
 
 def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["counts"] == {"train": 18, "held_out": 2}
     assert len(summary["losses"]) == 6
@@ -240,7 +239,7 @@ def interrupted_at(step):
         if done == step:
             raise KeyboardInterrupt
 
-    yield lambda title, steps: tick
+    yield lambda title, steps, **more: tick
 
 
 def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, capsys, monkeypatch):
@@ -256,7 +255,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     assert train(network, tmp_path / "out", *words, "--seed", "5", "--resume") == 2
     assert "seed was 0, is 5" in capsys.readouterr().err
     assert train(network, tmp_path / "out", *words, "--resume") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     assert (tmp_path / "out" / "weights.npz").read_bytes() == (tmp_path / "whole" / "weights.npz").read_bytes()
 
 
@@ -270,6 +269,128 @@ def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
     with np.load(tmp_path / "five" / "weights.npz") as five:
         assert five["linear.weight"].shape == (5, 8)
         np.testing.assert_array_equal(five["layer2.0.conv1.weight"], old["layer2.0.conv1.weight"])
+
+
+@pytest.fixture(scope="module")
+def other_classes(tmp_path_factory):
+    """Weights of a network of two classes more."""
+    path = tmp_path_factory.mktemp("other") / "weights.npz"
+    models.convert.save(models.build("tiny", width=2, num_classes=K + 2), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def train_rts(network):
+    """`adv2 train rts` of the network on its own six images."""
+
+    def call(out, *words):
+        images, weights = (str(network / name) for name in ("images.npz", "weights.npz"))
+        base = ["train", "rts", "--model", "tiny", "--weights", weights, "--images", images, "--held-out", images]
+        return cli.main([*base, "--epochs", "3", "--batch-size", "3", "--out", str(out), *words])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_masker, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")})  # sooner
+        yield call
+
+
+@pytest.fixture(scope="module")
+def rts(train_rts, tmp_path_factory):
+    """The folder of a finished training of a masker."""
+    out = tmp_path_factory.mktemp("rts") / "out"
+    assert train_rts(out, "--checkpoint-every", "2") == 0
+    return out
+
+
+def test_rts_training_writes_a_masker_that_loads(rts):
+    assert sorted(path.name for path in rts.iterdir()) == ["masker.npz", "report.html", "summary.json"]
+    summary = json.loads((rts / "summary.json").read_text())
+    assert summary["counts"] == {"train": 6, "held_out": 6} and len(summary["losses"]) == 6
+    assert summary["config"]["model"] == "tiny" and summary["config"]["command"].startswith("adv2 train rts --model tiny")
+    first, second = summary["quality"]
+    assert (first["interpreter"], second["interpreter"], first["n"]) == ("rts", "cam", 6)
+    assert first["kept"] > 0 and 0 < first["removed"] < 1 and first["iou"] is None
+    masker = models.load_masker(rts / "masker.npz")
+    assert masker(np.zeros((8, 8, 3), np.float32), 0).shape == (4, 4)
+
+
+def test_rts_is_attacked_with_its_masker(network, rts, tmp_path):
+    words = ["--masker", str(rts / "masker.npz"), "--encoder-loss", "mean", "--encoder-weight", "0.5"]
+    assert attack(network, tmp_path / "rts", "--interpreter", "rts", *words) == 0
+    summary = json.loads((tmp_path / "rts" / "summary.json").read_text())
+    assert [(row["interpreter"], row["attack"], row["n"]) for row in summary["rows"]] == [("rts", "pgd", N), ("rts", "adv2", N)]
+    with np.load(tmp_path / "rts" / "results.npz") as results:
+        assert results["rts/adv2/maps"].shape == (N, 4, 4)
+
+
+def test_interrupted_rts_training_goes_on_to_the_same_masker(train_rts, rts, tmp_path, capsys, monkeypatch):
+    out, words = tmp_path / "out", ["--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda: interrupted_at(3))
+        assert train_rts(out, *words) == 130
+    assert "--resume goes on from it" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["checkpoints"]
+    assert train_rts(out, *words, "--resume", "--area", "1.5") == 2
+    assert "area was" in capsys.readouterr().err
+    assert train_rts(out, *words, "--resume") == 0
+    assert (out / "masker.npz").read_bytes() == (rts / "masker.npz").read_bytes()
+
+
+def wrong_labels(network):
+    """The file of the images with labels that the network gets wrong."""
+    with np.load(network / "images.npz") as arrays:
+        write_arrays(network / "wrong.npz", {"images": arrays["images"], "labels": (arrays["labels"] + 1) % K})
+    return str(network / "wrong.npz")
+
+
+BAD_RTS_TRAINING = {
+    "--encoder and --encoder-weights go together": lambda network, other: ["--encoder", "tiny"],
+    "the masker draws maps of 5 classes, the network has 3": lambda network, other: [
+        *("--encoder", "tiny", "--encoder-weights", str(other))
+    ],
+    "--model own.py:network needs --encoder and --encoder-weights": lambda network, other: ["--model", "own.py:network"],
+    "absent must lie in [0, 1), got 1.0": lambda network, other: ["--absent", "1"],
+    "'-1' is not a number, 0 or more": lambda network, other: ["--area=-1"],
+    "'inf' is not a number, 0 or more": lambda network, other: ["--power", "inf"],
+    "batch_size must lie in 1..6": lambda network, other: ["--batch-size", "7"],
+    "nothing to resume": lambda network, other: ["--resume"],
+    "gets none of the 6 images right": lambda network, other: ["--held-out", wrong_labels(network)],
+    "scenes held out for attacks": lambda network, other: ["--images", "shapes:50"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD_RTS_TRAINING)
+def test_bad_rts_training_is_refused(network, own, other_classes, train_rts, tmp_path, capsys, expected, monkeypatch):
+    monkeypatch.chdir(network)  # where own.py is
+    refused(train_rts(tmp_path / "out", *BAD_RTS_TRAINING[expected](network, other_classes)), capsys, expected, tmp_path / "out")
+
+
+BAD_RTS = {
+    "--interpreter rts needs --masker FILE": ["--interpreter", "cam", "rts"],
+    "weights.npz holds no masker: it does not name its encoder": ["--masker", "weights.npz"],
+    "cannot read nowhere.npz: no such file": ["--masker", "nowhere.npz"],
+    "'-0.5' is not a number, 0 or more": ["--encoder-weight=-0.5"],
+    "invalid choice: 'tail' (choose from": ["--encoder-loss", "tail"],
+}
+
+
+@pytest.mark.parametrize("expected", BAD_RTS)
+def test_bad_attacks_on_rts_are_refused(network, tmp_path, capsys, expected, monkeypatch):
+    monkeypatch.chdir(network)
+    refused(attack(network, tmp_path / "out", *BAD_RTS[expected]), capsys, expected, tmp_path / "out")
+
+
+def test_a_masker_of_other_classes_is_refused(network, other_classes, tmp_path, capsys):
+    masker = models.Masker(models.load("tiny", other_classes), rngs=nnx.Rngs(0))
+    models.save_masker(masker, "tiny", tmp_path / "masker.npz")
+    code = attack(network, tmp_path / "out", "--interpreter", "rts", "--masker", str(tmp_path / "masker.npz"))
+    refused(code, capsys, "the masker draws maps of 5 classes, the network has 3", tmp_path / "out")
+
+
+def test_rts_is_among_the_interpreters_only_where_there_is_a_masker():
+    embedded, named = (cli._parser().parse_args(["attack", "--out", "run", *words]) for words in ([], ["--model", "tiny"]))
+    assert isinstance(cli._masker(embedded), models.Masker) and cli._masker(named) is None
+    assert cli._interpreters(None, cli._masker(embedded)) == list(INTERPRETERS)
+    assert cli._interpreters(None, None) == [name for name in INTERPRETERS if name != "rts"]
 
 
 NETWORK = """
@@ -402,6 +523,110 @@ def test_interrupt_leaves_nothing_behind(network, tmp_path, capsys, monkeypatch)
     assert attack(network, tmp_path / "new" / "out") == 130
     assert capsys.readouterr().err == "adv2: interrupted\n"
     assert not (tmp_path / "new").exists()
+
+
+MEAN = """
+class Mean:
+    def features(self, image, act=None):
+        return image
+
+    def head(self, features):
+        return 10 * features.mean(axis=(0, 1))
+
+import jax
+jax.tree_util.register_static(Mean)
+"""
+
+
+@pytest.fixture(scope="module")
+def coloured(tmp_path_factory):
+    """A network that compiles in no time, the mean colour, and 24 images it gets right; the words that attack them."""
+    folder = tmp_path_factory.mktemp("coloured")
+    (folder / "mean.py").write_text(MEAN)
+    images = np.random.default_rng(0).integers(80, 120, (24, 4, 4, 3), np.uint8)
+    labels = np.arange(24) % 3
+    images[np.arange(24), :2, :2, labels] = 160
+    write_arrays(folder / "images.npz", {"images": images, "labels": labels})
+    words = ["--model", f"{folder}/mean.py:Mean", "--images", f"{folder}/images.npz", "--interpreter", "cam", "grad"]
+    return [*words, "--batch-size", "3", "--epsilon", "0.1", "--warm-steps", "0"]
+
+
+def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
+    words = ["attack", *coloured, "--steps", "30", "--interpreter", "cam"]
+    assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
+    out, command = tmp_path / "out", [sys.executable, "-m", "adv2_jax", *words, "--out", str(tmp_path / "out")]
+    same = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as tests/conftest.py has it
+    with subprocess.Popen(command, env=same, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size < 300):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    kept = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert 0 < len(kept) < 16 and sorted(path.name for path in out.iterdir()) == ["batches", "log.jsonl"]
+    assert cli.main([*words, "--out", str(out)]) == 2
+    assert "holds an unfinished run: go on with it (--resume)" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(out), "--resume", "--steps", "31"]) == 2
+    assert "with other settings: steps was 30, is 31" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(out), "--resume"]) == 0
+    assert (out / "results.npz").read_bytes() == (tmp_path / "whole" / "results.npz").read_bytes()
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert len({(line["batch"], line["interpreter"], line["attack"]) for line in lines}) == len(lines) == 16
+    assert not (out / "batches").exists()
+
+
+def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatch):
+    words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda quiet: interrupted_at(30))
+        assert cli.main(words) == 130
+    assert capsys.readouterr().err == "adv2: interrupted; 7 of 32 parts are kept, --resume goes on from them\n"
+    assert cli.main([*words, "--resume", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
+def test_tables(coloured, tmp_path, capsys, name):
+    words = ["table", name, *coloured[: coloured.index("--epsilon")], "--steps", "3", "--limit", "4", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    assert "report.html" in capsys.readouterr().out
+    run = {"patch": "linf-patch", "stadv": "flow-benign"}.get(name, "linf-benign")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [run, "summary.json", "table.md"]
+    assert sorted(path.name for path in (tmp_path / run).iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert table.count("\n") == 8  # title, headings, rule, four lines
+    assert cli.main([*words, "--resume", "--quiet"]) == 0
+    assert (tmp_path / "table.md").read_text(encoding="utf-8") == table
+
+
+def test_unknown_tables_list_the_valid_ones(tmp_path, capsys):
+    code = cli.main(["table", "tabel", "--out", str(tmp_path / "out")])
+    refused(code, capsys, "invalid choice: 'tabel' (choose from", tmp_path / "out")
+
+
+def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
+    words = [*coloured[:2], "--batch-size", "5"]
+    assert cli.main(["attack", *coloured, "--steps", "5", "--limit", "6", "--out", str(tmp_path / "out")]) == 0
+    report = (tmp_path / "out" / "report.html").stat().st_mtime_ns
+    assert cli.main(["transfer", str(tmp_path / "out"), *words, "--to-model", coloured[1]]) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["transfer"]["sources"] == ["benign", "pgd", "cam", "grad"]
+    same = {(row["source"], row["interpreter"]): row for row in summary["models"]}  # the same network under another name
+    for row in summary["rows"]:
+        seen = same[row["interpreter"] if row["attack"] == "adv2" else "pgd", row["interpreter"]]
+        assert (seen["n"], seen["asr"]) == (row["n"], row["asr"])
+        assert seen["map_l1"] == pytest.approx(row["map_l1"], abs=1e-5)
+    assert (tmp_path / "out" / "report.html").stat().st_mtime_ns > report
+    capsys.readouterr()
+    for other, expected in (
+        (["--to-weights", "w.npz"], "--to-model and --to-weights go together"),
+        (["--model", "cifar_resnet20"], "--model and --weights go together"),
+    ):
+        code = cli.main(["transfer", str(tmp_path / "out"), *words, *other])
+        refused(code, capsys, expected, tmp_path / "nowhere")
+    code = cli.main(["transfer", str(tmp_path / "empty"), *words])
+    refused(code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty")
+    code = cli.main(["transfer", str(tmp_path / "out")])
+    refused(code, capsys, f"it was made with model '{coloured[1]}'", tmp_path / "nowhere")
 
 
 def test_the_module_is_the_command():

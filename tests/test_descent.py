@@ -129,8 +129,22 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
         return model.head(model.features(image)), jnp.full((4, 4), tau)
 
     options = Options(threats.linf(EPSILON), surrogate)
-    _, info = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
+    _, (info, _) = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
     assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
+
+
+def test_what_the_surrogate_penalises_is_added(linear, problem):
+    def surrogate(model, image, label, tau):
+        return *CAM(model, image, label, tau), 3 * image.sum(), 5 * (image**2).sum()
+
+    def loss_and_slope(surrogate):
+        options = Options(threats.linf(EPSILON), surrogate)
+        zero = jnp.zeros_like(problem.image)
+        return jax.value_and_grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(zero)
+
+    (loss, slope), (more, steeper), x = loss_and_slope(CAM), loss_and_slope(surrogate), np.asarray(problem.image, float)
+    assert more - loss == pytest.approx(3 * x.sum() + 5 * (x**2).sum(), rel=1e-5)
+    np.testing.assert_allclose(steeper - slope, 3 + 10 * x, rtol=1e-5)
 
 
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):
@@ -195,21 +209,26 @@ def small_steps(images):
 def test_both_drivers_give_the_same(model, small_steps):
     reported = {"host": [], "fori": []}
     host, fori = (descent.descend(model, *small_steps, driver=driver, on_step=steps.append) for driver, steps in reported.items())
-    assert jnp.abs(host.params).max() > 1e-3
+    assert jnp.abs(host[0].params).max() > 1e-3
+    assert host[1].loss.shape == (3, 5)
     for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(fori), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)  # float32: XLA sums convolutions in loops in another order
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32: XLA sums convolutions in loops in another order
     assert reported == {"host": [1] * 5, "fori": [5]}
 
 
 def test_descent_is_the_step_repeated(model, small_steps):
     problems, states, schedule, options = small_steps
     leaves, step = descent.batched_step(model, options)
+    infos = []
     for i in range(5):
         states, info = step(leaves, problems, states, Numbers(*(values[i] for values in schedule)))
+        infos.append(info)
     assert isinstance(info, Info) and info.loss.shape == (3,)
-    host = descent.descend(model, *small_steps, driver="host")
+    host, reported = descent.descend(model, *small_steps, driver="host")
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(host), strict=True):
         np.testing.assert_array_equal(a, b)
+    for i, info in enumerate(infos):
+        jax.tree.map(np.testing.assert_array_equal, info, jax.tree.map(lambda values: values[:, i], reported))  # noqa: B023
 
 
 def test_no_weight_is_a_constant_of_the_compiled_step(model, small_steps):
@@ -231,6 +250,7 @@ def test_unknown_driver_lists_the_valid_ones(model, small_steps):
 def test_no_steps_change_nothing(linear, problem, driver):
     options = CASES["joint"]
     problems, states = batched(lambda i: problem, options, 2)
-    after = descent.descend(linear, problems, states, Numbers(*np.zeros((3, 0))), options, driver=driver)
+    after, reported = descent.descend(linear, problems, states, Numbers(*np.zeros((3, 0))), options, driver=driver)
+    assert reported.loss.shape == (2, 0)
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)

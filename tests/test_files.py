@@ -4,6 +4,7 @@ import os
 import pickle
 import re
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -206,3 +207,33 @@ def test_objects_are_not_written(tmp_path, archive):
 def test_permissions_are_those_of_any_new_file(tmp_path, archive):
     (tmp_path / "plain").touch()
     assert archive.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def streamed(arrays, size):
+    for name, values in arrays.items():
+        blocks = [values[i : i + size] for i in range(0, len(values), size)]
+        yield name, files.Stream(values.shape, values.dtype, blocks)
+
+
+def test_streams_are_the_arrays_whatever_their_blocks(tmp_path):
+    arrays = ARRAYS | {"flags": np.array([True, False, True]), "names": np.array(["a", "bee"]), "none": np.zeros((0, 3))}
+    for size in (1, 2, 5):
+        files.write_streams(tmp_path / f"{size}.npz", streamed(arrays, size))
+        assert_same(files.read_arrays(tmp_path / f"{size}.npz"), arrays)
+        assert (tmp_path / f"{size}.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
+    assert files.stored(tmp_path / "1.npz") == {name: (values.shape, values.dtype) for name, values in arrays.items()}
+    assert files.read_some(tmp_path / "1.npz", {"flags", "other"}.__contains__).keys() == {"flags"}
+
+
+def test_streams_are_never_whole_in_memory(tmp_path):
+    block = np.random.default_rng(0).integers(0, 256, (4, 2**16), np.uint8)
+    peaks = []
+    for count in (2, 40):
+        tracemalloc.start()
+        files.write_streams(
+            tmp_path / "a.npz", [("a", files.Stream((4 * count, 2**16), block.dtype, (block for _ in range(count))))]
+        )
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert files.stored(tmp_path / "a.npz")["a"][0] == (160, 2**16)
+    assert peaks[1] < peaks[0] + block.nbytes  # 40 blocks take no more than 2

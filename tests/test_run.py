@@ -1,12 +1,20 @@
-"""A run: which images it takes, and that its rows are what the arrays say."""
+"""A run: which images it takes, that its rows are what the arrays say, and that nothing that is finished is lost."""
+
+import errno
+import json
 
 import numpy as np
 import pytest
 from flax import nnx
 
-from adv2_jax import threats
-from adv2_jax.data import ImageSet
+from adv2_jax import explain, metrics, threats
+from adv2_jax.attack import attack, snapshot_steps
+from adv2_jax.data import ImageSet, targets
+from adv2_jax.experiments import batches
+from adv2_jax.experiments.files import read_summary
 from adv2_jax.experiments.run import Settings, run
+from adv2_jax.files import read_arrays
+from adv2_jax.presets import resolve
 
 
 class Mean(nnx.Module):
@@ -28,11 +36,12 @@ def coloured(channels, labels):
     return ImageSet(images, np.array(labels, np.int32), masks=masks)
 
 
-def test_rows_are_what_the_arrays_say():
+def test_rows_are_what_the_arrays_say(tmp_path):
     settings = Settings(("cam",), threats.linf(0.1), warm_steps=2, steps=20, batch_size=2)
     ticks = []
-    outcome = run(Mean(), coloured([0, 1, 2], [0, 1, 2]), settings, progress=lambda title, steps: lambda done: ticks.append(done))
-    arrays = outcome.arrays
+    images = coloured([0, 1, 2], [0, 1, 2])
+    outcome = run(Mean(), images, settings, tmp_path, progress=lambda images, steps, done: ticks.append)
+    arrays = read_arrays(tmp_path / "results.npz")
     for row in outcome.rows:
         found = {key.split("/")[-1]: value for key, value in arrays.items() if key.startswith(f"cam/{row['attack']}/")}
         difference = (found["images"].astype(float) - arrays["images"]) / 255
@@ -50,7 +59,232 @@ def test_rows_are_what_the_arrays_say():
     assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
 
 
-def test_own_target_maps_of_another_size_are_refused():
+def test_own_target_maps_of_another_size_are_refused(tmp_path):
     images = coloured([0], [0])._replace(target_maps=np.zeros((1, 3, 3), np.float32))
     with pytest.raises(ValueError, match=r"target_maps must be \[1, 4, 4\] for cam, got \[1, 3, 3\]"):
-        run(Mean(), images, Settings(("cam",), threats.linf()))
+        run(Mean(), images, Settings(("cam",), threats.linf()), tmp_path)
+
+
+# Target maps.
+
+
+def varied(n=7, seed=0):
+    """Images whose colour says their class and whose pixels do not; each class twice at least."""
+    images = coloured(np.arange(n) % 3, np.arange(n) % 3)
+    noise = np.random.default_rng(seed).integers(-15, 16, images.images.shape)
+    return images._replace(images=(images.images + noise).astype(np.uint8), classes=("red", "green", "blue"))
+
+
+QUICK = Settings(("cam",), threats.linf(0.1), warm_steps=1, steps=8, batch_size=2)
+
+
+def results(directory):
+    return read_arrays(directory / "results.npz")
+
+
+def test_patches_are_shown_wherever_the_image_stands(tmp_path):
+    run(Mean(), varied(), QUICK._replace(target_map="patch", seed=4), tmp_path)
+    found = results(tmp_path)
+    for i, m in zip(found["indices"], found["cam/target_maps"], strict=True):
+        np.testing.assert_array_equal(m, targets.patch((4, 4), seed=4, index=int(i)))
+    assert {row["target_map"] for row in read_summary(tmp_path)["rows"]} == {"patch"}
+
+
+def test_maps_of_other_images_are_those_of_images_of_the_target_class(tmp_path):
+    source = varied()
+    run(Mean(), source, QUICK._replace(target_map="image"), tmp_path)
+    found = results(tmp_path)
+    for i, t, m in zip(found["indices"], found["targets"], found["cam/target_maps"], strict=True):
+        donors = np.flatnonzero(source.labels == t)
+        assert i not in donors
+        _, maps = explain(Mean(), source.images[donors], np.full(len(donors), t), interpreter="cam")
+        assert np.abs(maps - m).max((1, 2)).min() < 1e-6  # batches of another size
+    assert {row["target_map"] for row in read_summary(tmp_path)["rows"]} == {"image"}
+
+
+def test_own_maps_are_named_and_do_not_give_way(tmp_path):
+    own = varied()._replace(target_maps=np.zeros((7, 4, 4), np.float32))
+    run(Mean(), own, QUICK, tmp_path)
+    assert {row["target_map"] for row in read_summary(tmp_path)["rows"]} == {"file"}
+    with pytest.raises(ValueError, match=r"^target map 'patch': the images come with target maps of their own$"):
+        run(Mean(), own, QUICK._replace(target_map="patch"), tmp_path)
+
+
+def test_unknown_target_map_lists_the_valid_ones(tmp_path):
+    with pytest.raises(ValueError, match=r"^target map 'cat' is not one of benign, image, patch$"):
+        run(Mean(), varied(), QUICK._replace(target_map="cat"), tmp_path)
+
+
+# Batches.
+
+
+def test_batch_size_changes_nothing(tmp_path):
+    for size in (2, 3, 10):
+        (tmp_path / str(size)).mkdir()
+        run(Mean(), varied(), QUICK._replace(batch_size=size, target_map="patch"), tmp_path / str(size))
+    a, *others = (results(tmp_path / str(size)) for size in (2, 3, 10))
+    for b in others:
+        assert list(a) == list(b)
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def interrupt_at(step):
+    """Progress that is interrupted when so many steps are done."""
+    done = 0
+
+    def tick(new):
+        nonlocal done
+        done += new
+        if done >= step:
+            raise KeyboardInterrupt
+
+    return lambda images, steps, done: tick
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("whole")
+    run(Mean(), varied(), QUICK, directory, config={"seed": 0})
+    return directory
+
+
+def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, whole):
+    with pytest.raises(KeyboardInterrupt, match=r"^; 3 of 8 parts are kept, --resume goes on from them$"):
+        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))  # 9 steps a part
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batches", "log.jsonl"]
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"batch": 1, "inter')  # a kill
+    seen = []
+
+    def progress(images, steps, done):
+        seen.append((images, steps, done))
+        return seen.append
+
+    run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0, "out": "elsewhere"}, resume=True, progress=progress)
+    assert seen[0] == (7, 72, 27) and sum(seen[1:]) == 45
+    assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "results.npz", "summary.json"]
+    rows, expected = (read_summary(directory)["rows"] for directory in (tmp_path, whole))
+    assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
+
+
+def test_log_has_a_line_for_each_part(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(Mean(), varied(), QUICK, tmp_path, progress=interrupt_at(32))
+    run(Mean(), varied(), QUICK, tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert sorted((line["batch"], line["attack"], line["n"]) for line in lines) == [
+        (i, kind, 1 if i == 3 else 2) for i in range(4) for kind in ("adv2", "pgd")
+    ]
+    found = results(tmp_path)
+    for line in lines:
+        assert line.keys() == {"batch", "interpreter", "attack", "n", "asr", "map_l1", "seconds"}
+        images = slice(2 * line["batch"], 2 * line["batch"] + 2)
+        assert line["map_l1"] == pytest.approx(found[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6)  # six digits
+
+
+def test_resuming_must_be_said_and_settings_stay(tmp_path):
+    with pytest.raises(ValueError, match=f"^nothing to resume: {tmp_path} holds no unfinished run$"):
+        run(Mean(), varied(), QUICK, tmp_path, resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
+    kept = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=rf"^{tmp_path} holds an unfinished run: go on with it \(--resume\), or remove "):
+        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
+    with pytest.raises(
+        ValueError, match=rf"^cannot resume {tmp_path} with other settings: seed was 0, is 1; limit was None, is 5$"
+    ):
+        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 1, "limit": 5}, resume=True)
+    with pytest.raises(ValueError, match=r"with other settings: image set was .* numbers [0-9a-f]{8}, is .* numbers [0-9a-f]{8}$"):
+        run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
+    assert sorted(tmp_path.rglob("*")) == kept
+
+
+def full_disk(monkeypatch, module, name, call):
+    """The call-th use of a function, and every later one, finds the disk full, after having written something."""
+    original, calls = getattr(module, name), []
+
+    def write(file, *arguments, **options):
+        calls.append(file)
+        if len(calls) >= call:
+            if hasattr(file, "write"):
+                file.write(b"half of the n")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(file, *arguments, **options)
+
+    monkeypatch.setattr(module, name, write)
+
+
+def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, whole, monkeypatch):
+    with monkeypatch.context() as patch:
+        full_disk(patch, batches.np, "savez", 4)
+        with pytest.raises(
+            ValueError, match=r"^cannot write .*cam\.adv2.00001\.npz: No space left on device; 3 of 8 parts are kept"
+        ):
+            run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
+    with monkeypatch.context() as patch:
+        full_disk(patch, batches, "write_streams", 1)
+        with pytest.raises(ValueError, match=r"^cannot write .*results\.npz: No space left on device; 8 of 8 parts are kept"):
+            run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, resume=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["batches", "log.jsonl"]
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
+    run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, resume=True)
+    assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
+
+
+def test_disk_that_is_full_from_the_start_is_left_alone(tmp_path, monkeypatch):
+    full_disk(monkeypatch, batches.np, "savez", 1)
+    with pytest.raises(ValueError, match=r"^cannot write .*cam\.pgd.00000\.npz: No space left on device$"):
+        run(Mean(), varied(), QUICK, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_to_publish_keeps_the_run(tmp_path):
+    def publish(directory):
+        assert read_summary(directory)["rows"] and results(directory)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError):
+        run(Mean(), varied(), QUICK, tmp_path, publish=publish)
+    published = []
+    run(Mean(), varied(), QUICK, tmp_path, resume=True, publish=published.append)
+    assert published == [tmp_path] and not (tmp_path / "batches").exists()
+
+
+# Curves and snapshots.
+
+
+def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
+    source, settings = varied(19), QUICK._replace(steps=150, batch_size=4)
+    run(Mean(), source, settings, tmp_path)
+    found = results(tmp_path)
+    plan = resolve("default", "cam", warm_steps=1, steps=150)
+    arguments = Mean(), found["images"], found["targets"], found["cam/target_maps"]
+    whole = attack(*arguments, interpreter="cam", threat=settings.threat, preset=plan, snapshots=16)
+    steps = found["cam/adv2/curve_steps"]
+    assert len(steps) == 100 and (steps[0], steps[-1]) == (0, 150) and (np.diff(steps) > 0).all()
+    for name, values in whole.curves._asdict().items():
+        np.testing.assert_array_equal(found[f"cam/adv2/curve_{name}"], np.asarray(values)[:, steps])
+    assert "cam/pgd/curve_map_l1" not in found and found["cam/pgd/curve_loss"].shape == (19, 100)
+    np.testing.assert_array_equal(found["cam/adv2/snapshot_images"], whole.snapshots)
+    np.testing.assert_array_equal(found["cam/adv2/snapshot_steps"], snapshot_steps(plan))
+    np.testing.assert_array_equal(found["cam/adv2/snapshot_maps"][:, -1], found["cam/adv2/maps"][:16])
+    np.testing.assert_array_equal(found["cam/adv2/snapshot_confidence"][:, -1], found["cam/adv2/confidence"][:16])
+
+
+# Intervals.
+
+
+def test_intervals_hold_the_means(whole):
+    summary, found = read_summary(whole), results(whole)
+    for row in summary["rows"]:
+        assert row["ci"].keys() >= {"asr", "map_l1", "map_l2", "map_iou75", "map_iou50"}
+        assert all(low <= row[key] <= high for key, (low, high) in row["ci"].items())
+    difference = found["cam/adv2/map_l1"] - found["cam/pgd/map_l1"]
+    pair = next(pair for pair in summary["paired"] if pair["measure"] == "map_l1")
+    assert pair["difference"] == pytest.approx(difference.mean(), abs=1e-6)
+    assert pair["n"] == 7 and pair["ci"][0] <= pair["difference"] <= pair["ci"][1]
+    assert found["cam/adv2/map_iou75"] == pytest.approx(
+        np.asarray(metrics.iou_quantile(found["cam/adv2/maps"], found["cam/target_maps"]))
+    )

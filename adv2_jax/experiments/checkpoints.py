@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 
 from adv2_jax.errors import first_line
@@ -71,10 +72,14 @@ class Checkpoints:
             raise ValueError(f"cannot read checkpoint {self._folder / str(step)}: {reason}") from None
 
     def _check(self, was: Mapping[str, Any]) -> None:
-        names = [name for name in {**self._settings, **was} if was.get(name) != self._settings.get(name)]
-        changes = [f"{name} was {was.get(name)}, is {self._settings.get(name)}" for name in names]
-        if changes:
-            raise ValueError(f"cannot resume {self._folder} with other settings: {'; '.join(changes)}")
+        if changed := changes(was, self._settings):
+            raise ValueError(f"cannot resume {self._folder} with other settings: {changed}")
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in words; empty if nothing does."""
+    names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    return "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
 
 
 def fingerprint(arrays: Iterable[Any]) -> str:
@@ -85,3 +90,14 @@ def fingerprint(arrays: Iterable[Any]) -> str:
         kind = zlib.crc32(f"{array.dtype}{array.shape}".encode(), checksum)
         checksum = zlib.crc32(array.reshape(-1).view(np.uint8).data, kind)
     return f"{count} numbers {checksum:08x}"
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """The fingerprint of the arrays in a network or an image set."""
+    return fingerprint(map(_plain, (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))))
+
+
+def _plain(leaf: Any) -> np.ndarray:
+    """A leaf as an array of NumPy, which knows no random keys (a network with dropout holds some)."""
+    is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)

@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
-from adv2_jax.files import SCHEMA, atomic, write_arrays
+from adv2_jax.files import SCHEMA, atomic
 
 
 @contextlib.contextmanager
@@ -40,14 +38,23 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def write_run(directory: Path, summary: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write `results.npz`, then `summary.json`, each atomically: where there is a summary, there are its results."""
-    write_arrays(directory / "results.npz", arrays)
-    write_summary(directory, summary)
-
-
 def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
     """Write `summary.json` atomically."""
     with atomic(directory / "summary.json", "w") as file:
         json.dump({"schema": SCHEMA, **summary}, file, indent=2, allow_nan=False)
         file.write("\n")
+
+
+def read_summary(directory: Path) -> dict[str, Any]:
+    """The `summary.json` of a finished run.
+
+    Raises:
+        ValueError: names the directory that holds none, or one of another schema.
+    """
+    path = directory / "summary.json"
+    if not path.exists():
+        raise ValueError(f"{directory} holds no finished run: there is no summary.json")
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if summary.get("schema") != SCHEMA:
+        raise ValueError(f"{path} has schema {summary.get('schema')}, this is adv2 of schema {SCHEMA}")
+    return summary

@@ -29,12 +29,16 @@ CHANCE = 1e-3  # of refusing a network that is indifferent to the range
 
 
 class Selection(NamedTuple):
-    """Images the network gets right, their positions [N] in the source, its number of classes, and how many it gets wrong."""
+    """Images the network gets right, their positions [N] in the source, its number of classes, and how many it gets wrong.
+
+    `source_labels` are the classes of all images.
+    """
 
     images: ImageSet
     indices: np.ndarray
     num_classes: int
     left_out: int
+    source_labels: np.ndarray
 
 
 def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32) -> Selection:
@@ -48,9 +52,8 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     _check_logits(logits)
     check_classes(image_set, logits.shape[-1])
     predicted = logits.argmax(axis=-1).astype(np.int32)
-    if image_set.labels is None:
-        image_set = image_set._replace(labels=predicted)
-    right = predicted == image_set.labels
+    labels = predicted if image_set.labels is None else image_set.labels
+    image_set, right = image_set._replace(labels=labels), predicted == labels
     if not right.all():
         _check_range(model, image_set, right, batch_size)
     if not right.any():
@@ -58,7 +61,7 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     index = np.flatnonzero(right).astype(np.int32)[:limit]
     chosen = image_set.take(index)
     positions = index if chosen.positions is None else chosen.positions
-    return Selection(chosen, positions, logits.shape[-1], int((~right).sum()))
+    return Selection(chosen, positions, logits.shape[-1], int((~right).sum()), labels)
 
 
 def _logits(model: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:

@@ -155,7 +155,7 @@ def _pooled(encoder: Any, images: Array) -> Array:
 
 
 class Quality(NamedTuple):
-    """Do maps explain? Means over N images.
+    """Do maps explain? Means over N images; `inside` and `outside` over all their pixels there.
 
     Attributes:
         n: images.
@@ -205,25 +205,29 @@ def quality(
     return Quality(len(images), kept, removed, *(() if masks is None else _against_truth(m, masks)))
 
 
-def qualities(model: Masked, held_out: Labelled, *, limit: int = 200, batch_size: int = 64) -> dict[str, Quality]:
-    """Every interpreter on the first images that the classifier gets right, those of RTS first.
-
-    Args:
-        model: a classifier and its masker.
-        held_out: images with labels, and masks if known.
-        limit: at most so many images.
-        batch_size: images at a time.
+def to_explain(classifier: Classifier, held_out: Labelled, *, limit: int = 200, batch_size: int = 64) -> ImageSet:
+    """The first held-out images that the classifier gets right: what `qualities` are measured on.
 
     Raises:
         ValueError: as `select`.
     """
-    image_set = ImageSet(held_out.images, held_out.labels, masks=held_out.masks)
-    chosen = select(model, image_set, limit=limit, batch_size=batch_size).images
-    assert chosen.labels is not None
+    images = ImageSet(held_out.images, held_out.labels, masks=held_out.masks)
+    return select(classifier, images, limit=limit, batch_size=batch_size).images
+
+
+def qualities(model: Masked, images: ImageSet, *, batch_size: int = 64) -> dict[str, Quality]:
+    """Every interpreter on the same images, RTS first.
+
+    Args:
+        model: a classifier and its masker.
+        images: with labels that the classifier predicts, and masks if known (`to_explain`).
+        batch_size: images at a time.
+    """
+    assert images.labels is not None
     found = {}
     for name in sorted(INTERPRETERS, key=lambda name: name != "rts"):
-        _, maps = explain(model, chosen.images, chosen.labels, interpreter=name, batch_size=batch_size)
-        found[name] = quality(model.classifier, chosen.images, chosen.labels, maps, chosen.masks, batch_size=batch_size)
+        _, maps = explain(model, images.images, images.labels, interpreter=name, batch_size=batch_size)
+        found[name] = quality(model.classifier, images.images, images.labels, maps, images.masks, batch_size=batch_size)
     return found
 
 

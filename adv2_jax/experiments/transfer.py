@@ -1,0 +1,148 @@
+"""Do adversarial inputs made against one interpreter, or one network, fool another?
+
+Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of images is held at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.typing import ArrayLike
+
+from adv2_jax import metrics
+from adv2_jax.attack import explain
+from adv2_jax.experiments.checkpoints import tree_fingerprint
+from adv2_jax.experiments.files import read_summary, write_summary
+from adv2_jax.experiments.measures import Row
+from adv2_jax.files import read_some
+from adv2_jax.interpreters import Interpreter
+from adv2_jax.presets import resolve
+from adv2_jax.types import Classifier
+
+MEASURES = {"map_l1": metrics.map_l1, "map_iou75": metrics.iou_quantile}
+
+
+class Run(NamedTuple):
+    """A finished run: its directory, summary, interpreters by name, and `labels`, `targets` [N]."""
+
+    directory: Path
+    summary: dict[str, Any]
+    interpreters: Mapping[str, Interpreter]
+    labels: np.ndarray
+    targets: np.ndarray
+
+    @property
+    def sources(self) -> list[str]:
+        """Whose images there are: the benign ones, those of plain PGD, and those of ADV² against each interpreter."""
+        return ["benign", "pgd", *self.interpreters]
+
+    def array(self, name: str) -> np.ndarray:
+        """An array of the results."""
+        return read_some(self.directory / "results.npz", name.__eq__)[name]
+
+    def images(self, source: str, interpreter: str) -> np.ndarray:
+        """uint8 [N, H, W, 3] of a source; plain PGD as it was set against an interpreter, by its budget."""
+        return self.array({"benign": "images", "pgd": f"{interpreter}/pgd/images"}.get(source, f"{source}/adv2/images"))
+
+    def classes(self, source: str) -> np.ndarray:
+        """[N], the classes that maps are drawn for: the labels of benign images, the targets of others."""
+        return self.labels if source == "benign" else self.targets
+
+
+def load_run(directory: Path) -> Run:
+    """A finished run, with the interpreters that its preset knows by their names.
+
+    Raises:
+        ValueError: names the directory and what is wrong with it.
+    """
+    summary = read_summary(directory)
+    names = dict.fromkeys(row["interpreter"] for row in summary.get("rows", []))
+    if not names:
+        raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
+    plans = {name: resolve(summary["config"].get("preset", "default"), name) for name in names}
+    interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
+    own = read_some(directory / "results.npz", {"labels", "targets"}.__contains__)
+    return Run(directory, summary, interpreters, own["labels"], own["targets"])
+
+
+def check_network(run: Run, model: Classifier) -> None:
+    """Refuse another network than that of the run.
+
+    Raises:
+        ValueError: says what the run was made with.
+    """
+    made = run.summary.get("fingerprints", {}).get("network")
+    if made not in (None, found := tree_fingerprint(model)):
+        config = run.summary.get("config", {})
+        raise ValueError(
+            f"the network holds {found}, that of {run.directory} held {made}: it was made with model {config.get('model')!r}, "
+            f"weights {config.get('weights')!r}, masker {config.get('masker')!r}"
+        )
+
+
+def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dict[str, Any]:
+    """Images made against one interpreter, explained by another, for all pairs.
+
+    Args:
+        run: a finished run.
+        model: its network.
+        batch_size: images at a time.
+
+    Returns:
+        `interpreters`; `sources`: benign, pgd, and the interpreters; `map_l1` and `map_iou75`: a row for each source, a column for
+        each interpreter: how far its maps of the source's images are, in the mean, from what the run wanted it to show (its benign
+        maps where the attack hides). Benign images are explained for their label, others for their target class.
+    """
+    found: dict[str, list[list[float]]] = {name: [[] for _ in run.sources] for name in MEASURES}
+    for column, interpreter in run.interpreters.items():
+        wanted = run.array(f"{column}/target_maps")
+        for i, source in enumerate(run.sources):
+            images = run.images(source, column)
+            _, maps = explain(model, images, run.classes(source), interpreter=interpreter, batch_size=batch_size)
+            for name, measure in MEASURES.items():
+                found[name][i].append(_mean(measure(maps, wanted)))
+    return {"interpreters": list(run.interpreters), "sources": run.sources, **found}
+
+
+def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequence[str], batch_size: int = 32) -> list[Row]:
+    """Images made against the network of a run, seen by another network and the interpreters on it.
+
+    Args:
+        run: a finished run.
+        model: the other network.
+        name: of it, for the rows.
+        interpreters: those of the run that it can be explained by.
+        batch_size: images at a time.
+
+    Returns:
+        a row for each source and interpreter: `n`, the images that the other network gets right while they are benign, of these
+        `asr`, the share it takes for their target class, and `map_l1`, `map_iou75`, how far its maps are from its own benign maps.
+
+    Raises:
+        ValueError: if the other network gets no image right, or cannot take the images.
+    """
+    rows = []
+    for column in interpreters:
+        interpreter = run.interpreters[column]
+        logits, wanted = explain(model, run.array("images"), run.labels, interpreter=interpreter, batch_size=batch_size)
+        right = logits.argmax(-1) == run.labels
+        if not right.any():
+            raise ValueError(f"{name} gets none of the {len(right)} images of {run.directory} right: nothing can transfer to it")
+        for source in run.sources:
+            images, classes = run.images(source, column)[right], run.classes(source)[right]
+            logits, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size)
+            asr = _mean(metrics.success(logits, run.targets[right]))
+            means = {key: _mean(measure(maps, wanted[right])) for key, measure in MEASURES.items()}
+            head = {"model": name, "source": source, "n": int(right.sum()), "asr": asr, "interpreter": column}
+            rows.append(head | means)
+    return rows
+
+
+def _mean(values: ArrayLike) -> float:
+    return float(np.mean(np.asarray(values)))
+
+
+def add(run: Run, **found: Any) -> None:
+    """Add what was found to the summary of a run."""
+    write_summary(run.directory, run.summary | found)
