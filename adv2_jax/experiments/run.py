@@ -166,6 +166,8 @@ def run(
         publish(directory)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept.kept()) from None
+    except OSError as error:  # of the summary, or of what is published
+        raise ValueError(f"cannot write to {directory}: {error.strerror}{kept.kept()}") from None
     kept.remove()
     return Outcome(rows, differences, selection.left_out)
 
