@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -10,8 +11,9 @@ import pytest
 from PIL import Image
 
 from adv2_jax import report
+from adv2_jax.report import charts, tables
 
-VOID = {"meta", "img", "link", "br"}
+VOID = {"meta", "img", "link", "br", "input"}
 
 
 class Page(HTMLParser):
@@ -19,13 +21,17 @@ class Page(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.tags, self.text = [], [], []
+        self.open, self.tags, self.text, self.unlabelled = [], [], [], []
         self.feed(html)
         self.close()
         assert self.open == []
+        wanted = {label.get("for") for label in self.attributes("label")}
+        self.unlabelled = [control for control in self.unlabelled if control.get("id") not in wanted]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        if tag in ("input", "select", "textarea") and "label" not in self.open:
+            self.unlabelled.append(dict(attrs))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -42,14 +48,20 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def pictures(self):
-        """Pairs of alternative text and pixels, in the order of the page."""
-        prefix = "data:image/png;base64,"
-        pictures = []
-        for img in self.attributes("img"):
-            assert img["src"].startswith(prefix)
-            file = io.BytesIO(base64.b64decode(img["src"].removeprefix(prefix)))
-            pictures.append((img["alt"], np.asarray(Image.open(file))))
-        return pictures
+        """Pairs of alternative text and pixels, in the order of the page, but for those that only lie below others."""
+        images = [img for img in self.attributes("img") if "base" not in img["class"].split()]
+        return [(img["alt"], np.asarray(opened(img).convert("RGB"))) for img in images]
+
+
+def opened(img):
+    prefix = "data:image/png;base64,"
+    assert img["src"].startswith(prefix)
+    return Image.open(io.BytesIO(base64.b64decode(img["src"].removeprefix(prefix))))
+
+
+def map_colours(values):
+    """As the file has them: 256 colours."""
+    return report.colour_map(np.round(255 * np.asarray(values, float)) / 255)
 
 
 def make_row(interpreter, attack, **changes):
@@ -79,6 +91,29 @@ def make_results(n=3, height=16, width=16, interpreters=("cam",)):
             results[f"{interpreter}/{attack}/success"] = np.arange(n) != 1
             results[f"{interpreter}/{attack}/map_l1"] = np.full(n, 0.0625, np.float32)
     return results
+
+
+def with_everything(summary, results):
+    """The same run with all that a run may have: intervals, paired differences, transfer, curves, snapshots, flow fields."""
+    rng = np.random.default_rng(2)
+    (n, height, width, _), names = results["images"].shape, summary["config"]["interpreters"]
+    results = dict(results)
+    for key in [f"{name}/{attack}" for name in names for attack in ("pgd", "adv2")]:
+        results[f"{key}/curve_steps"] = np.array([0, 10, 20, 40], np.int32)
+        for curve in ("loss", "confidence", "map_l1"):
+            results[f"{key}/curve_{curve}"] = rng.random((n, 4), dtype=np.float32)
+        results[f"{key}/snapshot_steps"] = np.array([0, 20, 40], np.int32)
+        results[f"{key}/snapshot_images"] = rng.integers(0, 256, (2, 3, height, width, 3), dtype=np.uint8)
+        results[f"{key}/snapshot_maps"] = rng.random((2, 3, 4, 4), dtype=np.float32)
+        results[f"{key}/snapshot_confidence"] = np.tile(np.array([0.01, 0.5, 0.98], np.float32), (2, 1))
+        results[f"{key}/flow"] = rng.normal(size=(n, height, width, 2)).astype(np.float32)
+    rows = [row | {"ci": {"map_l1": [0.11, 0.14]}, "mean_displacement": 0.25, "flow_penalty": 3.5} for row in summary["rows"]]
+    paired = [{"interpreter": names[0], "threat": "flow", "measure": "map_l1", "n": n, "difference": -0.08, "ci": [-0.1, 0.05]}]
+    sources = ["benign", "pgd", *names]
+    numbers = rng.random((len(sources), len(names))).tolist()
+    transfer = {"interpreters": names, "sources": sources, "map_l1": numbers, "map_iou75": numbers}
+    models = [{"model": "other", "source": "pgd", "n": n, "asr": 0.5, "interpreter": names[0], "map_l1": 0.1, "map_iou75": 0.7}]
+    return summary | {"rows": rows, "paired": paired, "transfer": transfer, "models": models}, results
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (32, 32)])
@@ -111,19 +146,36 @@ def test_page_is_balanced_and_needs_nothing_else():
     page = Page(html)
     assert page.attributes("html")[0]["lang"] == "en"
     assert "http:" not in html and "https:" not in html and "url(" not in html and "@import" not in html
-    assert not {"script", "link", "iframe"} & {tag for tag, _ in page.tags}
-    anchors = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
-    assert {link["href"].removeprefix("#") for link in page.attributes("a")} <= anchors
-    assert all(img["alt"] for img in page.attributes("img"))
+    assert not {"link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
+    assert page.attributes("script") == [{}] and page.attributes("style") == [{}]
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name in ("srcset", "action")]
     assert all(header.get("scope") for header in page.attributes("th"))
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_page_can_be_used_without_seeing_it(extra):
+    summary, results = make_summary(("grad", "a b", "a-b")), make_results(interpreters=("grad", "a b", "a-b"))
+    page = Page(report.render(*(with_everything(summary, results) if extra else (summary, results))))
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    named = [attributes.get("aria-labelledby", "").split() for _, attributes in page.tags]
+    named += [[label["for"]] for label in page.attributes("label") + page.attributes("output") if "for" in label]
+    named += [[link["href"].removeprefix("#")] for link in page.attributes("a")]
+    assert {name for names in named for name in names} <= set(ids)
+    assert all(img["alt"] or "base" in img["class"].split() for img in page.attributes("img"))
+    drawings = [svg for svg in page.attributes("svg") if svg.get("aria-hidden") != "true"]
+    assert all(svg["role"] == "img" and (svg.get("aria-label") or svg.get("aria-labelledby")) for svg in drawings)
+    assert page.unlabelled == []
+    levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) <= 1
 
 
 def test_pictures_are_those_of_the_run():
     results = make_results(n=1)
     pictures = Page(report.render(make_summary(), results)).pictures()
-    expected = [results["images"][0], report.colour_map(results["cam/benign_maps"][0])]
+    expected = [results["images"][0], map_colours(results["cam/benign_maps"][0])]
     for attack in ("pgd", "adv2"):
-        expected += [results[f"cam/{attack}/images"][0], report.colour_map(results[f"cam/{attack}/maps"][0])]
+        expected += [results[f"cam/{attack}/images"][0], map_colours(results[f"cam/{attack}/maps"][0])]
     expected += [report.amplified_difference(results["cam/adv2/images"][0], results["images"][0])]
     for (_, picture), pixels in zip(pictures, expected, strict=True):
         np.testing.assert_array_equal(picture, pixels)
@@ -180,7 +232,7 @@ def test_what_comes_from_files_is_escaped():
     results |= {f"{evil}/benign_maps": results["cam/benign_maps"]}
     html = report.render(summary, results)
     page = Page(html)
-    assert "<script" not in html
+    assert len(page.attributes("script")) == 1 and "alert" not in "".join(page.inside("script"))
     assert page.inside("code") == [evil]
     assert any(evil in img["alt"] for img in page.attributes("img"))
 
@@ -212,7 +264,7 @@ def test_optional_parts_may_be_missing():
 
 
 def test_arrays_that_are_not_per_image_are_ignored():
-    extra = {"seed": np.array(0), "cam/adv2/history": np.zeros(2), "loss": np.zeros(0)}
+    extra = {"seed": np.array(0), "cam/adv2/history": np.zeros(2), "loss": np.zeros(0), "cam/adv2/steps": np.zeros(3)}
     assert report.render(make_summary(), make_results() | extra) == report.render(make_summary(), make_results())
 
 
@@ -224,7 +276,9 @@ def test_plain_attack_by_flow_is_called_stadv():
     summary = make_summary()
     summary["rows"] = [row | {"threat": "flow"} for row in summary["rows"]]
     html = report.render(summary, make_results(n=1))
-    assert "StAdv" in Page(html).inside("th") and "StAdv" in Page(html).inside("b") and "PGD" not in html
+    page = Page(html)
+    assert "StAdv" in page.inside("th") and "StAdv" in page.inside("b") and "StAdv succeeds" in page.inside("option")
+    assert not [text for parent, text in page.text if "PGD" in text and parent != "script"]
 
 
 def test_cut_pictures_are_announced():
@@ -261,3 +315,182 @@ def test_write_puts_the_page_beside_its_files(tmp_path):
 def test_another_schema_is_refused():
     with pytest.raises(ValueError, match=r"schema 2.*reads schema 1"):
         report.render({"schema": 2, "rows": []}, make_results())
+
+
+def test_what_lies_below_a_map_is_its_image_in_grey():
+    results = make_results(n=1)
+    page = Page(report.render(make_summary(), results))
+    below = [opened(img) for img in page.attributes("img") if "base" in img["class"].split()]
+    images = [results["images"][0], results["cam/pgd/images"][0], results["cam/adv2/images"][0]]
+    for picture, image in zip(below, images, strict=True):
+        assert picture.mode == "L"
+        expected = np.asarray(Image.fromarray(image).convert("L"), int)
+        assert np.abs(np.asarray(picture, int) - expected).max() <= 1  # one rounds, the other cuts
+
+
+def test_a_map_with_a_palette_is_a_third_of_the_colours_of_it():
+    values = report.colour_map(np.random.default_rng(3).random((64, 64)))
+    levels = np.random.default_rng(3).integers(0, 256, (64, 64, 1), dtype=np.uint8)
+    palette = report.colour_map(np.arange(256) / 255)
+    file = report.png(levels, palette=palette)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), palette[levels[..., 0]])
+    assert len(file) < len(report.png(values)) / 2
+
+
+def test_intervals_stand_below_their_number():
+    summary = make_summary()
+    summary["rows"][0]["ci"] = {"map_l1": [0.1, 0.15], "asr": [None, 1.0]}
+    html = report.render(summary, make_results())
+    assert Page(html).inside("small") == ["– – 1.000", "0.1000 – 0.1500"] and "bootstrap" in html
+    assert "bootstrap" not in report.render(make_summary(), make_results())
+
+
+def test_settings_are_columns_only_where_rows_differ():
+    summary = make_summary()
+    summary["rows"] = [row | {"target_map": "patch", "model": "tiny"} for row in summary["rows"]]
+    page = Page(report.render(summary, make_results()))
+    assert "Target map" not in page.inside("th") and "patch" in page.inside("dd")
+    summary["rows"][0]["target_map"] = "image"
+    page = Page(report.render(summary, make_results()))
+    assert "Target map" in page.inside("th") and "patch" not in page.inside("dd") and "patch" in page.inside("td")
+
+
+def test_flow_rows_tell_shift_and_penalty():
+    summary, results = with_everything(make_summary(), make_results())
+    page = Page(report.render(summary, results))
+    heads = page.inside("th")
+    assert heads[heads.index("L2") + 1 :][:2] == ["Shift, px", "Flow penalty"]
+    assert page.inside("td").count("0.250") == page.inside("td").count("3.50") == 2
+    assert "Shift, px" not in Page(report.render(make_summary(), make_results())).inside("th")
+
+
+def test_paired_differences_have_a_sign():
+    cells = Page(report.render(*with_everything(make_summary(), make_results()))).inside("td")
+    assert cells[cells.index("−0.0800") - 3 :][:5] == ["flow", "Map L1 ↓", "3", "−0.0800", "−0.1000 to +0.0500"]
+
+
+def test_transfer_is_a_table_of_readable_numbers_with_the_attacked_marked():
+    summary, results = with_everything(make_summary(("grad", "cam")), make_results(interpreters=("grad", "cam")))
+    summary["transfer"]["map_l1"][0][0] = None
+    page = Page(report.render(summary, results))
+    cells = [attributes for attributes in page.attributes("td") if "heat" in attributes.get("class", "")]
+    assert len(cells) == 2 * 4 * 2
+    assert [k for k, cell in enumerate(cells[:8]) if "own" in cell["class"]] == [4, 7]
+    numbers = [number for row in summary["transfer"]["map_l1"] for number in row]
+    shown = [text for parent, text in page.text if parent == "td"]
+    for number in numbers[1:]:
+        assert f"{number:.4f}" in shown
+    for cell in cells:
+        background, ink = cell["style"].split(";")
+        colour = np.array(background.removeprefix("background:rgb(").removesuffix(")").split(","), float)
+        assert tables.contrast(colour, np.full(3, 255.0 if ink == "color:#fff" else 0.0)) >= 4.5
+    assert len({cell["style"] for cell in cells[:8]}) > 4
+
+
+@pytest.mark.parametrize(("one", "other", "ratio"), [(0, 255, 21.0), (255, 255, 1.0), (118, 255, 4.54)])
+def test_contrast_is_that_of_wcag(one, other, ratio):
+    assert tables.contrast(np.full(3, one), np.full(3, other)) == pytest.approx(ratio, abs=0.01)
+
+
+def test_numbers_read_on_every_colour_of_the_scale():
+    for colour in report.colour_map(np.linspace(0, 1, 256)):
+        assert max(tables.contrast(colour, np.zeros(3)), tables.contrast(colour, np.full(3, 255))) >= 4.5
+
+
+def test_old_runs_have_no_curves_sliders_or_transfer():
+    html = report.render(make_summary(), make_results())
+    page = Page(html)
+    inputs = [control["type"] for control in page.attributes("input")]
+    assert page.attributes("svg") == [] and page.attributes("details") == [] and "range" not in inputs
+    assert page.inside("h2") == ["Summary", "CAM", "Reproduce"]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.073), (-3.2, 17), (5, 5), (0, 0), (0, 1250), (0.98, 0.99)])
+def test_ticks_are_few_and_round_and_reach_both_ends(low, high):
+    ticks = charts.ticks(low, high)
+    step = ticks[1] - ticks[0]
+    assert 2 <= len(ticks) <= 6 and ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9
+    mantissa = step / 10 ** np.floor(np.log10(step) + 1e-9)
+    assert min(abs(mantissa - np.array([1, 2, 5]))) < 1e-6
+    np.testing.assert_allclose(np.diff(ticks), step)
+
+
+def test_curves_are_means_with_quartiles_where_every_image_has_a_number():
+    values = np.array([[0, np.nan, 4, 8], [1, 1, 5, 8], [2, 2, 9, 8], [9, 3, 10, 8]])
+    line = charts.over_images("ADV²", "adv2", [0, 5, 10, 20], values)
+    assert line.steps.tolist() == [0, 10, 20] and line.middle.tolist() == [3, 7, 8]
+    assert line.low.tolist() == [0.75, 4.75, 8] and line.high.tolist() == [3.75, 9.25, 8]
+    assert charts.over_images("PGD", "pgd", [0, 1], np.full((2, 2), np.nan)) is None
+    assert charts.over_images("PGD", "pgd", [0, 1], np.zeros((0, 2))) is None
+
+
+def test_curves_are_drawn_where_their_axes_say():
+    line = charts.over_images("ADV²", "adv2", [0, 50, 100], np.array([[0.0, 0.5, 2.0]]))
+    page = Page(charts.chart([line], anchor="a", title="Loss"))
+    (drawn,) = page.attributes("polyline")
+    points = np.array([point.split(",") for point in drawn["points"].split()], float)
+    numbers = {
+        text["y"]: float(label) for text, label in zip(page.attributes("text"), page.inside("text"), strict=True) if label != "step"
+    }
+    levels = sorted((float(y) - 3.5, value) for y, value in numbers.items() if float(y) < 185)
+    heights, values = zip(*levels, strict=True)
+    np.testing.assert_allclose(np.interp(points[:, 1], heights, values), [0, 0.5, 2], atol=0.01)  # a tenth of a pixel
+    assert points[1, 0] - points[0, 0] == pytest.approx(points[2, 0] - points[1, 0], abs=0.11)
+    assert page.inside("desc") == ["ADV² from 0 to 2, over steps 0 to 100."]
+
+
+def test_curves_of_both_attacks_share_a_plot_and_one_may_be_missing():
+    summary, results = with_everything(make_summary(), make_results())
+    del results["cam/pgd/curve_map_l1"]
+    page = Page(report.render(summary, results))
+    assert [line["class"] for line in page.attributes("polyline")] == ["pgd", "adv2", "pgd", "adv2", "adv2"]
+    assert page.inside("figcaption") == ["Loss of the attack", "Confidence in the target class", "Map L1"]
+
+
+def test_arrows_point_along_the_flow():
+    flow = np.zeros((28, 28, 2), np.float32)
+    flow[:14] = (0, 3)
+    flow[14:] = (-1.5, 0)
+    (path,) = Page(charts.arrows(flow, "flow")).attributes("path")
+    shafts = [tuple(map(int, shaft)) for shaft in re.findall(r"M[\d.]+ [\d.]+l(-?\d+) (-?\d+)", path["d"])]
+    assert len(shafts) == 14 * 14
+    assert shafts[0] == (charts.CELL, 0) and shafts[-1] == (0, -charts.CELL // 2)
+    (still,) = Page(charts.arrows(np.zeros((5, 3, 2)), "flow")).attributes("path")
+    assert still["d"] == ""
+
+
+def test_captions_tell_the_longest_shift():
+    summary, results = with_everything(make_summary(), make_results(n=1))
+    results["cam/adv2/flow"][:] = 0
+    results["cam/adv2/flow"][0, 3, 5] = (3, -4)
+    page = Page(report.render(summary, results))
+    assert "shift up to 5.00 px" in page.inside("span")
+    assert any(svg.get("aria-label") == "Flow of ADV² image 40, at most 5.00 px" for svg in page.attributes("svg"))
+
+
+def test_films_hold_the_snapshots_side_by_side():
+    summary, results = with_everything(make_summary(), make_results())
+    page = Page(report.render(summary, results))
+    films = [(alt, picture) for alt, picture in page.pictures() if "after steps" in alt]
+    assert [alt for alt, _ in films[:2]] == [
+        "PGD image 40 after steps 0, 20, 40",
+        "CAM maps of PGD image 40 after steps 0, 20, 40",
+    ]
+    assert len(films) == 2 * 2 * 2  # images and maps, two attacks, the two images that have snapshots
+    np.testing.assert_array_equal(films[0][1], np.concatenate(results["cam/pgd/snapshot_images"][0], axis=1))
+    assert films[1][1].shape == films[0][1].shape
+    told = [film for _, film in page.tags if film.get("class") == "film"]
+    assert told[0]["data-steps"] == "0 20 40" and told[0]["data-confidence"] == "0.01 0.50 0.98"
+    assert page.inside("li")[:6] == ["0", "0.01", "20", "0.50", "40", "0.98"]
+
+
+def test_the_report_of_a_training_draws_its_loss(tmp_path):
+    losses = np.exp(-np.arange(1000) / 200).tolist()
+    summary = {"schema": 1, "config": {"model": "tiny", "command": "adv2 train"}, "counts": {"train": 9, "held_out": 3}}
+    summary |= {"losses": losses, "accuracy": 0.75, "quality": [{"interpreter": "cam", "n": 3, "kept": 0.5}]}
+    (tmp_path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    page = Page(report.write_training(tmp_path).read_text(encoding="utf-8"))
+    (line,) = page.attributes("polyline")
+    heights = np.array([point.split(",")[1] for point in line["points"].split()], float)
+    assert len(heights) == 200 and (np.diff(heights) >= 0).all() and heights[-1] > heights[0]
+    assert "0.7500" in page.inside("dd") and page.inside("td") == ["3", "0.500"] and "CAM" in page.inside("th")

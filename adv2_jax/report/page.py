@@ -1,0 +1,197 @@
+"""A finished run as one HTML page."""
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from adv2_jax.files import SCHEMA, atomic, read_arrays
+from adv2_jax.report import cards, tables, words
+from adv2_jax.report.pictures import INFERNO, Arrays, Pixels
+
+
+def write(directory: Path | str) -> Path:
+    """Reads `summary.json` and `results.npz` of a finished run and writes `report.html` next to them.
+
+    Args:
+        directory: the folder of the run.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: if there is no summary.
+        ValueError: if the summary has another schema, or the results cannot be read.
+    """
+    folder = Path(directory)
+    summary = read_summary(folder)
+    return write_page(folder, render(summary, read_arrays(folder / "results.npz")))
+
+
+def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> str:
+    """Renders a run as one HTML page.
+
+    Args:
+        summary: the content of `summary.json`.
+        results: the content of `results.npz`; only what is there is shown.
+        limit: number of images shown per interpreter; the page says so when it cuts.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: if the summary has another schema.
+    """
+    check_schema(summary)
+    rows, config = summary["rows"], summary.get("config", {})
+    subjects = [subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results]
+    total = len(results["images"])
+    title = f"ADV² against {config.get('model') or 'a classifier'}"
+    return template("page.html").substitute(
+        title=escape(title),
+        style=style(results["images"]),
+        facts=words.definitions(_facts(summary, total), "facts"),
+        navigation="".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)),
+        table=tables.summary(rows),
+        intervals=" In small print: 95 % bootstrap intervals." if any(row.get("ci") for row in rows) else "",
+        extras="".join(frame.substitute(table=write(summary[key])) for key, _, write, frame in EXTRAS if summary.get(key)),
+        controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
+        sections="".join(cards.section(subject, results, limit=limit) for subject in subjects),
+        reproduction=reproduction(config, summary.get("environment", {})),
+        script=asset("script.js"),
+    )
+
+
+def read_summary(folder: Path) -> Any:
+    """The content of `summary.json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has another schema.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    check_schema(summary)
+    return summary
+
+
+def check_schema(summary: Mapping[str, Any]) -> None:
+    """Refuse a summary that this report does not know how to read.
+
+    Raises:
+        ValueError: names both schemas.
+    """
+    if summary.get("schema") != SCHEMA:
+        raise ValueError(f"summary has schema {summary.get('schema')!r}; this report reads schema {SCHEMA}")
+
+
+def write_page(folder: Path, html: str) -> Path:
+    """Writes `report.html` into a folder; its path."""
+    page = folder / "report.html"
+    with atomic(page, "w") as file:
+        file.write(html)
+    return page
+
+
+def style(images: Pixels | None = None) -> str:
+    """The style sheet with the picture format, so that maps of another size fill the same frame, and the colours of the scale."""
+    height, width = (1, 1) if images is None else images.shape[1:3]
+    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
+    return asset("style.css") + f":root{{--ratio:{width}/{height};--scale:linear-gradient(90deg,{colours})}}"
+
+
+def reproduction(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
+    """The command, the settings and the versions."""
+    options = {key: value for key, value in config.items() if key != "command"}
+    parts = [("Configuration", options), ("Environment", environment)]
+    lists = "".join(f"<div><h3>{name}</h3>{words.definitions(values, 'list')}</div>" for name, values in parts if values)
+    command = f"<pre><code>{escape(words.text(config['command']))}</code></pre>" if "command" in config else ""
+    return f'{command}<div class="columns">{lists}</div>'
+
+
+def _subjects(summary: Mapping[str, Any]) -> list[cards.Subject]:
+    """The interpreters in the order of the table, each with the threat of its first row."""
+    threats = {row["interpreter"]: row.get("threat") for row in reversed(summary["rows"])}
+    names = dict.fromkeys(row["interpreter"] for row in summary["rows"])
+    return [cards.Subject(name, threats[name], summary.get("classes")) for name in names]
+
+
+def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
+    config, counts = summary.get("config", {}), summary.get("counts", {})
+    facts: dict[str, object] = {"Images attacked": attacked}
+    if "left_out" in counts:
+        facts["Left out, already misclassified"] = counts["left_out"]
+    settings = {key: tables.common(summary["rows"], key) for key in ("model", "threat", "target_map")} | config
+    for key in ("model", "threat", "epsilon", "target_map", "preset"):
+        if settings.get(key) is not None:
+            facts[words.heading(key)] = settings[key]
+    return facts
+
+
+def _links(summary: Mapping[str, Any], subjects: Sequence[cards.Subject]) -> list[tuple[str, str]]:
+    """The sections of the page: anchor and name."""
+    extras = [(key, name) for key, name, _, _ in EXTRAS if summary.get(key)]
+    own = [(subject.anchor, subject.title) for subject in subjects]
+    return [("summary", "Summary"), *extras, *own, ("reproduce", "Reproduce")]
+
+
+def asset(name: str) -> str:
+    """A file that lies beside this module: style, script, or the frame of a page."""
+    return (resources.files("adv2_jax.report") / name).read_text(encoding="utf-8")
+
+
+def template(name: str) -> Template:
+    """The frame of a page, to be filled in."""
+    return Template(asset(name))
+
+
+PAIRED = Template("""<section aria-labelledby="paired">
+<h2 id="paired">Image by image</h2>
+<div class="scroll" role="region" aria-label="Paired differences" tabindex="0">$table</div>
+<p class="note">The mean over the images of what ADV² has more or less than the plain attack on the same image,
+with its 95 % bootstrap interval: where that leaves out 0, the difference is more than chance.</p>
+</section>
+""")
+
+TRANSFER = Template("""<section aria-labelledby="transfer">
+<h2 id="transfer">From interpreter to interpreter</h2>
+<div class="columns">$table</div>
+<p class="note">Images made against the interpreter of the row, explained by that of the column and compared with its own
+map of the benign image. A frame marks the interpreter that was attacked; its neighbours show what the attack gives away.</p>
+</section>
+""")
+
+MODELS = Template("""<section aria-labelledby="models">
+<h2 id="models">To other networks</h2>
+<div class="scroll" role="region" aria-label="Transfer to other networks" tabindex="0">$table</div>
+<p class="note">The same images, classified and explained by networks they were not made against.</p>
+</section>
+""")
+
+EXTRAS = (  # of the summary, where it has them: key and anchor, name, table, frame
+    ("paired", "Image by image", tables.paired, PAIRED),
+    ("transfer", "Transfer", tables.transfer, TRANSFER),
+    ("models", "Networks", tables.models, MODELS),
+)
+
+CONTROLS = Template("""<form class="controls" aria-label="The cards below" autocomplete="off">
+<fieldset><legend>Maps</legend>
+<label><input type="radio" name="maps" id="over" checked> over the image</label>
+<label><input type="radio" name="maps" id="bare"> alone</label></fieldset>
+<div class="scripted" hidden>
+<label>Show <select name="success"><option value="">all images</option>
+<option value="adv2 1">ADV² succeeds</option><option value="adv2 0">ADV² fails</option>
+<option value="pgd 1">$plain succeeds</option><option value="pgd 0">$plain fails</option></select></label>
+<label>ADV² map L1 at most <input type="number" name="distance" min="0" max="1" step="any" placeholder="any"></label>
+<label>Sort by <select name="order"><option value="">order of the images</option>
+<option value="adv2L1 1">ADV² map L1, low first</option><option value="adv2L1 -1">ADV² map L1, high first</option>
+<option value="pgdL1 1">$plain map L1, low first</option><option value="pgdL1 -1">$plain map L1, high first</option>
+<option value="adv2P 1">ADV² confidence, low first</option><option value="adv2P -1">ADV² confidence, high first</option>
+</select></label>
+<button type="reset">Reset</button>
+<output aria-live="polite"></output></div>
+</form>
+<p class="note scale">Maps: 0 <i role="img" aria-label="colour scale from dark to light"></i> 1</p>
+""")

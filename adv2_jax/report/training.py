@@ -1,0 +1,57 @@
+"""A finished training as one HTML page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from adv2_jax.report import charts, page, tables, words
+
+
+def write_training(directory: Path | str) -> Path:
+    """Reads `summary.json` of a finished training and writes `report.html` next to it: loss curve, and what was measured.
+
+    Args:
+        directory: the folder of the training.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: if there is no summary.
+        ValueError: if the summary has another schema.
+    """
+    folder = Path(directory)
+    summary = page.read_summary(folder)
+    config, counts = summary["config"], summary["counts"]
+    facts = {"Model": config["model"], "Images trained on": counts["train"], "Held out": counts["held_out"]}
+    for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
+        if summary.get(key) is not None:
+            facts[name] = f"{summary[key]:.4f}"
+    html = page.template("training.html").substitute(
+        style=page.style(),
+        facts=words.definitions(facts, "facts"),
+        curve=_curve(summary["losses"]),
+        quality=_quality(summary.get("quality", [])),
+        reproduction=page.reproduction(config, summary.get("environment", {})),
+    )
+    return page.write_page(folder, html)
+
+
+def _curve(losses: Sequence[float]) -> str:
+    line = charts.over_steps("loss", losses)
+    return charts.chart([line], anchor="curve", title="Loss", limits=[0.0]) + charts.legend([line], "Band: smallest to largest.")
+
+
+def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
+    return QUALITY.substitute(table=tables.quality(rows)) if rows else ""
+
+
+QUALITY = Template("""<section aria-labelledby="quality">
+<h2 id="quality">Do the maps explain?</h2>
+<div class="scroll" role="region" aria-label="Quality table" tabindex="0">$table</div>
+<p class="note">On N held-out images that the network gets right. Kept: the share of its confidence that is left where only what
+the map marks is shown. Removed: its confidence where that is hidden. Inside, outside: the map on the object and beside it.
+Pointing game: share of maps that peak on the object. IoU: of the map at .5 and the object.</p>
+</section>
+""")
