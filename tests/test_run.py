@@ -12,7 +12,8 @@ from adv2_jax.attack import attack, snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments import batches
 from adv2_jax.experiments.files import read_summary
-from adv2_jax.experiments.run import Settings, run
+from adv2_jax.experiments.run import run
+from adv2_jax.experiments.task import Settings
 from adv2_jax.files import read_arrays
 from adv2_jax.presets import resolve
 
