@@ -1,11 +1,11 @@
 """The attack: a warm start by plain PGD, the joint descent, the best iterate kept, the result rounded to 8 bits and scored."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 from operator import itemgetter
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from adv2_jax.descent import (
     Driver,
     Info,
     Numbers,
+    OnStep,
     Options,
     Problem,
     State,
@@ -27,13 +28,13 @@ from adv2_jax.descent import (
     keep_better,
     round_to_8_bits,
     score,
+    solve,
 )
-from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter
+from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver
 from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
-OnStep = Callable[[int], None]
 T = TypeVar("T")
 
 
@@ -47,7 +48,7 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w].
-        gradient_evaluations: gradients with respect to the image spent on each image, scoring for keep-best included.
+        gradient_evaluations: gradients through the network spent on each image, scoring for keep-best included.
         params: of the threat model, a pytree whose leaves have a leading axis [N].
         curves: what the n steps, those of the warm start too, reported for the iterates they started from, [N, n]; `map_l1` is
             not a number where a step draws no map.
@@ -89,8 +90,8 @@ def attack(
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
         target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
-        interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), an `Interpreter` of your own, or None for
-            plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
+        interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), "mask", an `Interpreter` of your own, or
+            None for plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
         threat: what may be changed: `threats.linf` (0.031 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
@@ -119,8 +120,8 @@ def attack(
     rounded = to_uint8(x)
 
     def look(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        interpreter = no_map if plan.interpreter is None else plan.interpreter.explain
-        return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size)
+        interpreter = no_map if plan.interpreter is None else plan.interpreter
+        return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size, driver=driver)
 
     taken = np.concatenate([part.snapshots for part in parts])
     return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan), params, curves, taken)
@@ -138,6 +139,7 @@ def explain(
     *,
     interpreter: str | Interpreter | Explain,
     batch_size: int = 64,
+    driver: Driver = "auto",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and maps of a set of images.
 
@@ -148,6 +150,7 @@ def explain(
         interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image function (model, image, label) ->
             map, which `jit` knows again only if it is the same object.
         batch_size: images at a time.
+        driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see `descent.drive`).
 
     Returns:
         logits [N, K], maps [N, h, w] in [0, 1].
@@ -160,8 +163,11 @@ def explain(
     inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
-    face = interpreter.explain if isinstance(interpreter, Interpreter) else interpreter
-    parts = [_explain_batch(model, to_float(images), labels, face) for images, labels in batches(inputs, batch_size)]
+    faces = (interpreter.explain, interpreter.solver) if isinstance(interpreter, Interpreter) else (interpreter, None)
+    parts = [
+        _look(model, jnp.asarray(to_float(images)), jnp.asarray(labels), *faces, driver)[:2]
+        for images, labels in batches(inputs, batch_size)
+    ]
     logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
     _check_finite(logits)
     return logits, maps
@@ -174,12 +180,16 @@ def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interprete
 
 
 def gradient_evaluations(plan: Preset) -> int:
-    """Gradients with respect to the image that a plan spends on each image, scoring for keep-best included.
+    """Gradients through the network that a plan spends on each image, scoring for keep-best included.
 
-    A step is one: the gradient of its loss. Scoring is free where the step's own map is the explained one (a faithful surrogate),
-    and one more where it is not.
+    A step is one, the gradient of its loss, or as many as its interpreter's `cost`. Scoring is free where the step's own map is the
+    explained one (a faithful surrogate), and one more where it is not. A solver takes one for each of its steps: before the
+    joint stage, and whenever an iterate is scored.
     """
-    return plan.warm_steps + plan.steps + (math.ceil(plan.steps / plan.keep_every) if _scores_apart(plan) else 0)
+    cost, solver = 1 if plan.interpreter is None else plan.interpreter.cost, _solver(plan)
+    solving = 0 if solver is None else solver.steps
+    scoring = (1 + solving) * math.ceil(plan.steps / plan.keep_every) if _scores_apart(plan) else 0
+    return plan.warm_steps + solving + cost * plan.steps + scoring
 
 
 def count_steps(plan: Preset, n: int, batch_size: int) -> int:
@@ -270,6 +280,10 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> 
     return classes.astype(np.int32)
 
 
+def _solver(plan: Preset) -> Solver | None:
+    return None if plan.interpreter is None else plan.interpreter.solver
+
+
 def _scores_apart(plan: Preset) -> bool:
     return plan.interpreter is not None and not plan.interpreter.faithful and plan.keep_every > 0
 
@@ -325,14 +339,14 @@ def _attack_batch(
     curves = [info]
     if plan.warm_steps:
         snapshots.append(picture(states.params))
-    states = jax.vmap(lambda problem, params: init(problem, joint, params))(problems, states.params)
-    interpreter = None if plan.interpreter is None else plan.interpreter.explain
+    memory = _solved(model, _seen(problems, states, threat), problems.target, _solver(plan), driver)
+    states = jax.vmap(lambda problem, *start: init(problem, joint, *start))(problems, states.params, memory)
     numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
     for start, stop in pairwise([0, *_cuts(plan)]):
         states, info = run(states, joint, Numbers(*(values[start:stop] for values in numbers)))
         curves.append(info)
-        if interpreter is not None and _scores_apart(plan):
-            states = _rescore(model, problems, states, joint, interpreter)
+        if plan.interpreter is not None and _scores_apart(plan):
+            states = _rescore(model, problems, states, joint, plan.interpreter, driver, plan.reset)
         if plan.warm_steps + stop in looks:
             snapshots.append(picture(states.params))
     params = states.best if plan.keep_every else states.params
@@ -360,23 +374,50 @@ def joint_options(plan: Preset, threat: Threat) -> Options:
     )
 
 
-@partial(jax.jit, static_argnames=("options", "interpreter"))
-def _rescore(model: Classifier, problems: Problem, states: State, options: Options, interpreter: Explain) -> State:
-    """Scores the present iterates on the explained map of their 8-bit images."""
-
-    def one(problem: Problem, state: State) -> State:
-        x = round_to_8_bits(options.threat.apply(state.params, problem.image))
-        m = interpreter(model, x, problem.target)
-        f_t = losses.probability(model.head(model.features(x)), problem.target)
-        return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), options.confidence))
-
-    return jax.vmap(one)(problems, states)
+def _rescore(
+    model: Classifier, problems: Problem, states: State, options: Options, interpreter: Interpreter, driver: Driver, reset: bool
+) -> State:
+    """Scores the present iterates on the explained map of their 8-bit images; what a solver finds may become the memory."""
+    images = _seen(problems, states, options.threat)
+    logits, maps, memory = _look(model, images, problems.target, interpreter.explain, interpreter.solver, driver)
+    return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory if reset else states.memory)
 
 
-@partial(jax.jit, static_argnames="interpreter")
-def _explain_batch(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> tuple[Array, Array]:
-    def one(image: Image, label: Label) -> tuple[Logits, Map]:
+@partial(jax.jit, static_argnames="threat")
+def _seen(problems: Problem, states: State, threat: Threat) -> Array:
+    """The 8-bit images [B, H, W, 3] of the present iterates."""
+    return round_to_8_bits(jax.vmap(threat.apply)(states.params, problems.image))
+
+
+@partial(jax.jit, static_argnames="confidence")
+def _kept(problems: Problem, states: State, logits: Array, maps: Array, confidence: float) -> State:
+    def one(problem: Problem, state: State, logits: Logits, m: Map) -> State:
+        f_t = losses.probability(logits, problem.target)
+        return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), confidence))
+
+    return jax.vmap(one)(problems, states, logits, maps)
+
+
+def _look(
+    model: Classifier, images: Array, labels: Array, interpreter: Explain, solver: Solver | None, driver: Driver
+) -> tuple[Array, Array, tuple[Any, ...]]:
+    """Logits and maps of a batch, and the memory of its solver, as `_solved`."""
+    memory = _solved(model, images, labels, solver, driver)
+    return *_explain_batch(model, images, labels, memory, interpreter, solver), memory
+
+
+def _solved(model: Classifier, images: Array, labels: Array, solver: Solver | None, driver: Driver) -> tuple[Any, ...]:
+    """(memory at the end of a solver,), or () without one."""
+    return () if solver is None else (solve(model, images, labels, solver, driver=driver),)
+
+
+@partial(jax.jit, static_argnames=("interpreter", "solver"))
+def _explain_batch(
+    model: Classifier, images: Array, labels: Array, memory: tuple[Any, ...], interpreter: Explain, solver: Solver | None
+) -> tuple[Array, Array]:
+    def one(image: Image, label: Label, memory: tuple[Any, ...]) -> tuple[Logits, Map]:
+        m = interpreter(model, image, label) if solver is None else solver.read(*memory)
         # float32, whatever the network computes in: NumPy knows no bfloat16
-        return model.head(model.features(image)).astype(jnp.float32), interpreter(model, image, label).astype(jnp.float32)
+        return model.head(model.features(image)).astype(jnp.float32), m.astype(jnp.float32)
 
-    return jax.vmap(one)(images, labels)
+    return jax.vmap(one)(images, labels, memory)

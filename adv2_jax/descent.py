@@ -4,7 +4,7 @@
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f softmax probabilities, t target class,
 m_t target map, g the interpreter, α step size, λ weight of the map, Π `threat.project`; what is said of x holds for the parameters
-that make it under other threat models.
+that make it under other threat models. Where a map is itself the end of a descent, `solve` goes down to it; `drive` drives both.
 """
 
 import operator
@@ -19,12 +19,14 @@ import optax
 from jax import Array
 
 from adv2_jax import losses
-from adv2_jax.interpreters import Surrogate
+from adv2_jax.interpreters import Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 Driver = Literal["auto", "fori", "host"]
 MapLoss = Callable[[Map, Map], Array]
+OnStep = Callable[[int], None]
+Step = Callable[[Classifier, Any, Any, Any], tuple[Any, Any]]
 
 
 class Problem(NamedTuple):
@@ -40,7 +42,8 @@ class Options(NamedTuple):
 
     Attributes:
         threat: the threat model.
-        surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD).
+        surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD). One
+            with a memory takes it last, and returns it after the map.
         map_loss: ℓ_int, (map, target map) -> [].
         momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
             (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
@@ -79,7 +82,8 @@ class Numbers(NamedTuple):
 class State(NamedTuple):
     """Carried from step to step for one image.
 
-    `weight` in (0, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far.
+    `weight` in (0, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far;
+    `memory` is (memory of the surrogate,), or () where it has none.
     """
 
     params: Params
@@ -87,6 +91,7 @@ class State(NamedTuple):
     weight: Array
     best: Params
     best_score: Array
+    memory: tuple[Any, ...] = ()
 
 
 class Info(NamedTuple):
@@ -121,29 +126,32 @@ def direction(options: Options) -> optax.GradientTransformation:
     return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
 
 
-def init(problem: Problem, options: Options, params: Params = None) -> State:
+def init(problem: Problem, options: Options, params: Params = None, memory: tuple[Any, ...] = ()) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, direction(options).init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32))
+    return State(start, direction(options).init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32), memory)
 
 
-def joint_loss(params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options) -> tuple[Array, Info]:
-    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3), and its parts.
+def joint_loss(
+    params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options, memory: tuple[Any, ...] = ()
+) -> tuple[Array, tuple[Info, tuple[Any, ...]]]:
+    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3); its parts, and the next memory.
 
     What the surrogate and the threat model penalise besides is added.
     """
     x = options.threat.apply(params, problem.image)
     x = round_to_8_bits(x) if options.rounded else x
-    penalties: Sequence[Array] = ()
+    rest: Sequence[Any] = memory
     if options.surrogate is None:
         logits, m = model.head(model.features(x)), problem.target_map
     else:
-        logits, m, *penalties = options.surrogate(model, x, problem.target, numbers.tau)
+        logits, m, *rest = options.surrogate(model, x, problem.target, numbers.tau, *memory)
+    memory, penalties = tuple(rest[: len(memory)]), rest[len(memory) :]
     f_t = losses.probability(logits, problem.target)
     prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
     loss = prediction + numbers.lam * options.map_loss(m, problem.target_map) + sum(penalties)
     loss += options.threat.penalty(params)
-    return loss, Info(loss, f_t, jnp.abs(m - problem.target_map).mean())
+    return loss, (Info(loss, f_t, jnp.abs(m - problem.target_map).mean()), memory)
 
 
 def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options) -> tuple[State, Info]:
@@ -160,28 +168,45 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
         The next state, and what was found at the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
-    gradient, info = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options)
+    gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options, state.memory)
     if options.keep_best:
         state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
     holds = info.confidence >= options.confidence
     weight = jnp.minimum(1, state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding))
-    return state._replace(params=options.threat.project(moved, problem.image), optimiser=optimiser, weight=weight), info
+    projected = options.threat.project(moved, problem.image)
+    return state._replace(params=projected, optimiser=optimiser, weight=weight, memory=memory), info
 
 
 @lru_cache
-def _programs(structure: Any, options: Options) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _step_of(options: Options) -> Step:
+    """`step` of these options; equal options give the same object."""
+    return lambda model, problem, state, numbers: step(model, problem, state, numbers, options)
+
+
+@lru_cache
+def _step_to_map(solver: Solver) -> Step:
+    """`solver.step` in the form that `drive` wants."""
+
+    def step(model: Classifier, asked: tuple[Image, Label], memory: Any, _: Any) -> tuple[Any, Any]:
+        return solver.step(model, *asked, memory), ()
+
+    return step
+
+
+@lru_cache
+def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The jitted drivers of a batch for one architecture: one step, and a loop over [n] steps.
 
     The model enters as its leaves: flattening an NNX module at every call would cost milliseconds.
     """
 
-    def one(leaves: list[Array], problems: Problem, states: State, numbers: Numbers) -> tuple[State, Info]:
+    def one(leaves: list[Array], problems: Any, states: Any, numbers: Any) -> tuple[Any, Any]:
         model = jax.tree.unflatten(structure, leaves)
-        return jax.vmap(lambda problem, state: step(model, problem, state, numbers, options))(problems, states)
+        return jax.vmap(lambda problem, state: step(model, problem, state, numbers))(problems, states)
 
-    def loop(leaves: list[Array], problems: Problem, states: State, schedule: Numbers) -> tuple[State, Info]:
+    def loop(leaves: list[Array], problems: Any, states: Any, schedule: Any) -> tuple[Any, Any]:
         return jax.lax.scan(lambda carry, numbers: one(leaves, problems, carry, numbers), states, schedule)
 
     return jax.jit(one), jax.jit(loop)
@@ -194,7 +219,7 @@ def batched_step(model: Classifier, options: Options) -> tuple[list[Array], Call
         the leaves of the model, and (leaves, problems, states, numbers) -> (states, info), all but the numbers with axis [B].
     """
     leaves, structure = jax.tree.flatten(model)
-    return leaves, _programs(structure, options)[0]
+    return leaves, _programs(structure, _step_of(options))[0]
 
 
 def descend(
@@ -205,7 +230,7 @@ def descend(
     options: Options,
     *,
     driver: Driver = "auto",
-    on_step: Callable[[int], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> tuple[State, Info]:
     """Repeat `step` for a batch.
 
@@ -215,9 +240,8 @@ def descend(
         states: batched, leading axis [B].
         schedule: the numbers of each step, [n].
         options: static options.
-        driver: "fori" is one jitted loop (`lax.scan`), "host" calls the same step n times. "auto" is the host on CPU, where XLA
-            compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
-        on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
+        driver: see `drive`.
+        on_step: see `drive`.
 
     Returns:
         The states after n steps, and what each step reported, [B, n].
@@ -225,14 +249,51 @@ def descend(
     Raises:
         ValueError: for an unknown driver.
     """
+    schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
+    if len(schedule.alpha) == 0:
+        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
+    return drive(model, _step_of(options), problems, states, schedule, driver=driver, on_step=on_step)
+
+
+def solve(model: Classifier, images: Array, labels: Array, solver: Solver, *, driver: Driver = "auto") -> Any:
+    """The memory of a solver at the end of its steps, for a batch: [B, H, W, 3], [B] -> leading axis [B]."""
+    start = jax.vmap(solver.init)(images)
+    return drive(model, _step_to_map(solver), (images, labels), start, np.arange(solver.steps), driver=driver)[0]
+
+
+def drive(
+    model: Classifier,
+    step: Step,
+    problems: Any,
+    states: Any,
+    schedule: Any,
+    *,
+    driver: Driver = "auto",
+    on_step: OnStep | None = None,
+) -> tuple[Any, Any]:
+    """Repeat a step of one image for a batch.
+
+    Args:
+        model: the classifier.
+        step: (model, problem, state, numbers) -> (state, info); compiled once for each such object.
+        problems: what does not change, any pytree with leading axis [B].
+        states: what does, any pytree with leading axis [B].
+        schedule: the numbers of each step, any pytree with leading axis [n], n >= 1.
+        driver: "fori" is one jitted loop (`lax.scan`), "host" calls the same step n times. "auto" is the host on CPU, where XLA
+            compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
+        on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
+
+    Returns:
+        The states after n steps, and what each step reported: numbers [B, n], one an image and step.
+
+    Raises:
+        ValueError: for an unknown driver.
+    """
     if driver not in ("auto", "fori", "host"):
         raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
     leaves, structure = jax.tree.flatten(model)
-    one, loop = _programs(structure, options)
-    schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
-    n = len(schedule.alpha)
-    if n == 0:
-        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
+    one, loop = _programs(structure, step)
+    n = len(jax.tree.leaves(schedule)[0])
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
         states, infos = loop(leaves, problems, states, schedule)
         if on_step:

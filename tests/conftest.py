@@ -139,6 +139,39 @@ def make_small():
     return make
 
 
+class Normed(nnx.Module):
+    """One convolution, BatchNorm and a linear layer, for images of any size and 3 classes: what training is tested on."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(3, 4, (3, 3), use_bias=False, rngs=rngs)
+        self.bn = nnx.BatchNorm(4, use_running_average=True, momentum=0.9, rngs=rngs)
+        self.linear = nnx.Linear(4, 3, rngs=rngs)
+
+    def features(self, image, act=nnx.relu):
+        return act(self.bn(self.conv(image)))
+
+    def head(self, features):
+        return self.linear(features.mean((-3, -2)))
+
+
+@pytest.fixture(scope="session")
+def normed():
+    return Normed(nnx.Rngs(0))
+
+
+def colours():
+    """64 noisy images; the class is the channel that is a little brighter than the others."""
+    labels = np.arange(64) % 3
+    images = np.random.default_rng(0).integers(0, 156, (64, 8, 8, 3), np.uint8)
+    images[range(64), :, :, labels] += 60
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def coloured():
+    return colours()
+
+
 @pytest.fixture(scope="session")
 def pixels():
     """One float image of 4 x 4 pixels, for the linear classifier."""

@@ -207,7 +207,7 @@ def train(network, out, *words):
 
 def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["counts"] == {"train": 18, "held_out": 2}
     assert len(summary["losses"]) == 6
@@ -258,7 +258,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     assert train(network, tmp_path / "out", *words, "--seed", "5", "--resume") == 2
     assert "seed was 0, is 5" in capsys.readouterr().err
     assert train(network, tmp_path / "out", *words, "--resume") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
     assert (tmp_path / "out" / "weights.npz").read_bytes() == (tmp_path / "whole" / "weights.npz").read_bytes()
 
 

@@ -129,8 +129,22 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
         return model.head(model.features(image)), jnp.full((4, 4), tau)
 
     options = Options(threats.linf(EPSILON), surrogate)
-    _, info = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
+    _, (info, _) = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
     assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
+
+
+def test_what_the_surrogate_penalises_is_added(linear, problem):
+    def surrogate(model, image, label, tau):
+        return *CAM(model, image, label, tau), 3 * image.sum(), 5 * (image**2).sum()
+
+    def loss_and_slope(surrogate):
+        options = Options(threats.linf(EPSILON), surrogate)
+        zero = jnp.zeros_like(problem.image)
+        return jax.value_and_grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(zero)
+
+    (loss, slope), (more, steeper), x = loss_and_slope(CAM), loss_and_slope(surrogate), np.asarray(problem.image, float)
+    assert more - loss == pytest.approx(3 * x.sum() + 5 * (x**2).sum(), rel=1e-5)
+    np.testing.assert_allclose(steeper - slope, 3 + 10 * x, rtol=1e-5)
 
 
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):

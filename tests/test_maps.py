@@ -113,3 +113,26 @@ def bilinear(values, shape):
 def test_resize_is_bilinear_and_never_antialiases(raw, shape):
     found = maps.resize(jnp.asarray(raw, jnp.float32), shape)
     np.testing.assert_allclose(found, bilinear(raw, shape), atol=2e-5)  # float32 sample positions
+
+
+def test_total_variation_is_the_mean_of_squared_differences(raw):
+    h, w = raw.shape
+    vertical = [(raw[i + 1, j] - raw[i, j]) ** 2 for i in range(h - 1) for j in range(w)]
+    horizontal = [(raw[i, j + 1] - raw[i, j]) ** 2 for i in range(h) for j in range(w - 1)]
+    assert maps.total_variation(jnp.asarray(raw, jnp.float32)) == pytest.approx(np.mean(vertical) + np.mean(horizontal), rel=1e-5)
+    assert maps.total_variation(jnp.full((3, 4), 0.7)) == 0
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.5, 20.0])
+def test_blur_is_a_weighted_mean_of_the_pixels_there_are(raw, sigma):
+    h, w = raw.shape
+    expected = np.empty(raw.shape)
+    for i in range(h):
+        for j in range(w):
+            distance = np.array([[(y - i) ** 2 + (x - j) ** 2 for x in range(w)] for y in range(h)])
+            weights = np.exp(-distance / (2 * sigma**2))
+            expected[i, j] = (weights * raw).sum() / weights.sum()
+    found = maps.blur(jnp.asarray(raw, jnp.float32), sigma)
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 sums of 48 numbers of order 1
+    channels = maps.blur(jnp.asarray(np.stack([raw, 2 * raw], axis=-1), jnp.float32), sigma)
+    np.testing.assert_allclose(channels, np.stack([expected, 2 * expected], axis=-1), atol=2e-5)

@@ -24,7 +24,7 @@ def photos():
 
 
 def check(model, images, num_classes):
-    """Every interpreter that needs no masker draws maps, the smoothed twin another one, and an attack raises the target's probability."""
+    """Interpreters that need no masker draw maps, the smoothed twin another one, and an attack raises the target's probability."""
     for name in adv2.interpreters.INTERPRETERS.keys() - {"rts"}:
         logits, maps = adv2.explain(model, images, np.arange(len(images)), interpreter=name)
         assert logits.shape == (len(images), num_classes)

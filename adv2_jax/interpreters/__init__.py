@@ -10,12 +10,26 @@ a schedule can sharpen it on the way. What else it returns is added to the loss.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 from jax import Array
 
 from adv2_jax.activations import relu_curved, relu_h
 from adv2_jax.classifier import num_classes
 from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
+from adv2_jax.interpreters.mask import (
+    ITERATIONS,
+    OBJECTIVE,
+    Descent,
+    MaskObjective,
+    Memory,
+    check_descent,
+    implicit,
+    mask,
+    start_mask,
+    step_mask,
+    unrolled,
+)
 from adv2_jax.interpreters.rts import MaskWeights, head_loss, mean_loss, rts
 from adv2_jax.options import shared
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
@@ -24,7 +38,9 @@ __all__ = [
     "INTERPRETERS",
     "Explain",
     "Interpreter",
+    "MaskObjective",
     "MaskWeights",
+    "Solver",
     "Surrogate",
     "cam",
     "cam_interpreter",
@@ -33,6 +49,8 @@ __all__ = [
     "grad_cam_interpreter",
     "grad_interpreter",
     "input_gradient",
+    "mask",
+    "mask_interpreter",
     "rts",
     "rts_interpreter",
     "smooth_grad_interpreter",
@@ -40,7 +58,23 @@ __all__ = [
 
 
 Explain = Callable[[Classifier, Image, Label], Map]
-Surrogate = Callable[[Classifier, Image, Label, Array], tuple[Logits, Map, *tuple[Array, ...]]]
+Surrogate = Callable[..., tuple[Logits, Map, *tuple[Any, ...]]]
+
+
+class Solver(NamedTuple):
+    """An interpreter whose map is where a descent ends, one step at a time.
+
+    Attributes:
+        init: image -> memory (any pytree), where the descent starts.
+        step: (model, image, label, memory) -> memory; costs one gradient through the network.
+        read: memory -> map.
+        steps: how many steps make the explained map.
+    """
+
+    init: Callable[[Image], Any]
+    step: Callable[[Classifier, Image, Label, Any], Any]
+    read: Callable[[Any], Map]
+    steps: int
 
 
 class Interpreter(NamedTuple):
@@ -53,12 +87,18 @@ class Interpreter(NamedTuple):
             Further entries [], if any, are added to the loss as they are.
         faithful: whether the surrogate's map *is* the explained map (only its gradient may differ), so that an iterate is scored
             by the pass that differentiates it.
+        solver: `explain` step by step, for an interpreter that is itself a descent. Its surrogate carries a memory: it takes one
+            after `tau`, and returns the next one after the map.
+        cost: gradients through the network that the surrogate and its gradient cost together. The gradient of a gradient is two:
+            it runs through the network twice as often as a gradient does.
     """
 
     name: str
     explain: Explain
     surrogate: Surrogate
     faithful: bool = True
+    solver: Solver | None = None
+    cost: int = 1
 
 
 @shared
@@ -152,6 +192,64 @@ ENCODER_LOSSES = {"head": head_loss, "mean": mean_loss}
 
 
 @shared
+def mask_interpreter(
+    *,
+    size: int | None = None,
+    steps: int = 50,
+    learning_rate: float = 0.2,
+    objective: MaskObjective = OBJECTIVE,
+    free: int = 1,
+    ahead: int = 1,
+    hypergradient: str = "unrolled",
+) -> Interpreter:
+    """MASK, and for the adversary a map that is always some steps short of the present image (ADV² §3.5).
+
+    An attack carries a running map and its Adam state along. Each of its steps takes a few free steps of the descent on the
+    present image, then some more that are differentiated, the look-ahead; the free ones are what it remembers.
+
+    Args:
+        size, steps, learning_rate, objective: of the descent, as in `mask`.
+        free: steps before the look-ahead, 0 or more; the released code takes 4.
+        ahead: steps of the look-ahead, 0 or more; the released code takes 4. Without any the map does not depend on the image: the
+            attack is blind to it, and only scores what it meets.
+        hypergradient: "unrolled" differentiates the look-ahead (the paper's way). "implicit" takes the running map for an optimum
+            and differentiates that instead, by a Hessian-vector solve, in place of a look-ahead.
+
+    Returns:
+        An interpreter; equal options give the same object.
+
+    Raises:
+        ValueError: names the option that is out of its range.
+    """
+    descent = check_descent(Descent(size, steps, learning_rate, objective))
+    if hypergradient not in ("unrolled", "implicit"):
+        raise ValueError(f"hypergradient {hypergradient!r} is not one of unrolled, implicit")
+    for name, value in (("free", free), ("ahead", ahead)):
+        if value < 0:
+            raise ValueError(f"{name} = {value} must be 0 or more")
+
+    def step(model: Classifier, image: Image, label: Label, memory: Memory) -> Memory:
+        return step_mask(model, image, label, memory, descent)
+
+    def explain(model: Classifier, image: Image, label: Label) -> Map:
+        return mask(model, image, label, size=size, steps=steps, learning_rate=learning_rate, objective=objective)
+
+    def surrogate(model: Classifier, image: Image, label: Label, tau: Array, memory: Memory) -> tuple[Logits, Map, Memory]:
+        for _ in range(free):
+            memory = step(model, image, label, memory)
+        memory = jax.lax.stop_gradient(memory)
+        if hypergradient == "unrolled":
+            m = unrolled(model, image, label, memory, descent, lambda z: relu_curved(z, tau), ahead)
+        else:
+            m = implicit(model, image, label, memory.map, descent, lambda z: relu_curved(z, tau))
+        return model.head(model.features(image)), m, memory
+
+    solver = Solver(lambda image: start_mask(image, descent), step, lambda memory: memory.map, steps)
+    differentiated = 2 * ahead if hypergradient == "unrolled" else 2 + ITERATIONS
+    return Interpreter("mask", explain, surrogate, faithful=False, solver=solver, cost=1 + free + differentiated)
+
+
+@shared
 def _grad(pool: int | None) -> Explain:
     return lambda model, image, label: grad(model, image, label, pool=pool)
 
@@ -161,4 +259,5 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "cam": cam_interpreter,
     "grad_cam": grad_cam_interpreter,
     "rts": rts_interpreter,
+    "mask": mask_interpreter,
 }

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from adv2_jax.errors import first_line
 from adv2_jax.files import check_writable, read_arrays, write_arrays
 from adv2_jax.models import convert, densenet, resnet, user
 from adv2_jax.models.densenet import DenseNet
@@ -178,17 +179,24 @@ def load_masker(path: str | os.PathLike[str]) -> Masker:
         ValueError: for an unreadable file, or one that holds no masker (says which keys, with the expected and the found shape).
     """
     arrays = read_arrays(path)
-    options = {key.removeprefix(OPTION): array.tolist() for key, array in arrays.items() if key.startswith(OPTION)}
+    options = {key.removeprefix(OPTION): _plain(array) for key, array in arrays.items() if key.startswith(OPTION)}
     weights = {key: array for key, array in arrays.items() if not key.startswith(OPTION)}
     encoder = {key.removeprefix(ENCODER): array for key, array in weights.items() if key.startswith(ENCODER)}
     try:
         if "name" not in options:
             raise ValueError("it does not name its encoder; `adv2 train rts` writes maskers")
         name = str(options.pop("name"))
+        check_name(name)
         abstract = nnx.eval_shape(lambda: Masker(check_encoder(build(name, **_sizes(name, encoder), **options)), rngs=nnx.Rngs(0)))
         return convert.from_state_dict(abstract, weights)
-    except (ValueError, TypeError) as error:  # a TypeError: options that no network has
-        raise ValueError(f"{path} holds no masker: {error}") from None
+    except Exception as error:  # options that no network has fail anywhere in it
+        raise ValueError(f"{path} holds no masker: {first_line(error)}") from None
+
+
+def _plain(array: np.ndarray) -> Any:
+    """A number, a string, or a tuple of them: what an option was before it was written."""
+    value = array.tolist()
+    return tuple(value) if isinstance(value, list) else value
 
 
 def check_encoder(network: object) -> Encoder:
