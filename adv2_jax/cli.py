@@ -25,8 +25,9 @@ from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
 from adv2_jax.experiments import fit, train, train_masker
 from adv2_jax.experiments.files import output_directory, write_summary
-from adv2_jax.experiments.run import Settings, environment, run
+from adv2_jax.experiments.run import environment, run
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
+from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.train import TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import atomic

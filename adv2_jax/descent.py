@@ -295,7 +295,7 @@ def drive(
         on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
 
     Returns:
-        The states after n steps, and what each step reported, [B, n].
+        The states after n steps, and what each step reported: numbers [B, n], one an image and step.
 
     Raises:
         ValueError: for an unknown driver.

@@ -1,6 +1,7 @@
 """Files in and out: named arrays read without unpickling, results written atomically."""
 
 import contextlib
+import math
 import os
 import pickle
 import tempfile
@@ -8,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -99,6 +100,34 @@ def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndar
         return _read_npz(path, wanted)
 
 
+def read_pictures(path: str | os.PathLike[str], n: int) -> dict[str, np.ndarray]:
+    """All arrays of an `.npz`, but of those with three axes or more (images, maps) only the first n entries; no others are held.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = Path(path)
+    with _one_line(path), zipfile.ZipFile(path) as archive:
+        return {entry.removesuffix(".npy"): _first(archive, entry, n) for entry in archive.namelist()}
+
+
+def _first(archive: zipfile.ZipFile, entry: str, n: int) -> np.ndarray:
+    with archive.open(entry) as member:
+        shape, dtype, order = _header(member)
+        if len(shape) > 2 and order == "C":
+            shape = (min(n, shape[0]), *shape[1:])
+        values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape, order=order)
+    return values[:n] if len(shape) > 2 else values
+
+
+def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]:
+    np.lib.format.read_magic(member)
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    if dtype.hasobject:
+        raise ValueError("without allow_pickle there are no objects")  # NumPy's word, which becomes ours
+    return shape, dtype, "F" if fortran else "C"
+
+
 @contextlib.contextmanager
 def _one_line(path: Path) -> Iterator[None]:
     """Whatever a reader raises as one line that names the file."""
@@ -156,9 +185,7 @@ def stored(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.
     with zipfile.ZipFile(path) as archive:
         for entry in archive.namelist():
             with archive.open(entry) as member:
-                np.lib.format.read_magic(member)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(member)
-            found[entry.removesuffix(".npy")] = shape, dtype
+                found[entry.removesuffix(".npy")] = _header(member)[:2]
     return found
 
 

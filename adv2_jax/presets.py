@@ -149,7 +149,14 @@ _PAPER_MASK = replace(
     steps=1000,
     keep_every=50,
 )
-_DEFAULT_MASK = replace(_DEFAULT_CAM, interpreter=mask_interpreter(), tau=constant(3e-3), keep_every=15)
+_DEFAULT_MASK = replace(
+    _DEFAULT_CAM,
+    interpreter=mask_interpreter(),
+    steps=100,
+    balance=ramp(3000.0, 6000.0),
+    tau=constant(0.03),
+    keep_every=10,
+)
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from adv2_jax import cli, models
+from adv2_jax import cli, interpreters, models
 from adv2_jax.experiments import train_masker
 from adv2_jax.files import write_arrays
 from adv2_jax.interpreters import INTERPRETERS
@@ -38,6 +38,14 @@ def network(tiny_by_name, tmp_path_factory):
 def attack(network, out, *words, images=None):
     base = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--out", str(out)]
     return cli.main([*base, "--images", str(images or network / "images.npz"), "--warm-steps", "1", "--steps", "3", *words])
+
+
+def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
+    assert attack(network, tmp_path / "out", "--interpreter", "mask", "--limit", "2") == 0
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
+    mask = interpreters.mask_interpreter()
+    spent = 1 + mask.solver.steps + 3 * mask.cost + mask.solver.steps + 1  # to start from, joint steps, and scored once
+    assert [row["gradient_evaluations"] for row in rows] == [spent, spent]
 
 
 def test_attack_writes_the_contract(network, tmp_path, capsys):

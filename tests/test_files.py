@@ -237,3 +237,14 @@ def test_streams_are_never_whole_in_memory(tmp_path):
         tracemalloc.stop()
     assert files.stored(tmp_path / "a.npz")["a"][0] == (160, 2**16)
     assert peaks[1] < peaks[0] + block.nbytes  # 40 blocks take no more than 2
+
+
+def test_pictures_are_cut_and_numbers_are_not(tmp_path):
+    arrays = ARRAYS | {"images": np.arange(5 * 6).reshape(5, 1, 2, 3), "names": np.array(["a", "bee"]), "one": np.zeros((1, 2, 2))}
+    files.write_streams(tmp_path / "a.npz", streamed(arrays, 2))
+    assert_same(files.read_pictures(tmp_path / "a.npz", 3), arrays | {"images": arrays["images"][:3]})
+    np.savez(tmp_path / "other_order.npz", a=np.asfortranarray(arrays["images"]))
+    np.testing.assert_array_equal(files.read_pictures(tmp_path / "other_order.npz", 3)["a"], arrays["images"][:3])
+    np.savez(tmp_path / "bad.npz", a=np.array([None], object))
+    with pytest.raises(ValueError, match=r"^cannot read .*bad\.npz: it holds pickled objects, only plain arrays are read$"):
+        files.read_pictures(tmp_path / "bad.npz", 3)

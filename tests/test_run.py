@@ -12,7 +12,8 @@ from adv2_jax.attack import attack, snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments import batches
 from adv2_jax.experiments.files import read_summary
-from adv2_jax.experiments.run import Settings, run
+from adv2_jax.experiments.run import run
+from adv2_jax.experiments.task import Settings
 from adv2_jax.files import read_arrays
 from adv2_jax.presets import resolve
 
@@ -245,7 +246,7 @@ def test_failure_to_publish_keeps_the_run(tmp_path):
         assert read_summary(directory)["rows"] and results(directory)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match=rf"^cannot write to {tmp_path}: No space left on device; 8 of 8 parts are kept"):
         run(Mean(), varied(), QUICK, tmp_path, publish=publish)
     published = []
     run(Mean(), varied(), QUICK, tmp_path, resume=True, publish=published.append)

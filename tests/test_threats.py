@@ -239,6 +239,21 @@ def test_grad_maps_can_be_differentiated_through_the_flow(make_small, mode, slop
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("double")
+def test_losses_have_second_derivatives_in_the_flow_itself(slope):
+    """The sampler is bilinear: the mixed derivative of dy and dx at one place is not zero."""
+    image = jnp.asarray(np.random.default_rng(0).random((5, 4, 3)))
+    flow, along = jnp.asarray(away_from_kinks((5, 4, 2))), normal((5, 4, 2), 6, dtype=jnp.float64)
+
+    @jax.grad
+    def gradient(flow):
+        return (threats.warp(image, flow) ** 3).sum() + threats.flow_penalty(flow)
+
+    product = jax.jvp(gradient, (flow,), (along,))[1]
+    np.testing.assert_allclose(product, slope(gradient, flow, along, 1e-6), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.grad(lambda flow: jnp.vdot(gradient(flow), along))(flow), product, rtol=1e-9, atol=1e-12)
+
+
 def test_curved_surrogate_of_grad_has_a_gradient_at_no_flow(make_small):
     """What `grad` x `flow` starts from."""
     model, image = make_small(), jnp.asarray(np.random.default_rng(0).random((8, 8, 3)), jnp.float32)

@@ -9,8 +9,9 @@ import pytest
 from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.files import read_summary
-from adv2_jax.experiments.run import Settings, run
+from adv2_jax.experiments.run import run
 from adv2_jax.experiments.tables import TABLES, make_table
+from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import read_arrays
 

@@ -3,9 +3,7 @@
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,78 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adv2_jax import metrics
-from adv2_jax.attack import OnStep, Result, attack, batches, count_steps, explain, gradient_evaluations, map_shape, snapshot_steps
-from adv2_jax.data import ImageSet, targets
-from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Batches, Part
+from adv2_jax.attack import OnStep, batches, count_steps, gradient_evaluations
+from adv2_jax.data import ImageSet
+from adv2_jax.experiments.batches import Arrays, Batches, Part
 from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.files import write_summary
-from adv2_jax.experiments.measures import Measures, Row, measure, paired, row
+from adv2_jax.experiments.measures import Row, paired, row
+from adv2_jax.experiments.parts import Job, attack_batch
 from adv2_jax.experiments.select import Selection, select
+from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
 from adv2_jax.interpreters import Interpreter
-from adv2_jax.presets import Preset, resolve
-from adv2_jax.threats import Threat, flow_penalty
+from adv2_jax.presets import resolve
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
-TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 ATTACKS = ("pgd", "adv2")
-PICTURED = 16  # images whose way is kept
-CURVE_POINTS = 100  # at most
 UNRELATED = ("command", "out", "resume", "quiet", "table")  # to the results: may change when a run is resumed
-
-
-class Settings(NamedTuple):
-    """What a run is asked for, beyond the network and the images.
-
-    Attributes:
-        interpreters: names, or interpreters with options of their own.
-        threat: threat model.
-        preset: name.
-        warm_steps, steps: take the place of the preset's when given.
-        batch_size: images at a time.
-        seed: of target classes, target maps and bootstrap.
-        target_map: what is to be shown where the image set has no target maps of its own: "benign", the map of the unchanged
-            image, which hides the attack; "image", the map of another image of the target class; "patch", a random figure.
-    """
-
-    interpreters: Sequence[str | Interpreter]
-    threat: Threat
-    preset: str = "default"
-    warm_steps: int | None = None
-    steps: int | None = None
-    batch_size: int = 32
-    seed: int = 0
-    target_map: str = "benign"
-
-
-class Task(NamedTuple):
-    """N images and what they are driven to.
-
-    Attributes:
-        images: those of the source that the network gets right.
-        targets: int32 [N], target classes.
-        target_map: as in `Settings`, or "file": the set's own.
-        target_maps: (interpreter, places [B] among the N, benign maps [B, h, w]) -> target maps [B, h, w].
-    """
-
-    images: ImageSet
-    targets: np.ndarray
-    target_map: str
-    target_maps: TargetMaps
-
-
-class Job(NamedTuple):
-    """An attack on every batch, and the interpreters it is made for: plain PGD serves all that cost the same."""
-
-    attack: str
-    plan: Preset
-    interpreters: tuple[Interpreter, ...]
-
-    def parts(self, batch: int) -> list[Part]:
-        """What it finishes of a batch."""
-        return [Part(interpreter.name, self.attack, batch) for interpreter in self.interpreters]
 
 
 class Outcome(NamedTuple):
@@ -139,8 +82,8 @@ def run(
     jobs = _jobs(settings)
     prints = fingerprints(model, image_set)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
-    task = _task(model, image_set, selection, settings)
-    _check_own_maps(model, task, jobs)
+    task = make_task(model, image_set, selection, settings)
+    check_own_maps(model, task, [plan.interpreter for _, plan, _ in jobs if plan.interpreter is not None])
     count = len(range(0, len(task.targets), settings.batch_size))
     names = [interpreter.name for job in jobs if job.attack == "adv2" for interpreter in job.interpreters]
     kept = Batches(
@@ -166,6 +109,8 @@ def run(
         publish(directory)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept.kept()) from None
+    except OSError as error:  # of the summary, or of what is published
+        raise ValueError(f"cannot write to {directory}: {error.strerror}{kept.kept()}") from None
     kept.remove()
     return Outcome(rows, differences, selection.left_out)
 
@@ -195,43 +140,6 @@ def _jobs(settings: Settings) -> list[Job]:
     return pgd + [Job("adv2", plan, (plan.interpreter,)) for plan in plans if plan.interpreter is not None]
 
 
-def _task(model: Classifier, image_set: ImageSet, selection: Selection, settings: Settings) -> Task:
-    chosen, where = selection.images, selection.indices
-    assert chosen.labels is not None
-    goals = chosen.targets
-    if goals is None:
-        goals = targets.random_targets(chosen.labels, selection.num_classes, seed=settings.seed, indices=where)
-    if chosen.target_maps is not None:
-        if settings.target_map != "benign":
-            raise ValueError(f"target map {settings.target_map!r}: the images come with target maps of their own")
-        own = chosen.target_maps
-        return Task(chosen, goals, "file", lambda interpreter, places, benign: own[places])
-    return Task(chosen, goals, settings.target_map, _target_maps(model, image_set, selection, goals, settings))
-
-
-def _target_maps(model: Classifier, image_set: ImageSet, selection: Selection, goals: np.ndarray, settings: Settings) -> TargetMaps:
-    kind, where, seed = settings.target_map, selection.indices, settings.seed
-    if kind not in targets.TARGET_MAPS:
-        raise ValueError(f"target map {kind!r} is not one of {', '.join(targets.TARGET_MAPS)}")
-    if kind == "benign":
-        return lambda interpreter, places, benign: benign
-    if kind == "patch":
-        return lambda interpreter, places, benign: np.stack(
-            [targets.patch(benign.shape[1:], seed=seed, index=int(i)) for i in where[places]]
-        )
-    donors = targets.donors(selection.source_labels, goals, where, seed=seed, classes=image_set.classes)
-    return lambda interpreter, places, benign: _maps(model, image_set.images[donors[places]], goals[places], interpreter)
-
-
-def _check_own_maps(model: Classifier, task: Task, jobs: Sequence[Job]) -> None:
-    """Refuses maps of another size than an interpreter's, and interpreters that the model does not suit, before the work."""
-    for interpreter in (interpreter for job in jobs if job.attack == "adv2" for interpreter in job.interpreters):
-        expected = [len(task.targets), *map_shape(model, task.images.images.shape[1:], interpreter)]
-        own = task.images.target_maps
-        if own is not None and list(own.shape) != expected:
-            raise ValueError(f"target_maps must be {expected} for {interpreter.name}, got {list(own.shape)}")
-
-
 def _attack_all(model: Classifier, task: Task, jobs: Sequence[Job], settings: Settings, kept: Batches, progress: Progress) -> None:
     """Every part that is not finished yet, a batch after the other."""
     n, size = len(task.targets), settings.batch_size
@@ -239,111 +147,9 @@ def _attack_all(model: Classifier, task: Task, jobs: Sequence[Job], settings: Se
     every, *left = (sum(count_steps(job.plan, 1, size) for job in batch) for batch in (jobs, *todo))
     on_step = progress(n, every * len(todo), every * len(todo) - sum(left))
     for i, places in enumerate(batches(np.arange(n), size)):
-        for name, kind, arrays in _attack_batch(model, task, todo[i], places, settings, on_step):
+        for name, kind, arrays in attack_batch(model, task, todo[i], places, settings, on_step):
             if not kept.has(part := Part(name, kind, i)):
                 kept.save(part, arrays)
-
-
-def _attack_batch(
-    model: Classifier, task: Task, jobs: Sequence[Job], places: np.ndarray, settings: Settings, on_step: OnStep
-) -> Iterator[tuple[str, str, Arrays]]:
-    """Interpreter, attack and arrays of each part of a batch; `places` may repeat the last image, to be as many as others."""
-    chosen, goals = task.images.take(places), task.targets[places]
-    last = int(np.ptp(places)) + 1
-
-    @cache
-    def aim(interpreter: Interpreter) -> Arrays:
-        benign = _maps(model, chosen.images, chosen.labels, interpreter)
-        return {"benign_maps": benign, "target_maps": task.target_maps(interpreter, places, benign)}
-
-    for job in jobs:
-        asked = None if job.plan.interpreter is None else aim(job.plan.interpreter)["target_maps"]
-        start = time.perf_counter()
-        result = attack(
-            model,
-            chosen.images,
-            goals,
-            asked,
-            interpreter=job.plan.interpreter,
-            threat=settings.threat,
-            preset=job.plan,
-            batch_size=len(places),
-            on_step=on_step,
-            snapshots=int((np.unique(places) < PICTURED).sum()),
-        )
-        seconds = np.array([time.perf_counter() - start])
-        for interpreter in job.interpreters:
-            seen = result if job.plan.interpreter is not None else _seen_by(model, interpreter, goals, result)
-            measures = _measures(chosen, goals, aim(interpreter), settings.threat, seen)
-            arrays = {
-                **(aim(interpreter) if job.attack == "pgd" else {}),
-                **_below(f"{job.attack}/", _shown(measures, settings.threat, seen)),
-                **_below(MEASURE, measures),
-            }
-            arrays = {key: values[:last] for key, values in arrays.items()} | {SECONDS: seconds}
-            yield interpreter.name, job.attack, arrays | _below(f"{job.attack}/", _way(model, interpreter, job.plan, goals, result))
-
-
-def _below(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
-    return {f"{prefix}{key}": values for key, values in arrays.items()}
-
-
-def _maps(model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter) -> np.ndarray:
-    assert labels is not None
-    return explain(model, images, labels, interpreter=interpreter, batch_size=len(images))[1]
-
-
-def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, result: Result) -> Result:
-    """Plain PGD with the maps an interpreter draws of its images."""
-    maps, float_maps = (_maps(model, images, goals, interpreter) for images in (result.images, result.float_images))
-    return result._replace(maps=maps, float_maps=float_maps)
-
-
-def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, threat: Threat, result: Result) -> Measures:
-    """All that is measured of a batch, one number an image."""
-    found = measure(chosen.images, goals, aim["target_maps"], result)
-    if chosen.masks is not None:
-        found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.masks))
-        found["benign_pointing_game"] = np.asarray(metrics.pointing_game(aim["benign_maps"], chosen.masks))
-    if threat.displacement is not None:
-        flows = jax.vmap(threat.displacement)(result.params)
-        found["mean_displacement"] = np.asarray(metrics.mean_displacement(flows))
-        found["flow_penalty"] = np.asarray(jax.vmap(flow_penalty)(flows))
-    return found
-
-
-def _shown(measures: Measures, threat: Threat, result: Result) -> dict[str, np.ndarray]:
-    """What the results hold of an attack, with a leading axis of images."""
-    found = {"images": result.images, "maps": result.maps, "confidence": measures["confidence"], "success": measures["asr"]}
-    found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
-    if threat.displacement is not None:
-        found["flow"] = np.asarray(jax.vmap(threat.displacement)(result.params))
-    steps = _curve_steps(result)
-    curves = {f"curve_{name}": np.asarray(values)[:, steps] for name, values in result.curves._asdict().items()}
-    return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}
-
-
-def _curve_steps(result: Result) -> np.ndarray:
-    """The steps that curves are thinned to, evenly, the first and the last among them."""
-    n = np.shape(result.curves.loss)[1]
-    return np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(np.int32)
-
-
-def _way(model: Classifier, interpreter: Interpreter, plan: Preset, goals: np.ndarray, result: Result) -> Arrays:
-    """The steps of the curves, and what an interpreter sees of a few images on the way."""
-    images = result.snapshots
-    steps = {"curve_steps": _curve_steps(result)}
-    if not len(images):
-        return steps
-    m, s = images.shape[:2]
-    labels = np.repeat(goals[:m], s)
-    logits, maps = explain(model, images.reshape(m * s, *images.shape[2:]), labels, interpreter=interpreter, batch_size=len(goals))
-    return steps | {
-        "snapshot_steps": np.array(snapshot_steps(plan), np.int32),
-        "snapshot_images": images,
-        "snapshot_maps": maps.reshape(m, s, *maps.shape[1:]),
-        "snapshot_confidence": np.asarray(metrics.confidence(logits, labels)).reshape(m, s),
-    }
 
 
 def _rows(

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 RESAMPLES = 2000
-BLOCK = 2**22  # numbers held at a time
+BLOCK = 2**20  # numbers held at a time
 
 
 def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> list[float] | None:

@@ -5,6 +5,9 @@
 `explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label, tau) -> (logits, map)`,
 which shares one pass over the network between the two terms of the joint loss; `tau` is the width of whatever it smooths, so that
 a schedule can sharpen it on the way. What else it returns is added to the loss. `Interpreter` pairs the two faces.
+
+The map of MASK is the end of a descent. Such an interpreter has a `Solver` besides, so that whoever explains or attacks many images
+can drive the descent as it drives an attack, and a surrogate that carries along where its own descent stands.
 """
 
 from collections.abc import Callable
@@ -198,7 +201,7 @@ def mask_interpreter(
     steps: int = 50,
     learning_rate: float = 0.2,
     objective: MaskObjective = OBJECTIVE,
-    free: int = 1,
+    free: int = 2,
     ahead: int = 1,
     hypergradient: str = "unrolled",
 ) -> Interpreter:
@@ -212,8 +215,8 @@ def mask_interpreter(
         free: steps before the look-ahead, 0 or more; the released code takes 4.
         ahead: steps of the look-ahead, 0 or more; the released code takes 4. Without any the map does not depend on the image: the
             attack is blind to it, and only scores what it meets.
-        hypergradient: "unrolled" differentiates the look-ahead (the paper's way). "implicit" takes the running map for an optimum
-            and differentiates that instead, by a Hessian-vector solve, in place of a look-ahead.
+        hypergradient: "unrolled" differentiates the look-ahead (the paper's way). "implicit" has none: it takes the running map
+            for an optimum, whose slope is a Hessian-vector solve of 10 iterations at most, and is charged for all of them.
 
     Returns:
         An interpreter; equal options give the same object.

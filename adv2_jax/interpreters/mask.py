@@ -182,14 +182,16 @@ def step_mask(model: Classifier, image: Image, label: Label, memory: Memory, des
         act: stands in for every ReLU; only one with curvature lets the step depend on the image as it should.
     """
     gradient = jax.grad(mask_loss, argnums=3)(model, image, label, memory.map, descent.objective, act)
-    update, optimiser = _adam(descent).update(gradient, memory.optimiser)
+    # in units of one entry, whose share of a mean is 1/size: Adam's ε then means the same for maps of any size
+    update, optimiser = _adam(descent).update(gradient * gradient.size, memory.optimiser)
     return Memory(jnp.clip(memory.map + update, 0, 1), optimiser)
 
 
 def _adam(descent: Descent) -> optax.GradientTransformation:
     rate = optax.cosine_decay_schedule(descent.learning_rate, descent.steps, alpha=0.1)
-    # short memories, for short descents; the root keeps the slope of a step finite where a gradient is zero
-    return optax.adam(rate, b1=0.7, b2=0.9, eps_root=1e-12)
+    # short memories, for a short descent; a large ε, so that a gradient near zero is not blown up and an optimum is kept; and
+    # something below the root, whose slope would be infinite where there has been no gradient
+    return optax.adam(rate, b1=0.7, b2=0.9, eps=0.5, eps_root=1e-12)
 
 
 def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: MaskObjective, act: Activation = relu) -> Array:

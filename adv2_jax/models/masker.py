@@ -20,6 +20,7 @@ from adv2_jax.types import Activation, Classifier, Features, Image, Label, Logit
 Encoder = CifarResNet | ImageNetResNet
 
 BOTTLENECK = 4  # inputs an inner channel of the residual block of a stage
+LIMIT = 6.0  # of the scores that a map is the sigmoid of: they never reach it, so a map has one peak, not a plateau of ones
 
 
 class Stage(nnx.Module):
@@ -94,7 +95,7 @@ class Masker(nnx.Module):
         x = deepest * self.gate(deepest, label)[..., None]
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = stage(x, skip)
-        return nnx.sigmoid(self.out(x)[..., 0])
+        return nnx.sigmoid(LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT))
 
     def check(self, num_classes: int, shape: tuple[int, ...]) -> None:
         """Refuse a classifier with `num_classes` classes, or images of `shape` [H, W, 3], that the masker was not made for.

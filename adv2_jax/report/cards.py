@@ -58,9 +58,8 @@ class Subject(NamedTuple):
         return words.attack_name(attack, self.threat)
 
 
-def section(subject: Subject, results: Arrays, *, limit: int) -> str:
-    """The curves of an interpreter over all images, and the cards of the first `limit` of them."""
-    total = len(results["images"])
+def section(subject: Subject, results: Arrays, *, total: int, limit: int) -> str:
+    """The curves of an interpreter over all images, `total` in number, and the cards of the first `limit` of them."""
     shown = min(limit, total)
     notes = [f"Pictures of the first {shown} of {total} images; the table counts all."] if shown < total else []
     if any(f"{subject.interpreter}/{attack}/flow" in results for attack in ATTACKS):

@@ -8,9 +8,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.files import SCHEMA, atomic, read_arrays
+from adv2_jax.files import SCHEMA, atomic, read_pictures
 from adv2_jax.report import cards, tables, words
 from adv2_jax.report.pictures import INFERNO, Arrays, Pixels
+
+LIMIT = 64  # images shown
 
 
 def write(directory: Path | str) -> Path:
@@ -28,15 +30,15 @@ def write(directory: Path | str) -> Path:
     """
     folder = Path(directory)
     summary = read_summary(folder)
-    return write_page(folder, render(summary, read_arrays(folder / "results.npz")))
+    return write_page(folder, render(summary, read_pictures(folder / "results.npz", LIMIT)))
 
 
-def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> str:
+def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -> str:
     """Renders a run as one HTML page.
 
     Args:
         summary: the content of `summary.json`.
-        results: the content of `results.npz`; only what is there is shown.
+        results: the content of `results.npz`, pictures of at least the first `limit` images; only what is there is shown.
         limit: number of images shown per interpreter; the page says so when it cuts.
 
     Returns:
@@ -48,7 +50,7 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> s
     check_schema(summary)
     rows, config = summary["rows"], summary.get("config", {})
     subjects = [subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results]
-    total = len(results["images"])
+    total = len(results.get("labels", results["images"]))  # of the images only the first may be here
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     return template("page.html").substitute(
         title=escape(title),
@@ -59,7 +61,7 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = 64) -> s
         intervals=" In small print: 95 % bootstrap intervals." if any(row.get("ci") for row in rows) else "",
         extras="".join(frame.substitute(table=write(summary[key])) for key, _, write, frame in EXTRAS if summary.get(key)),
         controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
-        sections="".join(cards.section(subject, results, limit=limit) for subject in subjects),
+        sections="".join(cards.section(subject, results, total=total, limit=limit) for subject in subjects),
         reproduction=reproduction(config, summary.get("environment", {})),
         script=asset("script.js"),
     )

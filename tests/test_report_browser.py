@@ -1,0 +1,171 @@
+"""The page in a browser: its script runs without an error and does what its controls say. Skipped where there is no Chromium."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from adv2_jax import report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+QUIET = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+
+ERRORS = """<script>const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+addEventListener("securitypolicyviolation", (event) => errors.push(event.blockedURI));</script>"""
+
+DRIVER = """<script>(async () => {
+const one = (selector) => document.querySelector(selector);
+const form = one(".controls").elements;
+const set = (control, value) => { control.value = value; control.dispatchEvent(new Event("input", {bubbles: true})); };
+const number = (title) => Number(title.textContent.match(/\\d+/)[0]);
+const shown = () => [...document.querySelectorAll(".card:not([hidden]) h3")].map(number);
+const said = () => one(".controls output").value;
+const later = (wait = 0) => new Promise((done) => setTimeout(done, wait));
+PROGRAM
+})().catch((error) => { errors.push(String(error)); }).then((found) => {
+  const outcome = document.createElement("output");
+  outcome.id = "outcome";
+  outcome.textContent = JSON.stringify({ found, errors });
+  document.body.append(outcome);
+});</script>"""
+
+
+@pytest.fixture(scope="module")
+def run_in_browser(tmp_path_factory):
+    """Opens a page, runs a program in it and returns what the program does, and the errors there were."""
+    if BROWSER is None:
+        pytest.skip("no Chromium on this machine (apt-get install chromium)")
+
+    def run(page, program, *flags):
+        folder = tmp_path_factory.mktemp("browser")
+        driver = DRIVER.replace("PROGRAM", program)
+        page = page.replace("<head>", "<head>" + ERRORS, 1).replace("</body>", driver + "</body>")
+        (folder / "page.html").write_text(page, encoding="utf-8")
+        command = [BROWSER, "--headless", "--no-sandbox", *(f"--{flag}" for flag in (*QUIET, *flags))]
+        command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+        dump = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+        outcome = re.search(r'<output id="outcome">(.*?)</output>', dump.stdout, re.DOTALL)
+        assert outcome, dump.stderr
+        outcome = json.loads(html.unescape(outcome[1]))
+        assert outcome["errors"] == []
+        return outcome["found"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def page():
+    """Five images, two with snapshots; in the order of ADV²'s map distance: 3, 0, 4, 1, and 2, where it is not known."""
+    rng = np.random.default_rng(0)
+    pixels = lambda *shape: rng.integers(0, 256, (*shape, 16, 16, 3), dtype=np.uint8)  # noqa: E731
+    results = {"images": pixels(5), "labels": np.zeros(5, np.int32), "targets": np.ones(5, np.int32), "indices": np.arange(5)}
+    results["cam/benign_maps"] = results["cam/target_maps"] = rng.random((5, 4, 4))
+    for attack in ("pgd", "adv2"):
+        results |= {f"cam/{attack}/images": pixels(5), f"cam/{attack}/maps": rng.random((5, 4, 4))}
+        results[f"cam/{attack}/confidence"] = np.array([0.5, 0.9, 0.1, 0.7, 0.3])
+        results[f"cam/{attack}/success"] = np.array([True, True, False, True, False]) ^ (attack == "pgd")
+        results[f"cam/{attack}/map_l1"] = np.array([0.02, 0.2, np.nan, 0.01, 0.1])
+        results[f"cam/{attack}/snapshot_steps"] = np.array([0, 10, 20, 30])
+        results[f"cam/{attack}/snapshot_images"] = pixels(2, 4)
+        results[f"cam/{attack}/snapshot_maps"] = rng.random((2, 4, 4, 4))
+        results[f"cam/{attack}/snapshot_confidence"] = np.tile([0.01, 0.25, 0.75, 0.98], (2, 1))
+        results[f"cam/{attack}/flow"] = rng.normal(size=(5, 16, 16, 2))
+        results[f"cam/{attack}/curve_steps"] = np.arange(3)
+        results[f"cam/{attack}/curve_loss"] = rng.random((5, 3))
+    rows = [{"interpreter": "cam", "attack": attack, "threat": "linf", "n": 5} for attack in ("pgd", "adv2")]
+    return report.render({"schema": 1, "rows": rows}, results)
+
+
+def test_cards_are_filtered_and_sorted(run_in_browser, page):
+    found = run_in_browser(
+        page,
+        """
+        const found = {start: [shown(), said()]};
+        set(form.success, "adv2 1"); found.success = [shown(), said()];
+        set(form.distance, "0.05"); found.both = [shown(), said()];
+        set(form.success, "pgd 1"); found.nothing = [shown(), said(), one(".none").hidden];
+        one("button[type=reset]").click(); await later(); found.reset = [shown(), said(), one(".none").hidden];
+        set(form.distance, "0.1"); found.distance = shown(); set(form.distance, "");
+        set(form.order, "adv2L1 1"); found.rising = shown();
+        set(form.order, "adv2L1 -1"); found.falling = shown();
+        set(form.order, "adv2P -1"); found.confidence = shown();
+        set(form.order, ""); found.back = shown();
+        return found;
+        """,
+    )
+    assert found["start"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown"]
+    assert found["success"] == [[0, 1, 3], "3 of 5 cards shown"]
+    assert found["both"] == [[0, 3], "2 of 5 cards shown"]
+    assert found["nothing"] == [[], "0 of 5 cards shown", False]
+    assert found["reset"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown", True]
+    assert found["distance"] == [0, 3, 4]
+    assert found["rising"] == [3, 0, 4, 1, 2] and found["falling"] == [1, 4, 0, 3, 2]
+    assert found["confidence"] == [1, 3, 0, 4, 2] and found["back"] == [0, 1, 2, 3, 4]
+
+
+def test_slider_goes_through_the_steps_and_back(run_in_browser, page):
+    found = run_in_browser(
+        page,
+        """
+        const slider = one(".slider input");
+        const pictures = [...one("figure[data-attack=adv2]").querySelectorAll(".tile img")];
+        const sheets = [...one(".film[data-attack=adv2]").querySelectorAll("img")];
+        const own = pictures.map((picture) => picture.src);
+        const state = () => [slider.value, one(".slider output").value, slider.getAttribute("aria-valuetext")];
+        const found = {sliders: document.querySelectorAll(".slider:not([hidden])").length, start: state()};
+        slider.focus(); found.focused = document.activeElement === slider;
+        set(slider, 1); await later(100); found.one = state();
+        found.playing = pictures.map((picture) => sheets.findIndex((sheet) => sheet.src === picture.src));
+        const [tile, picture] = [pictures[0].parentElement, pictures[0]].map((element) => element.getBoundingClientRect());
+        found.frame = [picture.width / tile.width, (tile.left - picture.left) / tile.width, picture.height / tile.height];
+        set(slider, 3); found.end = state();
+        found.same = pictures.every((picture, k) => picture.src === own[k] && !picture.classList.contains("frame"));
+        return found;
+        """,
+    )
+    told = [("PGD step {0}: p {1}", "ADV² step {0}: p {1}")] * 2
+    words = lambda *at: [mark.join(both).format(*at) for mark, both in zip((" · ", ", "), told, strict=True)]  # noqa: E731
+    assert found["sliders"] == 2 and found["focused"] is True
+    assert found["start"] == found["end"] == ["3", *words(30, "0.98")]
+    assert found["one"] == ["1", *words(10, "0.25")]
+    assert found["playing"] == [0, 0, 1, -1]  # image, the grey below, map; the picture below the arrows stays
+    assert found["frame"] == pytest.approx([4, 1, 1], abs=0.01)
+    assert found["same"] is True
+
+
+def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, page):
+    program = """
+        const opacity = () => getComputedStyle(one(".base ~ .map")).opacity;
+        const over = opacity();
+        one("#bare").checked = true;
+        return [over, opacity(), ...[".scripted", ".slider"].map((part) => one(part).offsetHeight === 0), shown().length, scrollX];
+        """
+    for html_page, hidden in ((page, False), (re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL), True)):
+        assert run_in_browser(html_page, program) == ["0.65", "1", hidden, hidden, 5, 0]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_is_no_wider_than_its_window(run_in_browser, page, width):
+    program = "return [innerWidth, document.documentElement.scrollWidth];"
+    window, wide = run_in_browser(page, program, f"window-size={width},800")
+    assert wide <= window <= max(width, 500)  # Chromium has no narrower window
+    assert window < 600 or width > 600
+
+
+def test_what_is_reached_by_the_keyboard_is_seen(run_in_browser, page):
+    found = run_in_browser(
+        page,
+        """
+        const controls = [...document.querySelectorAll("a, input, select, button, summary, [tabindex]")];
+        return controls.filter((element) => !element.closest("[hidden]")).map((element) => {
+          element.focus({focusVisible: true});
+          return [document.activeElement === element, parseFloat(getComputedStyle(element).outlineWidth) >= 2];
+        });
+        """,
+    )
+    assert len(found) > 10 and all(focused and outlined for focused, outlined in found)
