@@ -51,7 +51,7 @@ COLUMNS = {
     "gradient_evaluations": "gradients",
     "seconds": "seconds",
 }
-DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "100"]
+DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "60"]
 
 
 T = TypeVar("T")

@@ -194,6 +194,15 @@ def test_the_descent_ends_near_the_optimum(optimum):
     np.testing.assert_allclose(found, a, atol=5e-3)
 
 
+@pytest.mark.parametrize("game", ["deletion", "preservation"])
+def test_area_is_that_asked_for(strong, game):
+    model, image = strong
+    for area in (0.2, 0.6):
+        objective = CONVEX._replace(game=game, l1=20.0, area=area)
+        found = interpreters.mask(model, image, LABEL, size=4, steps=100, objective=objective)
+        assert found.mean() == pytest.approx(area, abs=0.02)  # of the last steps' length
+
+
 # Hypergradients.
 
 
