@@ -99,6 +99,7 @@ def _parser() -> Parser:
 
     demo = commands.add_parser("demo", help="attack eight embedded images under every interpreter")
     demo.add_argument("--out", default="demo", metavar="DIR", help="where to write (default: %(default)s)")
+    _resume_argument(demo)
     demo.set_defaults(run=_demo)
 
     attack = commands.add_parser("attack", help="attack your images and your network")
@@ -168,12 +169,16 @@ def _effort_arguments(parser: Parser) -> None:
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
     _batch_size_argument(parser)
     add("--seed", type=_seed, default=0, metavar="N", help="of --sample, target classes and target maps (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the unfinished run in --out")
+    _resume_argument(parser)
     _quiet_argument(parser)
 
 
 def _batch_size_argument(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="images at a time (default: %(default)s)")
+
+
+def _resume_argument(parser: Parser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
 
 
 def _quiet_argument(parser: Parser) -> None:
@@ -380,7 +385,8 @@ def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
-    _attack(_parser().parse_args([*DEMO, "--out", arguments.out]), command)
+    resume = ["--resume"] if arguments.resume else []
+    _attack(_parser().parse_args([*DEMO, *resume, "--out", arguments.out]), command)
     with atomic(Path(arguments.out) / "picture.png") as file:
         file.write(report.gallery(arguments.out))
 

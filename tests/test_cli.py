@@ -592,6 +592,15 @@ def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatc
     assert capsys.readouterr() == ("", "")
 
 
+def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_attack", lambda arguments, command: seen.append(arguments))
+    monkeypatch.setattr(cli.report, "gallery", lambda directory: b"")
+    for words in ([], ["--resume"]):
+        assert cli.main(["demo", "--out", str(tmp_path), *words]) == 0
+    assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 8), (True, 8)]
+
+
 @pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
 def test_tables(coloured, tmp_path, capsys, name):
     words = ["table", name, *coloured[: coloured.index("--epsilon")], "--steps", "3", "--limit", "4", "--out", str(tmp_path)]
