@@ -52,9 +52,8 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
     subjects = [subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results]
     total = len(results.get("labels", results["images"]))  # of the images only the first may be here
     title = f"ADV² against {config.get('model') or 'a classifier'}"
-    return template("page.html").substitute(
+    body = template("run.html").substitute(
         title=escape(title),
-        style=style(results["images"]),
         facts=words.definitions(_facts(summary, total), "facts"),
         navigation="".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)),
         table=tables.summary(rows),
@@ -63,8 +62,8 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
         controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
         sections="".join(cards.section(subject, results, total=total, limit=limit) for subject in subjects),
         reproduction=reproduction(config, summary.get("environment", {})),
-        script=asset("script.js"),
     )
+    return document(title, body, style(results["images"]))
 
 
 def read_summary(folder: Path) -> Any:
@@ -95,6 +94,12 @@ def write_page(folder: Path, html: str) -> Path:
     with atomic(page, "w") as file:
         file.write(html)
     return page
+
+
+def document(title: str, body: str, style: str) -> str:
+    """A whole page: what stands in its body, with style and script."""
+    script = asset("script.js")
+    return template("page.html").substitute(title=escape(title), style=style, body=body, script=script)
 
 
 def style(images: Pixels | None = None) -> str:
@@ -140,12 +145,12 @@ def _links(summary: Mapping[str, Any], subjects: Sequence[cards.Subject]) -> lis
 
 
 def asset(name: str) -> str:
-    """A file that lies beside this module: style, script, or the frame of a page."""
+    """A file that lies beside this module: style, script, or the frame of a page or of its body."""
     return (resources.files("adv2_jax.report") / name).read_text(encoding="utf-8")
 
 
 def template(name: str) -> Template:
-    """The frame of a page, to be filled in."""
+    """A frame, to be filled in."""
     return Template(asset(name))
 
 

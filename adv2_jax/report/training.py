@@ -28,19 +28,20 @@ def write_training(directory: Path | str) -> Path:
     for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
         if summary.get(key) is not None:
             facts[name] = f"{summary[key]:.4f}"
-    html = page.template("training.html").substitute(
-        style=page.style(),
+    body = page.template("training.html").substitute(
         facts=words.definitions(facts, "facts"),
         curve=_curve(summary["losses"]),
         quality=_quality(summary.get("quality", [])),
         reproduction=page.reproduction(config, summary.get("environment", {})),
     )
-    return page.write_page(folder, html)
+    return page.write_page(folder, page.document("Training", body, page.style()))
 
 
 def _curve(losses: Sequence[float]) -> str:
     line = charts.over_steps("loss", losses)
-    return charts.chart([line], anchor="curve", title="Loss", limits=[0.0]) + charts.legend([line], "Band: smallest to largest.")
+    return charts.chart([line], anchor="curve", title="Loss of a step", limits=[0.0]) + charts.legend(
+        [line], "Band: smallest to largest."
+    )
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
