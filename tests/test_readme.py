@@ -10,10 +10,12 @@ from adv2_jax import cli
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_python_example_runs(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
-    assert capsys.readouterr().out
+def test_the_python_examples_run_one_after_the_other(capsys):
+    examples = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names = {"__name__": "readme"}
+    for code in examples:
+        exec(compile(code, "README.md", "exec"), names)
+    assert len(examples) == 2 and capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", re.findall(r"^    adv2 ([^#\n]*)", README, re.MULTILINE))
