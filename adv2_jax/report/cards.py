@@ -180,6 +180,7 @@ def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -
     prefix, name = f"{subject.interpreter}/{attack}/snapshot", subject.name(attack)
     steps = results[f"{prefix}_steps"].tolist()
     frames, maps, confidence = (results[f"{prefix}_{key}"][i] for key in ("images", "maps", "confidence"))
+    sheet = film(frames, max_side=SMALL_SIDE)
     told = f"{name} image {number} after steps {', '.join(map(str, steps))}"
     return FILM.substitute(
         attack=attack,
@@ -187,15 +188,15 @@ def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -
         frames=len(steps),
         steps=" ".join(map(str, steps)),
         confidence=" ".join(words.number(p, 2) for p in confidence),
-        images=_img(film(frames, max_side=SMALL_SIDE), told, kind=_kind(frames[0], SMALL_SIDE)),
-        maps=_map(film(_drawn(maps, frames), max_side=SMALL_SIDE), f"{subject.title} maps of {told}"),
+        images=_img(sheet, told, kind=_kind(frames[0], SMALL_SIDE)),
+        maps=_map(_film_of_maps(maps, sheet.shape[0], sheet.shape[1] // len(steps)), f"{subject.title} maps of {told}"),
         captions="".join(f"<li>{step}<br>{words.number(p, 2)}</li>" for step, p in zip(steps, confidence, strict=True)),
     )
 
 
-def _drawn(maps: NDArray[Any], frames: Pixels) -> Pixels:
-    """Maps in the size of their frames, because a browser that scaled a film of maps smoothly would mix neighbours."""
-    return np.stack([levels(resample(one[..., None], *frames.shape[1:3])[..., 0]) for one in maps])
+def _film_of_maps(maps: NDArray[Any], height: int, width: int) -> Pixels:
+    """Maps in the size of their images, because a browser that scaled a film of maps smoothly would mix neighbours."""
+    return np.concatenate([levels(resample(one[..., None], height, width)[..., 0]) for one in maps], axis=1)
 
 
 def _figure(tiles: Iterable[str], heading: str, lines: Iterable[str] = (), attack: str = "") -> str:
