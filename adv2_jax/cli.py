@@ -443,6 +443,7 @@ def _train_rts_arguments(parser: Parser) -> None:
     for i, (name, meaning) in enumerate(terms.items(), 1):
         default = getattr(recipe, name)
         add(f"--{name}", type=_weight, default=default, metavar="W", help=f"λ{i} of eq. 8, {meaning} (default: %(default)s)")
+    add("--area-power", type=_weight, default=recipe.area_power, metavar="P", help="of the map in its mean (default: %(default)s)")
     add("--absent", type=float, default=recipe.absent, metavar="P", help="share of maps of another class (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write masker.npz, summary.json and report.html")
 

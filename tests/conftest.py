@@ -65,7 +65,7 @@ def tiny_by_name():
 @pytest.fixture(scope="session")
 def masker(randomised):
     """The masker of a classifier of 10 classes, on an encoder like `tiny`."""
-    return randomised(lambda: models.Masker(models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 5)
+    return randomised(lambda: models.Masker(models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 12)
 
 
 @pytest.fixture(scope="session")

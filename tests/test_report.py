@@ -353,7 +353,7 @@ def test_training_page_tells_what_was_trained_and_measured(tmp_path):
     }
     assert page.inside("code") == ["adv2 train classifier"]
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "http:" not in html and "https:" not in html and "<script" not in html
+    assert "http:" not in html and "https:" not in html and html.count("<script") == 1  # our own
 
 
 def test_accuracy_before_fine_tuning_is_told_where_it_was_measured(tmp_path):
@@ -410,7 +410,7 @@ def test_what_comes_from_a_training_is_escaped(tmp_path):
     evil = '"><script>alert(1)</script>&amp;'
     config = {"command": evil, "model": evil}
     page = training_page(tmp_path, config=config, quality=[{"interpreter": evil, evil: evil}])
-    assert "<script" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<script") == 1  # our own
     assert evil in page.inside("th") and page.inside("td") == [evil] and page.inside("code") == [evil]
 
 

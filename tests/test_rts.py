@@ -15,13 +15,13 @@ from adv2_jax.models import Masked
 from adv2_jax.presets import Preset, constant
 
 LABEL = 1
-WEIGHTS = MaskWeights(variation=0.7, area=1.3, removal=2.1, power=0.4)
-NONE = MaskWeights(variation=0.0, area=0.0, removal=0.0, power=1.0)
+WEIGHTS = MaskWeights(variation=0.7, area=1.3, removal=2.1, power=0.4, area_power=0.6)
+NONE = MaskWeights(variation=0.0, area=0.0, removal=0.0, power=1.0, area_power=1.0)
 
 
 @pytest.fixture(scope="module")
 def m():
-    return np.random.default_rng(0).random((2, 3))
+    return np.random.default_rng(0).uniform(0.1, 1, (2, 3))  # a power below 1 is steep at 0
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def variation(m):
 def plain_loss(linear, x, m, other, weights):
     """Eq. 8."""
     kept, removed = probability(linear, blended(x, m, other)), probability(linear, blended(x, 1 - m, other))
-    size = weights.variation * variation(m) + weights.area * m.sum() / m.size
+    size = weights.variation * variation(m) + weights.area * (m**weights.area_power).sum() / m.size
     return size - np.log(kept) + weights.removal * removed**weights.power
 
 
@@ -66,6 +66,7 @@ TERMS = {
     "preservation alone": NONE,
     "total variation": NONE._replace(variation=3.0),
     "area": NONE._replace(area=5.0),
+    "power of the area": NONE._replace(area=5.0, area_power=0.5),
     "removal": NONE._replace(removal=2.0),
     "power of the removal": NONE._replace(removal=2.0, power=0.3),
     "all": WEIGHTS,
@@ -79,7 +80,7 @@ def test_every_term_of_equation_8_is_the_one_of_plain_numpy(linear, x, m, other,
 
 
 def test_the_size_of_a_map_does_not_ask_the_classifier(m):
-    expected = 0.7 * variation(m) + 1.3 * m.mean()
+    expected = 0.7 * variation(m) + 1.3 * (m**0.6).mean()
     assert size_loss(jnp.asarray(m, jnp.float32), WEIGHTS) == pytest.approx(expected, rel=1e-5)
 
 

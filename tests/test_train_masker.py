@@ -219,7 +219,7 @@ def test_class_means_are_those_of_the_pooled_features(fresh, coloured, batch_siz
 
 def test_the_recipe_weighs_as_the_interpreter_does():
     assert Recipe().weights == MaskWeights()
-    assert Recipe(variation=1.0, area=2.0, removal=3.0, power=4.0).weights == (1, 2, 3, 4)
+    assert Recipe(variation=1.0, area=2.0, removal=3.0, power=4.0, area_power=5.0).weights == (1, 2, 3, 4, 5)
 
 
 WRONG = {

@@ -31,7 +31,7 @@ class Recipe(fit.Recipe):
     """How a masker is trained.
 
     Attributes:
-        variation, area, removal, power: λ1 to λ4 of eq. 8, 0 or more.
+        variation, area, removal, power, area_power: of eq. 8, 0 or more (see `MaskWeights`).
         absent: share of the images, by chance, of which the map of another class is asked, in [0, 1); it should be empty.
         tune: whether to train the encoder too; its BatchNorm statistics stay as they are in any case.
 
@@ -39,7 +39,7 @@ class Recipe(fit.Recipe):
         ValueError: names the option that is out of its range.
     """
 
-    epochs: int = 6
+    epochs: int = 3
     batch_size: int = 16
     learning_rate: float = 5e-3
     weight_decay: float = 0.01
@@ -47,6 +47,7 @@ class Recipe(fit.Recipe):
     area: float = MaskWeights().area
     removal: float = MaskWeights().removal
     power: float = MaskWeights().power
+    area_power: float = MaskWeights().area_power
     absent: float = 0.3
     tune: bool = False
 

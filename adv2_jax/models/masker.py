@@ -69,7 +69,7 @@ class Masker(nnx.Module):
         self.means = nnx.BatchStat(jnp.zeros((*embedding.shape[:1], deepest)))
         stages, c_in = [], deepest
         for *_, c_skip in reversed(shapes[:-1]):
-            c = max(c_skip // 4, 32)
+            c = max(c_skip // 4, 64)
             stages.append(Stage(c_in, c_skip, c, rngs=rngs))
             c_in = (c + c_skip) // BOTTLENECK * BOTTLENECK
         self.stages = nnx.List(stages)
