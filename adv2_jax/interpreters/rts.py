@@ -19,10 +19,10 @@ class MaskWeights(NamedTuple):
     """
 
     variation: float = 0.5
-    area: float = 7.0
-    removal: float = 6.0
-    power: float = 0.3
-    area_power: float = 0.5
+    area: float = 8.0
+    removal: float = 3.0
+    power: float = 1.0
+    area_power: float = 1.0
 
 
 def rts(masker: Masker, image: Image, label: Label) -> Map:
