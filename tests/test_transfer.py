@@ -10,7 +10,7 @@ from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.files import read_summary
 from adv2_jax.experiments.run import run
-from adv2_jax.experiments.tables import TABLES, make_table
+from adv2_jax.experiments.tables import TABLES, by_rows, make_table
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import read_arrays
@@ -117,6 +117,11 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
     (tmp_path / "summary.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match=r"holds no attack: its summary\.json has no rows$"):
         load_run(tmp_path)
+
+
+def test_the_plain_attack_by_a_flow_goes_by_its_name():
+    rows = [{"interpreter": "cam", "attack": attack, "threat": "flow", "n": 1, "asr": 1.0} for attack in ("pgd", "adv2")]
+    assert [line[:2] for line in by_rows("", {"asr": "ASR"}, rows, spread=False).lines] == [["cam", "StAdv"], ["cam", "ADV²"]]
 
 
 def test_tables_share_their_runs(model, image_set, settings, tmp_path):

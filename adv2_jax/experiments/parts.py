@@ -16,7 +16,7 @@ from adv2_jax.experiments.measures import Measures, measure
 from adv2_jax.experiments.task import Settings, Task
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset
-from adv2_jax.threats import Threat, flow_penalty
+from adv2_jax.threats import flow_penalty
 from adv2_jax.types import Classifier
 
 PICTURED = 16  # images whose way is kept
@@ -63,12 +63,13 @@ def attack_batch(
             snapshots=int((np.unique(places) < PICTURED).sum()),
         )
         seconds = np.array([time.perf_counter() - start])
+        flows = None if settings.threat.displacement is None else np.asarray(jax.vmap(settings.threat.displacement)(result.params))
         for interpreter in job.interpreters:
             seen = result if job.plan.interpreter is not None else _seen_by(model, interpreter, goals, result)
-            measures = _measures(chosen, goals, aim(interpreter), settings.threat, seen)
+            measures = _measures(chosen, goals, aim(interpreter), seen, flows)
             arrays = {
                 **(aim(interpreter) if job.attack == "pgd" else {}),
-                **_below(f"{job.attack}/", _shown(measures, settings.threat, seen)),
+                **_below(f"{job.attack}/", _shown(measures, seen, flows)),
                 **_below(MEASURE, measures),
             }
             arrays = {key: values[:last] for key, values in arrays.items()} | {SECONDS: seconds}
@@ -90,25 +91,24 @@ def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, res
     return result._replace(maps=maps, float_maps=float_maps)
 
 
-def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, threat: Threat, result: Result) -> Measures:
+def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: np.ndarray | None) -> Measures:
     """All that is measured of a batch, one number an image."""
     found = measure(chosen.images, goals, aim["target_maps"], result)
     if chosen.masks is not None:
         found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.masks))
         found["benign_pointing_game"] = np.asarray(metrics.pointing_game(aim["benign_maps"], chosen.masks))
-    if threat.displacement is not None:
-        flows = jax.vmap(threat.displacement)(result.params)
+    if flows is not None:
         found["mean_displacement"] = np.asarray(metrics.mean_displacement(flows))
         found["flow_penalty"] = np.asarray(jax.vmap(flow_penalty)(flows))
     return found
 
 
-def _shown(measures: Measures, threat: Threat, result: Result) -> dict[str, np.ndarray]:
+def _shown(measures: Measures, result: Result, flows: np.ndarray | None) -> dict[str, np.ndarray]:
     """What the results hold of an attack, with a leading axis of images."""
     found = {"images": result.images, "maps": result.maps, "confidence": measures["confidence"], "success": measures["asr"]}
     found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
-    if threat.displacement is not None:
-        found["flow"] = np.asarray(jax.vmap(threat.displacement)(result.params))
+    if flows is not None:
+        found["flow"] = flows
     steps = _curve_steps(result)
     curves = {f"curve_{name}": np.asarray(values)[:, steps] for name, values in result.curves._asdict().items()}
     return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}

@@ -13,10 +13,10 @@ from adv2_jax.experiments.run import Progress, environment, fingerprints, identi
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, load_run, transfer_matrix
 from adv2_jax.files import atomic
+from adv2_jax.report import words
 from adv2_jax.types import Classifier
 
 WORDS = ("interpreter", "attack", "made against")  # headings of columns without numbers
-ATTACKS = {"pgd": "PGD", "adv2": "ADV²"}
 
 
 class Table(NamedTuple):
@@ -137,7 +137,9 @@ def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
 def by_rows(title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
     """A line for each row of a run; means with their intervals if `spread`."""
     lines = [
-        [row["interpreter"], ATTACKS[row["attack"]], str(row["n"]), *(_number(row, key, spread) for key in columns)] for row in rows
+        [row["interpreter"], words.attack_name(row["attack"], row["threat"]), str(row["n"])]
+        + [_number(row, key, spread) for key in columns]
+        for row in rows
     ]
     return Sheet(title, ["interpreter", "attack", "n", *columns.values()], lines)
 
