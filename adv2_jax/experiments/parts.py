@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax import Array
 
 from adv2_jax import metrics
 from adv2_jax.attack import OnStep, Result, attack, explain, snapshot_steps
@@ -63,7 +64,7 @@ def attack_batch(
             snapshots=int((np.unique(places) < PICTURED).sum()),
         )
         seconds = np.array([time.perf_counter() - start])
-        flows = None if settings.threat.displacement is None else np.asarray(jax.vmap(settings.threat.displacement)(result.params))
+        flows = None if settings.threat.displacement is None else jax.vmap(settings.threat.displacement)(result.params)
         for interpreter in job.interpreters:
             seen = result if job.plan.interpreter is not None else _seen_by(model, interpreter, goals, result)
             measures = _measures(chosen, goals, aim(interpreter), seen, flows)
@@ -91,7 +92,7 @@ def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, res
     return result._replace(maps=maps, float_maps=float_maps)
 
 
-def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: np.ndarray | None) -> Measures:
+def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: Array | None) -> Measures:
     """All that is measured of a batch, one number an image."""
     found = measure(chosen.images, goals, aim["target_maps"], result)
     if chosen.masks is not None:
@@ -103,12 +104,12 @@ def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, 
     return found
 
 
-def _shown(measures: Measures, result: Result, flows: np.ndarray | None) -> dict[str, np.ndarray]:
+def _shown(measures: Measures, result: Result, flows: Array | None) -> dict[str, np.ndarray]:
     """What the results hold of an attack, with a leading axis of images."""
     found = {"images": result.images, "maps": result.maps, "confidence": measures["confidence"], "success": measures["asr"]}
     found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
     if flows is not None:
-        found["flow"] = flows
+        found["flow"] = np.asarray(flows)
     steps = _curve_steps(result)
     curves = {f"curve_{name}": np.asarray(values)[:, steps] for name, values in result.curves._asdict().items()}
     return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}
