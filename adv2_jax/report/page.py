@@ -1,5 +1,6 @@
 """A finished run as one HTML page."""
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -7,7 +8,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.experiments.files import read_summary
 from adv2_jax.files import SCHEMA, atomic, read_pictures
 from adv2_jax.report import cards, tables, words
 from adv2_jax.report.pictures import INFERNO, Arrays, Pixels
@@ -25,7 +25,8 @@ def write(directory: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: if there is no summary, or one of another schema, or the results cannot be read.
+        FileNotFoundError: if there is no summary.
+        ValueError: if the summary has another schema, or the results cannot be read.
     """
     folder = Path(directory)
     summary = read_summary(folder)
@@ -63,6 +64,18 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
         reproduction=reproduction(config, summary.get("environment", {})),
     )
     return document(title, body, style(results["images"]))
+
+
+def read_summary(folder: Path) -> Any:
+    """The content of `summary.json`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it has another schema.
+    """
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    check_schema(summary)
+    return summary
 
 
 def check_schema(summary: Mapping[str, Any]) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.experiments.files import read_summary
 from adv2_jax.report import charts, page, tables, words
 
 
@@ -19,10 +18,11 @@ def write_training(directory: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: if there is no summary, or one of another schema.
+        FileNotFoundError: if there is no summary.
+        ValueError: if the summary has another schema.
     """
     folder = Path(directory)
-    summary = read_summary(folder)
+    summary = page.read_summary(folder)
     config, counts = summary["config"], summary["counts"]
     facts = {"Model": config["model"], "Images trained on": counts["train"], "Held out": counts["held_out"]}
     for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
