@@ -13,6 +13,7 @@ from adv2_jax.experiments.run import Progress, environment, fingerprints, identi
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, load_run, transfer_matrix
 from adv2_jax.files import atomic
+from adv2_jax.names import attack_name
 from adv2_jax.types import Classifier
 
 WORDS = ("interpreter", "attack", "made against")  # headings of columns without numbers
@@ -135,14 +136,12 @@ def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
 
 def by_rows(title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
     """A line for each row of a run; means with their intervals if `spread`."""
-    lines = [[row["interpreter"], _name(row), str(row["n"])] + [_number(row, key, spread) for key in columns] for row in rows]
+    lines = [
+        [row["interpreter"], attack_name(row["attack"], row["threat"]), str(row["n"])]
+        + [_number(row, key, spread) for key in columns]
+        for row in rows
+    ]
     return Sheet(title, ["interpreter", "attack", "n", *columns.values()], lines)
-
-
-def _name(row: Row) -> str:
-    """What an attack is called; the plain attack by a flow has a name of its own."""
-    plain = "StAdv" if row["threat"] == "flow" else "PGD"
-    return plain if row["attack"] == "pgd" else "ADV²"
 
 
 def _number(row: Row, key: str, spread: bool) -> str:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adv2_jax.names import attack_name
 from adv2_jax.report import charts, words
 from adv2_jax.report.pictures import (
     ATTACKS,
@@ -55,7 +56,7 @@ class Subject(NamedTuple):
 
     def name(self, attack: str) -> str:
         """The name of an attack under this threat."""
-        return words.attack_name(attack, self.threat)
+        return attack_name(attack, self.threat)
 
 
 def section(subject: Subject, results: Arrays, *, total: int, limit: int) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adv2_jax.names import attack_name
 from adv2_jax.report import words
 from adv2_jax.report.pictures import colour_map
 
@@ -65,7 +66,7 @@ def common(rows: Sequence[Row], key: str) -> object:
 def _group(interpreter: str, rows: Sequence[Row], columns: Sequence[Column]) -> str:
     lines = []
     for row in rows:
-        name = escape(words.attack_name(row["attack"], row.get("threat")))
+        name = escape(attack_name(row["attack"], row.get("threat")))
         cells = "".join(f"<td>{_cell(row, column)}</td>" for column in columns)
         lines.append(f'<th scope="row">{name}</th>{cells}')
     first = f'<th scope="rowgroup" rowspan="{len(rows)}">{escape(words.title(interpreter))}</th>'

@@ -33,12 +33,6 @@ def anchor(interpreter: str) -> str:
     return f"maps-{quote(interpreter, safe='')}"
 
 
-def attack_name(attack: str, threat: str | None) -> str:
-    """The name of an attack; the plain attack by a flow has one of its own."""
-    names = {"pgd": "StAdv" if threat == "flow" else "PGD", "adv2": "ADV²"}
-    return names.get(attack, attack)
-
-
 def class_name(classes: Sequence[str] | None, label: int) -> str:
     """The name of a class, or its number."""
     if classes is None or not 0 <= label < len(classes):
