@@ -28,7 +28,7 @@ from adv2_jax.experiments.files import output_directory, write_summary
 from adv2_jax.experiments.run import environment, run
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
 from adv2_jax.experiments.task import Settings
-from adv2_jax.experiments.train import TrainingSets, accuracy, train_classifier, training_sets
+from adv2_jax.experiments.train import PLAIN, TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import atomic
 from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
@@ -471,7 +471,7 @@ def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
-    sets = _training_sets(arguments, models.image_size(arguments.model))
+    sets = _training_sets(arguments, models.image_size(arguments.model), plain=PLAIN)
     start, (images, labels, _) = _start(arguments, sets), sets.held_out
     before = accuracy(start, images, labels) if arguments.weights else None
 
@@ -515,8 +515,9 @@ def _encoder(arguments: argparse.Namespace, classifier: Classifier) -> tuple[str
     return arguments.model or models.EMBEDDED, models.check_encoder(classifier)
 
 
-def _training_sets(arguments: argparse.Namespace, image_size: int | None) -> TrainingSets:
-    return training_sets(arguments.images, held_out=arguments.held_out, **_source_options(arguments, image_size))
+def _training_sets(arguments: argparse.Namespace, image_size: int | None, plain: float = 0.0) -> TrainingSets:
+    options = _source_options(arguments, image_size)
+    return training_sets(arguments.images, held_out=arguments.held_out, plain=plain, **options)
 
 
 def _training(

@@ -221,6 +221,16 @@ def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert f"held-out accuracy {summary['accuracy']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("kind", "plain"), [("classifier", "0.12"), ("rts", "0.0")])
+def test_classifiers_train_on_plain_scenes_too(tmp_path, capsys, monkeypatch, kind, plain):
+    def asked(source, **options):
+        raise ValueError(f"plain {options['plain']} of {source}")
+
+    monkeypatch.setattr(cli, "training_sets", asked)
+    assert cli.main(["train", kind, "--images", "shapes", "--out", str(tmp_path / "out")]) == 2
+    assert f"plain {plain} of shapes" in capsys.readouterr().err
+
+
 BAD_TRAINING = {
     "only `adv2 attack` takes path/to/file.py:name": ["--model", "own.py:network"],
     "batch_size must lie in 1..18": ["--batch-size", "19"],

@@ -100,6 +100,32 @@ def test_colour_does_not_tell_the_class(scenes):
     assert (guesses == scenes.labels[100:]).mean() < 0.25
 
 
+def away_from(pixels):
+    """How far every pixel is from the nearest of some."""
+    at = np.argwhere(pixels)
+    return np.hypot(*(np.indices(pixels.shape)[..., None] - at.T[:, None, None])).min(-1)
+
+
+def test_plain_scenes_show_the_object_and_hide_other_places_under_one_colour(scenes):
+    mixed = shapes.generate(60, seed=5, plain=0.3)
+    np.testing.assert_array_equal(mixed.masks, scenes.masks[:60])
+    changed = np.flatnonzero((mixed.images != scenes.images[:60]).any((1, 2, 3)))
+    assert 10 < len(changed) < 30
+    shares = []
+    for i in changed:
+        image, before, mask = mixed.images[i].astype(int), scenes.images[i], mixed.masks[i]
+        inner = away_from(~mask) > 4  # beyond a soft edge of 5 pixels about the outline, and one pixel of rounding
+        np.testing.assert_array_equal(image[inner], before[inner])
+        far = away_from(mask) > 64 / 8 + 4
+        hidden = far & (image != before).any(-1)
+        if hidden.sum() > 400:  # of less, most may be edge
+            colours = image[hidden]
+            spread = np.median(np.abs(colours - np.median(colours, 0)), 0)
+            assert (spread < 0.08 * 255).all()  # of noise of .1: .067
+        shares.append(hidden.sum() / far.sum())
+    assert min(shares) < 0.2 and max(shares) > 0.8  # patches and windows
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -107,6 +133,8 @@ def test_colour_does_not_tell_the_class(scenes):
         ({"n": 1, "seed": -1}, "seed must be at least 0, got -1"),
         ({"n": 1, "size": 16}, "size must be at least 32, got 16"),
         ({"n": 1, "start": -3}, "start must be at least 0, got -3"),
+        ({"n": 1, "plain": 1.5}, r"plain must lie in \[0, 1\], got 1.5"),
+        ({"n": 1, "plain": float("nan")}, r"plain must lie in \[0, 1\], got nan"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):

@@ -144,11 +144,11 @@ def test_a_source_of_its_own_is_held_out(sources):
 def test_shapes_hold_out_scenes_of_another_seed(sources, monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)  # as small as those of the other sources
     scenes = shapes.Scenes(images, np.arange(10, dtype=np.int32), np.zeros((10, 4, 4), bool))
-    monkeypatch.setattr(shapes, "generate", lambda n, seed: {(8000, 0): scenes}[n, seed])
-    sets = train.training_sets("shapes", size=None)
+    monkeypatch.setattr(shapes, "generate", lambda n, seed, plain: {(8000, 0, 0.3): scenes}[n, seed, plain])
+    sets = train.training_sets("shapes", plain=0.3, size=None)
     np.testing.assert_array_equal(sets.train.images, scenes.images)
     assert (sources[0][0], sets.num_classes, sets.classes) == ("shapes:2000", 10, shapes.CLASSES)
-    assert train.training_sets("shapes", held_out="plain") and sources[1][0] == "plain"
+    assert train.training_sets("shapes", held_out="plain", plain=0.3) and sources[1][0] == "plain"
 
 
 @pytest.mark.parametrize(

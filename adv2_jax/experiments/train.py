@@ -18,6 +18,7 @@ from adv2_jax.experiments.fit import NOWHERE, Filter, Images, Kept, Labels, Loss
 from adv2_jax.losses import cross_entropy
 
 TRAIN_SCENES, HELD_OUT_SCENES = 8000, 2000
+PLAIN = 0.12  # share of plain scenes for a classifier: RTS and MASK ask it what is left of an object before such a ground
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +108,14 @@ class TrainingSets(NamedTuple):
         return int(max(self.train.labels.max(), self.held_out.labels.max())) + 1
 
 
-def training_sets(source: str, *, held_out: str | None = None, seed: int = 0, **options: Any) -> TrainingSets:
+def training_sets(source: str, *, held_out: str | None = None, seed: int = 0, plain: float = 0.0, **options: Any) -> TrainingSets:
     """The images to train on and those to measure the accuracy on.
 
     Args:
         source: what `data.load` takes; but `shapes` is 8000 scenes of another seed, and `shapes:N` is refused.
         held_out: a source of its own; None holds out 2000 scenes for `shapes`, and a tenth of the images for anything else.
         seed: of what is drawn from a source.
+        plain: share of the scenes of `shapes` to train on that are hidden in part (see `shapes.generate`); of no other source.
         **options: of `data.load`, for both sources; `shapes` takes none.
 
     Raises:
@@ -121,7 +123,7 @@ def training_sets(source: str, *, held_out: str | None = None, seed: int = 0, **
             from, other classes than the first, or an option it does not take.
     """
     if source == "shapes":
-        first, held_out = _scenes(options), held_out or f"shapes:{HELD_OUT_SCENES}"
+        first, held_out = _scenes(options, plain), held_out or f"shapes:{HELD_OUT_SCENES}"
     elif source.startswith("shapes:"):
         raise ValueError(f"images {source!r}: shapes:N are the scenes held out for attacks; train on shapes or another source")
     else:
@@ -136,11 +138,11 @@ def training_sets(source: str, *, held_out: str | None = None, seed: int = 0, **
     return TrainingSets(train, _labelled(held_out, second), _same_classes(source, first, held_out, second))
 
 
-def _scenes(options: Mapping[str, Any]) -> ImageSet:
+def _scenes(options: Mapping[str, Any], plain: float) -> ImageSet:
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"images 'shapes': the embedded set is trained on as it is, without {', '.join(given)}")
-    scenes = shapes.generate(TRAIN_SCENES, seed=0)
+    scenes = shapes.generate(TRAIN_SCENES, seed=0, plain=plain)
     return ImageSet(scenes.images, scenes.labels, masks=scenes.masks, classes=shapes.CLASSES)
 
 

@@ -13,6 +13,7 @@ from flax import nnx
 from jax import Array
 
 from adv2_jax.activations import relu
+from adv2_jax.maps import blur
 from adv2_jax.models.layers import batch_norm, conv
 from adv2_jax.models.resnet import Block, CifarResNet, ImageNetResNet
 from adv2_jax.types import Activation, Classifier, Features, Image, Label, Logits, Map
@@ -21,6 +22,9 @@ Encoder = CifarResNet | ImageNetResNet
 
 BOTTLENECK = 4  # inputs an inner channel of the residual block of a stage
 LIMIT = 6.0  # of the scores that a map is the sigmoid of: they never reach it, so a map has one peak, not a plateau of ones
+# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier needs of an object, which may be no
+# more than its outline; sharp, every third peak of such a map lies a pixel beside the object
+SMOOTHING = 1 / 16
 
 
 class Stage(nnx.Module):
@@ -44,6 +48,12 @@ def pixel_shuffle(x: Array) -> Array:
     *batch, h, w, c = x.shape
     blocks = jnp.moveaxis(x.reshape(*batch, h, w, 2, 2, c // 4), -3, -4)
     return blocks.reshape(*batch, 2 * h, 2 * w, c // 4)
+
+
+def smoothed(scores: Array) -> Array:
+    """A Gaussian blur of `SMOOTHING`: [..., h, w] -> [..., h, w]."""
+    sigma = SMOOTHING * min(scores.shape[-2:])
+    return jnp.moveaxis(blur(jnp.moveaxis(scores, (-2, -1), (0, 1)), sigma), (0, 1), (-2, -1))
 
 
 class Masker(nnx.Module):
@@ -95,7 +105,8 @@ class Masker(nnx.Module):
         x = deepest * self.gate(deepest, label)[..., None]
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = stage(x, skip)
-        return nnx.sigmoid(LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT))
+        scores = LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT)
+        return nnx.sigmoid(smoothed(scores))
 
     def check(self, num_classes: int, shape: tuple[int, ...]) -> None:
         """Refuse a classifier with `num_classes` classes, or images of `shape` [H, W, 3], that the masker was not made for.
