@@ -22,8 +22,8 @@ Encoder = CifarResNet | ImageNetResNet
 
 BOTTLENECK = 4  # inputs an inner channel of the residual block of a stage
 LIMIT = 6.0  # of the scores that a map is the sigmoid of: they never reach it, so a map has one peak, not a plateau of ones
-# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier needs of an object, which may be no
-# more than its outline; sharp, every third peak of such a map lies a pixel beside the object
+# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier needs of an object, which may
+# be no more than its outline: of sharp maps every third peak lay a pixel beside the object
 SMOOTHING = 1 / 16
 
 
