@@ -41,10 +41,10 @@ class MaskObjective(NamedTuple):
             is the literal formula; for an image that f is too sure of, it has no slope, and the map comes out empty.
     """
 
-    l1: float = 5.0
+    l1: float = 2.5
     tv: float = 10.0
     beta: float = 3.0
-    blur: float = 0.2
+    blur: float = 0.6
     area: float = 0.0
     game: str = "deletion"
     score: Score | None = None
