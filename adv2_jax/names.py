@@ -1,4 +1,6 @@
-"""What things of a run are called, on the screen and on a page."""
+"""What things of a run are called, in its files, on the screen and on a page."""
+
+ATTACKS = ("pgd", "adv2")  # as in files
 
 
 def attack_name(attack: str, threat: str | None) -> str:

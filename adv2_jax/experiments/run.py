@@ -21,12 +21,12 @@ from adv2_jax.experiments.parts import Job, attack_batch
 from adv2_jax.experiments.select import Selection, select
 from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
 from adv2_jax.interpreters import Interpreter
+from adv2_jax.names import ATTACKS
 from adv2_jax.presets import resolve
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
 
-ATTACKS = ("pgd", "adv2")
 UNRELATED = ("command", "out", "resume", "quiet", "table")  # to the results: may change when a run is resumed
 
 

@@ -52,8 +52,7 @@ def pixel_shuffle(x: Array) -> Array:
 
 def smoothed(scores: Array) -> Array:
     """A Gaussian blur of `SMOOTHING`: [..., h, w] -> [..., h, w]."""
-    sigma = SMOOTHING * min(scores.shape[-2:])
-    return jnp.moveaxis(blur(jnp.moveaxis(scores, (-2, -1), (0, 1)), sigma), (0, 1), (-2, -1))
+    return jnp.vectorize(lambda one: blur(one, SMOOTHING * min(one.shape)), signature="(h,w)->(h,w)")(scores)
 
 
 class Masker(nnx.Module):

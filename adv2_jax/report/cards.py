@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adv2_jax.names import attack_name
+from adv2_jax.names import ATTACKS, attack_name
 from adv2_jax.report import charts, words
 from adv2_jax.report.pictures import (
-    ATTACKS,
     MAX_SIDE,
     Arrays,
     Pixels,

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax.files import read_arrays
+from adv2_jax.names import ATTACKS
 
 Pixels = NDArray[np.uint8]
 Arrays = Mapping[str, NDArray[Any]]
 
 MAX_SIDE = 112  # half of 224: larger pictures are shrunk, or 64 photographs would make a page of 100 MB
-ATTACKS = ("pgd", "adv2")
 
 # The inferno colour map at 0, 1/8, ..., 1: its lightness rises, for colour-blind readers and in grey print too.
 INFERNO = np.array(
