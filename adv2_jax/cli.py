@@ -593,7 +593,7 @@ def _config(arguments: argparse.Namespace, command: str) -> dict[str, Any]:
 
 
 def _print(sheet: Sheet) -> None:
-    table = Table(title=sheet.title, box=SIMPLE)
+    table = Table(title=sheet.title, box=SIMPLE, pad_edge=False, collapse_padding=True)  # as narrow as a terminal of 80 columns
     for heading in sheet.headings:
         table.add_column(heading, justify="left" if heading in WORDS else "right")
     for line in sheet.lines:

@@ -15,6 +15,7 @@ from flax import nnx
 
 from adv2_jax import cli, interpreters, models
 from adv2_jax.experiments import train_masker
+from adv2_jax.experiments.tables import by_rows
 from adv2_jax.files import write_arrays
 from adv2_jax.interpreters import INTERPRETERS
 
@@ -46,6 +47,13 @@ def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
     mask = interpreters.mask_interpreter()
     spent = 1 + mask.solver.steps + 3 * mask.cost + mask.solver.steps + 1  # to start from, joint steps, and scored once
     assert [row["gradient_evaluations"] for row in rows] == [spent, spent]
+
+
+def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    row = {"interpreter": "grad_cam", "attack": "adv2", "threat": "linf", "n": 10000} | dict.fromkeys(cli.COLUMNS, 0.123)
+    cli._print(by_rows(cli.TITLE, cli.COLUMNS, [row | {"gradient_evaluations": 19720, "seconds": 12345.678}], spread=False))
+    assert "…" not in capsys.readouterr().out
 
 
 def test_attack_writes_the_contract(network, tmp_path, capsys):
