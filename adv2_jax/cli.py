@@ -24,13 +24,12 @@ from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
 from adv2_jax.experiments import fit, train, train_masker
-from adv2_jax.experiments.files import output_directory, write_summary
 from adv2_jax.experiments.run import environment, run
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.train import PLAIN, TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
-from adv2_jax.files import atomic
+from adv2_jax.files import atomic, output_directory, write_summary
 from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.types import Classifier

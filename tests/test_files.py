@@ -248,3 +248,18 @@ def test_pictures_are_cut_and_numbers_are_not(tmp_path):
     np.savez(tmp_path / "bad.npz", a=np.array([None], object))
     with pytest.raises(ValueError, match=r"^cannot read .*bad\.npz: it holds pickled objects, only plain arrays are read$"):
         files.read_pictures(tmp_path / "bad.npz", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 1, "ro', r"cannot read {path}: Unterminated string"),
+        ('{"schema": 2}', r"{path} has schema 2, this adv2 reads schema 1$"),
+        ("{}", r"{path} has schema None, this adv2 reads schema 1$"),
+    ],
+)
+def test_summaries_that_are_damaged_or_of_another_schema_are_refused(tmp_path, text, message):
+    path = tmp_path / "summary.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="^" + message.format(path=re.escape(str(path)))):
+        files.read_summary(tmp_path)

@@ -11,10 +11,9 @@ from adv2_jax import explain, metrics, threats
 from adv2_jax.attack import attack, snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments import batches
-from adv2_jax.experiments.files import read_summary
 from adv2_jax.experiments.run import run
 from adv2_jax.experiments.task import Settings
-from adv2_jax.files import read_arrays
+from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
 
 

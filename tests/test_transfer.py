@@ -8,12 +8,11 @@ import pytest
 
 from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.files import read_summary
 from adv2_jax.experiments.run import run
 from adv2_jax.experiments.tables import TABLES, by_rows, make_table
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
-from adv2_jax.files import read_arrays
+from adv2_jax.files import read_arrays, read_summary
 
 FACES = {"grad": interpreters.grad, "cam": interpreters.cam}
 

@@ -15,11 +15,11 @@ from adv2_jax.attack import OnStep, batches, count_steps, gradient_evaluations
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.batches import Arrays, Batches, Part
 from adv2_jax.experiments.checkpoints import tree_fingerprint
-from adv2_jax.experiments.files import write_summary
 from adv2_jax.experiments.measures import Row, paired, row
 from adv2_jax.experiments.parts import Job, attack_batch
 from adv2_jax.experiments.select import Selection, select
 from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
+from adv2_jax.files import write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
 from adv2_jax.presets import resolve

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.batches import is_unfinished
 from adv2_jax.experiments.checkpoints import changes
-from adv2_jax.experiments.files import read_summary, write_summary
 from adv2_jax.experiments.measures import Row
 from adv2_jax.experiments.run import Progress, environment, fingerprints, identity, run
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, load_run, transfer_matrix
-from adv2_jax.files import atomic
+from adv2_jax.files import atomic, read_summary, write_summary
 from adv2_jax.names import attack_name
 from adv2_jax.types import Classifier
 

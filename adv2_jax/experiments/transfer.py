@@ -13,9 +13,8 @@ from jax.typing import ArrayLike
 from adv2_jax import metrics
 from adv2_jax.attack import explain
 from adv2_jax.experiments.checkpoints import tree_fingerprint
-from adv2_jax.experiments.files import read_summary, write_summary
 from adv2_jax.experiments.measures import Row
-from adv2_jax.files import read_some
+from adv2_jax.files import read_some, read_summary, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import resolve
 from adv2_jax.types import Classifier

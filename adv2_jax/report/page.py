@@ -1,6 +1,5 @@
 """A finished run as one HTML page."""
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -8,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.files import SCHEMA, atomic, read_pictures
+from adv2_jax.files import atomic, check_schema, read_pictures, read_summary
 from adv2_jax.report import cards, tables, words
 from adv2_jax.report.pictures import INFERNO, Arrays, Pixels
 
@@ -25,8 +24,7 @@ def write(directory: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        FileNotFoundError: if there is no summary.
-        ValueError: if the summary has another schema, or the results cannot be read.
+        ValueError: if there is no summary, it has another schema, or the results cannot be read.
     """
     folder = Path(directory)
     summary = read_summary(folder)
@@ -64,28 +62,6 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
         reproduction=reproduction(config, summary.get("environment", {})),
     )
     return document(title, body, style(results["images"]))
-
-
-def read_summary(folder: Path) -> Any:
-    """The content of `summary.json`.
-
-    Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it has another schema.
-    """
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    check_schema(summary)
-    return summary
-
-
-def check_schema(summary: Mapping[str, Any]) -> None:
-    """Refuse a summary that this report does not know how to read.
-
-    Raises:
-        ValueError: names both schemas.
-    """
-    if summary.get("schema") != SCHEMA:
-        raise ValueError(f"summary has schema {summary.get('schema')!r}; this report reads schema {SCHEMA}")
 
 
 def write_page(folder: Path, html: str) -> Path:

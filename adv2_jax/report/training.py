@@ -5,6 +5,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from adv2_jax.files import read_summary
 from adv2_jax.report import charts, page, tables, words
 
 
@@ -18,11 +19,10 @@ def write_training(directory: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        FileNotFoundError: if there is no summary.
-        ValueError: if the summary has another schema.
+        ValueError: if there is no summary, or it has another schema.
     """
     folder = Path(directory)
-    summary = page.read_summary(folder)
+    summary = read_summary(folder)
     config, counts = summary["config"], summary["counts"]
     facts = {"Model": config["model"], "Images trained on": counts["train"], "Held out": counts["held_out"]}
     for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
