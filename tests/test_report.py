@@ -542,6 +542,14 @@ def test_curves_are_drawn_where_their_axes_say():
     assert page.inside("desc") == ["ADV² from 0 to 2, over steps 0 to 100."]
 
 
+@pytest.mark.parametrize("last", [400, 1000, 50000])
+def test_numbers_of_steps_are_not_cut_off(last):
+    line = charts.over_images("ADV²", "adv2", [0, last], np.array([[0.0, 1.0]]))
+    page = Page(charts.chart([line], anchor="a", title="Loss"))
+    ends = {label: float(text["x"]) for text, label in zip(page.attributes("text"), page.inside("text"), strict=True)}
+    assert ends[str(last)] + 7 * len(str(last)) / 2 <= charts.WIDTH  # a digit of the page's 11 px is 7 wide
+
+
 def test_curves_of_both_attacks_share_a_plot_and_one_may_be_missing():
     summary, results = with_everything(make_summary(), make_results())
     del results["cam/pgd/curve_map_l1"]

@@ -13,7 +13,7 @@ from adv2_jax.report.pictures import resample
 Numbers = NDArray[np.float64]
 
 WIDTH, HEIGHT = 340, 210  # of a chart, its text included
-LEFT, RIGHT, TOP, BOTTOM = 48, 332, 12, 176  # edges of the plot in it
+LEFT, RIGHT, TOP, BOTTOM = 48, 320, 12, 176  # edges of the plot in it; half of the last number of steps lies beyond
 ARROWS = 14  # in a row, at most: more are too small to see
 CELL = 40  # side of the square of an arrow
 
