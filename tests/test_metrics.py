@@ -101,3 +101,51 @@ def test_mean_displacement_is_that_of_a_loop():
     flows = RNG.normal(size=(3, 4, 5, 2)).astype(np.float32)
     expected = [np.mean([np.hypot(*flow[p]) for p in np.ndindex(4, 5)]) for flow in flows]
     np.testing.assert_allclose(metrics.mean_displacement(flows), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("measure", [metrics.linf, metrics.l2])
+@pytest.mark.parametrize("kinds", ["uu", "uf", "fu", "ff"])
+def test_perturbations_of_8_bit_images_and_of_float_ones_have_one_unit(measure, kinds):
+    x, x0 = np.random.default_rng(1).integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
+    given = [v if kind == "u" else v / np.float32(255) for v, kind in zip((x, x0), kinds, strict=True)]
+    expected = [LEVELS[measure](a, b) for a, b in zip(x, x0, strict=True)]
+    np.testing.assert_allclose(measure(*given), expected, rtol=1e-6)  # float32 holds k / 255 to 6e-8
+
+
+LEVELS = {
+    metrics.linf: lambda x, x0: max(abs(int(a) - int(b)) for a, b in zip(x.ravel(), x0.ravel(), strict=True)) / 255,
+    metrics.l2: lambda x, x0: sum((int(a) - int(b)) ** 2 for a, b in zip(x.ravel(), x0.ravel(), strict=True)) ** 0.5 / 255,
+}
+
+
+@pytest.mark.parametrize("level", range(1, 256))
+def test_a_change_by_whole_levels_is_exact(level):
+    x0 = np.full((1, 1, 1, 3), 255 - level, np.uint8)
+    assert metrics.linf(x0 + np.uint8(level), x0)[0] == level / 255
+
+
+def test_images_of_unknown_unit_are_refused():
+    with pytest.raises(ValueError, match="uint8, or floating point in"):
+        metrics.linf(np.zeros((1, 2, 2, 3), np.int64), np.zeros((1, 2, 2, 3), np.uint8))
+
+
+def plateau(*places):
+    m = np.linspace(0, 0.5, 16, dtype=np.float32).reshape(1, 4, 4)
+    m.ravel()[list(places)] = 1
+    return m
+
+
+def test_a_plateau_at_the_top_does_not_empty_a_map():
+    """More than a quarter at the maximum: nothing lies above the 75th percentile."""
+    left, right = plateau(*range(6)), plateau(*range(10, 16))
+    assert metrics.iou_quantile(left, left**2) == 1  # a monotone copy
+    assert metrics.iou_quantile(left, right) == 0
+    assert metrics.iou_quantile(left, plateau(*range(3, 9))) == pytest.approx(3 / 9)
+
+
+def test_what_a_map_leaves_at_its_minimum_is_not_marked():
+    """Sparse maps, as MASK draws them: fewer than a quarter of the entries are above zero."""
+    one, other = np.zeros((2, 1, 4, 4), np.float32)
+    one[0, 0, :2], other[0, 3, :2] = 1, 1
+    assert metrics.iou_quantile(one, other) == 0
+    assert metrics.iou_quantile(one, one) == 1

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from adv2_jax.experiments.measures import paired
-from adv2_jax.experiments.statistics import interval, intervals
+from adv2_jax.experiments.statistics import interval, intervals, proportion_interval
 
 
 def values(n, seed=0):
@@ -43,7 +43,21 @@ def test_equal_seeds_give_equal_intervals():
     assert interval(values(9), seed=3) == interval(values(9), seed=3) != interval(values(9), seed=4)
 
 
-@pytest.mark.parametrize("numbers", [np.ones(5, bool), np.full(7, 0.25, np.float32)])
+@pytest.mark.parametrize(("hits", "n"), [(16, 16), (8, 8), (0, 5), (3, 40), (1, 1)])
+def test_a_proportion_has_wilsons_interval(hits, n):
+    """The proportions p with |hits / n - p| <= 1.96 sqrt(p (1 - p) / n), found by trying all (Wilson 1927)."""
+    p = np.linspace(0, 1, 200_001)
+    inside = p[np.abs(hits / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-9]
+    found = proportion_interval(np.arange(n) < hits)
+    np.testing.assert_allclose(found, [inside[0], inside[-1]], atol=1e-4)  # the step of the grid, and 1e-9 at its end
+    assert intervals({"asr": np.arange(n) < hits}) == {"asr": found}
+
+
+def test_a_proportion_of_nothing_has_no_interval():
+    assert proportion_interval(np.zeros(0, bool)) is None
+
+
+@pytest.mark.parametrize("numbers", [np.ones(5), np.full(7, 0.25, np.float32)])
 def test_equal_values_have_an_interval_of_no_width(numbers):
     assert interval(numbers) == [numbers[0], numbers[0]]
 

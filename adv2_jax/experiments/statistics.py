@@ -1,4 +1,4 @@
-"""How sure a mean over images is."""
+"""How sure a mean or a proportion over images is."""
 
 from collections.abc import Mapping
 
@@ -38,7 +38,29 @@ def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> l
     return [float(found.low), float(found.high)]
 
 
+def proportion_interval(values: ArrayLike, *, confidence: float = 0.95) -> list[float] | None:
+    """Wilson's interval of a proportion; unlike a bootstrap it is wide where all images agree: [.81, 1] for 16 of 16.
+
+    Args:
+        values: booleans [N], one an image.
+        confidence: share of intervals that hold the true proportion.
+
+    Returns:
+        [low, high]; None of no image.
+    """
+    from scipy.stats import binomtest
+
+    hits = np.asarray(values, bool)
+    if not len(hits):
+        return None
+    found = binomtest(int(hits.sum()), len(hits)).proportion_ci(confidence, method="wilson")
+    return [float(found.low), float(found.high)]
+
+
 def intervals(measures: Mapping[str, ArrayLike], *, seed: int = 0) -> dict[str, list[float]]:
-    """The interval of each measure, by name; those without one are left out."""
-    found = {name: interval(values, seed=seed) for name, values in measures.items()}
+    """The interval of each measure, by name, Wilson's for booleans; those without one are left out."""
+    found = {
+        name: proportion_interval(values) if np.asarray(values).dtype == bool else interval(values, seed=seed)
+        for name, values in measures.items()
+    }
     return {name: ends for name, ends in found.items() if ends is not None}
