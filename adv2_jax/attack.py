@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from adv2_jax import losses, threats
 from adv2_jax.classifier import num_classes
+from adv2_jax.cost import multiply_adds
 from adv2_jax.descent import (
     Driver,
     Info,
@@ -24,11 +25,12 @@ from adv2_jax.descent import (
     Problem,
     State,
     descend,
+    image_of,
     init,
     keep_better,
-    round_to_8_bits,
     score,
     solve,
+    step,
 )
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver
 from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
@@ -41,6 +43,9 @@ T = TypeVar("T")
 class Result(NamedTuple):
     """A finished attack on N images. `float_*` is what it was before rounding; everything else is measured on the 8-bit images.
 
+    An image on which the network gives logits, maps or gradients that are not finite numbers has failed: it is handed back
+    unchanged, and its logits and maps are not a number.
+
     Attributes:
         images: uint8 [N, H, W, 3], adversarial.
         logits: [N, K].
@@ -48,11 +53,12 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w].
-        gradient_evaluations: gradients through the network spent on each image, scoring for keep-best included.
+        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of that name).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
         curves: what the n steps, those of the warm start too, reported for the iterates they started from, [N, n]; `map_l1` is
             not a number where a step draws no map.
         snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last is what is delivered.
+        failed: bool [N].
     """
 
     images: np.ndarray
@@ -61,10 +67,11 @@ class Result(NamedTuple):
     float_images: np.ndarray
     float_logits: np.ndarray
     float_maps: np.ndarray
-    gradient_evaluations: int
+    gradient_evaluations: float
     params: Params
     curves: Info
     snapshots: np.ndarray
+    failed: np.ndarray
 
 
 def attack(
@@ -82,6 +89,7 @@ def attack(
     driver: Driver = "auto",
     on_step: OnStep | None = None,
     snapshots: int = 0,
+    all_may_fail: bool = False,
 ) -> Result:
     """Fool the classifier and the interpreter at once.
 
@@ -89,42 +97,44 @@ def attack(
         model: any pytree with `features` and `head` (`adv2_jax.types.Classifier`).
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
-        target_maps: [N, h, w] in [0, 1], the maps to be shown. Plain PGD needs none.
+        target_maps: [N, h, w] in [0, 1], the maps to be shown; an image whose map is not a number, as `explain` gives it where it
+            fails, fails here too. Plain PGD needs none.
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), "mask", an `Interpreter` of your own, or
             None for plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
-        threat: what may be changed: `threats.linf` (0.031 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
+        threat: what may be changed: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
         preset: "default", "paper", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
         batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
         driver: "auto", "fori" or "host" (see `descent.descend`).
         on_step: called with the number of steps newly done; `count_steps` says how many there will be.
-        snapshots: of how many images, M or all if there are fewer, to keep what they were on the way.
+        snapshots: of how many images, M or all if there are fewer, to keep what they were on the way. At `snapshot_steps` the
+            descent then pauses for them.
+        all_may_fail: give a result of nothing but failed images too, instead of refusing the network.
 
     Returns:
         The adversarial images and what they do.
 
     Raises:
-        ValueError: one line: what is wrong, the value, and what is allowed.
+        ValueError: one line: what is wrong, the value, and what is allowed; or all images fail.
     """
     threat = threats.linf() if threat is None else threat
     plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
-    problems = _problems(model, images, targets, target_maps, plan.interpreter)
-    n = len(problems.target)
+    benign = check_images(images)
+    problems = _problems(model, benign, targets, target_maps, plan.interpreter)
+    for image in () if benign.dtype == np.uint8 else benign:
+        threat.check(_unit(image))
+    n = len(benign)
     parts = [
-        _attack_batch(model, batch, plan, threat, driver, on_step, min(snapshots, n) - i * batch_size)
-        for i, batch in enumerate(batches(problems, batch_size))
+        _attack_batch(model, benign[index], batch, plan, threat, driver, on_step, min(snapshots, n) - i * batch_size)
+        for i, (index, batch) in enumerate(batches((np.arange(n), problems), batch_size))
     ]
-    x, params, curves = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *(part[:3] for part in parts))
-    _check_finite(x)  # steps along gradients that are not
-    rounded = to_uint8(x)
-
-    def look(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        interpreter = no_map if plan.interpreter is None else plan.interpreter
-        return explain(model, seen, problems.target, interpreter=interpreter, batch_size=batch_size, driver=driver)
-
-    taken = np.concatenate([part.snapshots for part in parts])
-    return Result(rounded, *look(rounded), x, *look(x), gradient_evaluations(plan), params, curves, taken)
+    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    taken, whole = whole.snapshots, jax.tree.map(itemgetter(slice(n)), whole._replace(snapshots=()))
+    _check_failed(whole.failed, all_may_fail)
+    (x, logits, maps), (float_x, float_logits, float_maps) = whole.seen, whole.float_seen
+    evaluations = gradient_evaluations(model, plan, threat, benign.shape[1:])
+    return Result(x, logits, maps, float_x, float_logits, float_maps, evaluations, whole.params, whole.curves, taken, whole.failed)
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -140,6 +150,7 @@ def explain(
     interpreter: str | Interpreter | Explain,
     batch_size: int = 64,
     driver: Driver = "auto",
+    all_may_fail: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and maps of a set of images.
 
@@ -151,12 +162,14 @@ def explain(
             map, which `jit` knows again only if it is the same object.
         batch_size: images at a time.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see `descent.drive`).
+        all_may_fail: return also where no image has finite logits and a finite map, instead of refusing the network.
 
     Returns:
-        logits [N, K], maps [N, h, w] in [0, 1].
+        logits [N, K], maps [N, h, w] in [0, 1]. Where the map of an image has numbers that are not finite, all of it is not a
+        number.
 
     Raises:
-        ValueError: one line: what is wrong, the value, and what is allowed.
+        ValueError: one line: what is wrong, the value, and what is allowed; or no image has finite logits and a finite map.
     """
     _check_batch_size(batch_size)
     x = check_images(images)
@@ -164,9 +177,9 @@ def explain(
     if isinstance(interpreter, str):
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
     faces = (interpreter.explain, interpreter.solver) if isinstance(interpreter, Interpreter) else (interpreter, None)
-    parts = [_look(model, jnp.asarray(to_float(x)), jnp.asarray(c), *faces, driver)[:2] for x, c in batches(inputs, batch_size)]
+    parts = [_seen(model, x, c, *faces, driver) for x, c in batches(inputs, batch_size)]
     logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
-    _check_finite(logits)
+    _check_failed(~finite((logits, maps)), all_may_fail)
     return logits, maps
 
 
@@ -176,17 +189,43 @@ def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interprete
     return jax.eval_shape(interpreter.explain, model, image, label).shape
 
 
-def gradient_evaluations(plan: Preset) -> int:
-    """Gradients through the network that a plan spends on each image, scoring for keep-best included.
+def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
+    """Work of an attack on one image of a shape [H, W, 3], in units of one gradient of ℓ_prd in the image, a step of plain PGD.
 
-    A step is one, the gradient of its loss, or as many as its interpreter's `cost`. Scoring is free where the step's own map is the
-    explained one (a faithful surrogate), and one more where it is not. A solver takes one for each of its steps: before the
-    joint stage, and whenever an iterate is scored.
+    Counted are the multiply-adds of convolutions and dots in the traced steps, in the solver of the interpreter, and in the
+    scoring for keep-best where the steps' own maps are not the explained ones; one decimal. Nothing is computed. A network
+    without convolutions and dots is charged one for each step.
     """
-    cost, solver = 1 if plan.interpreter is None else plan.interpreter.cost, _solver(plan)
-    solving = 0 if solver is None else solver.steps
-    scoring = (1 + solving) * math.ceil(plan.steps / plan.keep_every) if _scores_apart(plan) else 0
-    return plan.warm_steps + solving + cost * plan.steps + scoring
+    leaves, structure = jax.tree.flatten(model)
+    kinds = tuple((leaf.shape, leaf.dtype) for leaf in map(jnp.asarray, leaves))
+    return _gradient_evaluations(structure, kinds, plan, threat, shape)
+
+
+@lru_cache(maxsize=256)  # a run asks once a batch
+def _gradient_evaluations(structure: Any, kinds: tuple[Any, ...], plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
+    model = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+    image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
+    interpreter, solver = plan.interpreter, _solver(plan)
+    drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
+    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32)), Numbers(*[np.float32(1)] * 3)
+
+    def work(options: Options, *memory: Any) -> int:
+        def one(model: Classifier, problem: Problem, memory: tuple[Any, ...]) -> Any:
+            return step(model, problem, init(problem, options, None, memory), numbers, options)
+
+        return multiply_adds(one, model, problem, memory)
+
+    unit = work(Options(threat))
+    if not unit:
+        return float(plan.warm_steps + plan.steps)
+    memory = () if solver is None else (jax.eval_shape(solver.init, image),)
+    spent = plan.warm_steps * unit + plan.steps * work(joint_options(plan, threat), *memory)
+    solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, *memory)
+    if _scores_apart(plan):
+        assert interpreter is not None
+        looking = multiply_adds(partial(_explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
+        spent += math.ceil(plan.steps / plan.keep_every) * (solving + looking)
+    return round((spent + solving) / unit, 1)
 
 
 def count_steps(plan: Preset, n: int, batch_size: int) -> int:
@@ -208,13 +247,17 @@ def to_float(images: ArrayLike) -> np.ndarray:
     Raises:
         ValueError: as `check_images`.
     """
-    x = check_images(images)
-    return x.astype(np.float32) / 255 if x.dtype == np.uint8 else x.astype(np.float32)
+    return _unit(check_images(images), np.float32)
 
 
-def to_uint8(x: ArrayLike) -> np.ndarray:
-    """Images in [0, 1] as 8-bit images."""
-    return np.round(np.asarray(x) * 255).astype(np.uint8)
+def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+    """Images in [0, 1] from uint8 or floating point, as they are divided in that type."""
+    return x.astype(dtype) / 255 if x.dtype == np.uint8 else x.astype(dtype)
+
+
+def to_uint8(x: Any) -> np.ndarray:
+    """Images in [0, 1] as 8-bit images; what is not a number becomes 0."""
+    return np.round(np.nan_to_num(np.asarray(x)) * 255).astype(np.uint8)
 
 
 def check_images(images: ArrayLike) -> np.ndarray:
@@ -237,23 +280,23 @@ def check_images(images: ArrayLike) -> np.ndarray:
 
 def _problems(
     model: Classifier,
-    images: ArrayLike,
+    x: np.ndarray,
     targets: ArrayLike,
     target_maps: ArrayLike | None,
     interpreter: Interpreter | None,
 ) -> Problem:
-    """The caller's arrays, checked and brought to one form."""
-    x = to_float(images)
+    """The caller's arrays, checked and brought to one form; they stay on the host until their batch is attacked."""
     t = _classes("targets", targets, model, x)
     if interpreter is None:
-        return Problem(jnp.asarray(x), jnp.asarray(t), jnp.zeros((len(x), 1, 1)))
+        return Problem(to_float(x), t, np.zeros((len(x), 1, 1), np.float32))
     expected = (len(x), *map_shape(model, x.shape[1:], interpreter))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
-    if not (maps.min() >= 0 and maps.max() <= 1):
-        raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(jnp.asarray(x), jnp.asarray(t), jnp.asarray(maps))
+    given = maps[~np.isnan(maps).all(axis=(1, 2))]
+    if not ((given >= 0) & (given <= 1)).all():
+        raise ValueError(f"target_maps must lie in [0, 1], got {given.min()}..{given.max()}")
+    return Problem(to_float(x), t, maps)
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -261,9 +304,15 @@ def _check_batch_size(batch_size: int) -> None:
         raise ValueError(f"batch_size = {batch_size} must be at least 1")
 
 
-def _check_finite(values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
+def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
+    if failed.all() and not all_may_fail:
         raise ValueError("the network gives logits or gradients that are not finite numbers on these images")
+
+
+def finite(values: Any) -> np.ndarray:
+    """Which entries of the leading axis [N] are finite in every leaf of a pytree: bool [N]."""
+    leaves = jax.tree.leaves(values)
+    return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
 
 
 def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
@@ -297,59 +346,93 @@ def snapshot_steps(plan: Preset) -> list[int]:
     return sorted({0, *(range(plan.warm_steps, total, stride) if stride else ()), total})
 
 
-def _cuts(plan: Preset) -> list[int]:
-    """The numbers of joint steps after which the descent pauses: to look at the iterates, or to score them."""
+def _cuts(plan: Preset, pictured: bool) -> list[int]:
+    """The numbers of joint steps after which the descent pauses: to score the iterates, or to look at them."""
     scored = range(plan.keep_every, plan.steps, plan.keep_every) if _scores_apart(plan) else ()
-    seen = (step - plan.warm_steps for step in snapshot_steps(plan))
-    return sorted({step for step in (*scored, *seen) if step > 0})
+    seen = [step - plan.warm_steps for step in snapshot_steps(plan)] if pictured else []
+    return sorted({0, plan.steps, *(step for step in (*scored, *seen) if step > 0)})
 
 
 class Attacked(NamedTuple):
-    """A batch that is done: images [B, H, W, 3], not yet rounded, the parameters that make them, and what was seen on the way.
+    """A batch that is done, in NumPy: images, logits and maps, 8-bit and float; entries as in `Result`."""
 
-    `curves` are [B, n], `snapshots` uint8 [B, S, H, W, 3].
-    """
-
-    images: Array
+    seen: tuple[np.ndarray, np.ndarray, np.ndarray]
+    float_seen: tuple[np.ndarray, np.ndarray, np.ndarray]
     params: Params
     curves: Info
-    snapshots: np.ndarray
+    snapshots: Any
+    failed: np.ndarray
 
 
 def _attack_batch(
-    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None, pictured: int
+    model: Classifier,
+    benign: np.ndarray,
+    problems: Problem,
+    plan: Preset,
+    threat: Threat,
+    driver: Driver,
+    on_step: OnStep | None,
+    pictured: int,
 ) -> Attacked:
-    """Warm start, joint stage and keep-best for one batch; snapshots of the first `pictured` images, if that is above 0."""
+    """Attack one batch, and look at what comes of it; snapshots of the first `pictured` images, if that is above 0."""
+    asked = jax.device_put(problems)
+    found, last, curves, snapshots = _descend_batch(model, asked, plan, threat, driver, on_step, pictured)
+    x, params = jax.tree.map(np.array, jax.device_get((_images(asked, found, threat), found)))
+    # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
+    wide: Any = x.astype(np.float64)
+    rounded = [threat.round(wide[i], jax.tree.map(itemgetter(i), params), image) for i, image in enumerate(_unit(benign))]
+    faces = (no_map, None) if plan.interpreter is None else (plan.interpreter.explain, plan.interpreter.solver)
+    seen, float_seen = ((images, *_seen(model, images, problems.target, *faces, driver)) for images in (to_uint8(rounded), x))
+    failed = ~finite((last, problems.target_map, seen, float_seen))
+    if failed.any():
+        unchanged = jax.device_get(jax.vmap(threat.init)(problems.image))
+        for values, old in zip(jax.tree.leaves(params), jax.tree.leaves(unchanged), strict=True):
+            values[failed] = old[failed]
+        for (images, logits, maps), old in ((seen, to_uint8(_unit(benign))), (float_seen, problems.image)):
+            images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
+    return Attacked(seen, float_seen, params, curves, snapshots, failed)
 
-    def picture(params: Params) -> np.ndarray:
-        return to_uint8(np.asarray(jax.vmap(threat.apply)(params, problems.image))[: max(pictured, 0)])
 
-    def run(states: State, options: Options, schedule: Numbers) -> tuple[State, Info]:
-        states, info = descend(model, problems, states, schedule, options, driver=driver, on_step=on_step)
-        drawn = info.map_l1 if options.surrogate is not None else jnp.asarray(np.full(info.map_l1.shape, np.nan, np.float32))
+def _descend_batch(
+    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None, pictured: int
+) -> tuple[Params, Params, Info, np.ndarray]:
+    """Warm start, joint stage and keep-best: the parameters to deliver and the last ones, curves, snapshots."""
+    snapshots: list[np.ndarray] = []
+
+    def picture(params: Params) -> None:
+        if pictured > 0:
+            snapshots.append(to_uint8(_images(problems, params, threat, True))[:pictured])
+
+    def run(states: State, options: Options, schedule: Numbers, span: tuple[int, int] | None = None) -> tuple[State, Info]:
+        states, info = descend(model, problems, states, schedule, options, span=span, driver=driver, on_step=on_step)
+        drawn = info.map_l1 if options.surrogate is not None else np.full(info.map_l1.shape, np.nan, np.float32)
         return states, info._replace(map_l1=drawn)
 
     warm, joint = Options(threat), joint_options(plan, threat)
     states = jax.vmap(lambda problem: init(problem, warm))(problems)
-    looks, snapshots = snapshot_steps(plan), [picture(states.params)]
+    picture(states.params)
     states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
     curves = [info]
     if plan.warm_steps:
-        snapshots.append(picture(states.params))
-    memory = _solved(model, _seen(problems, states, threat), problems.target, _solver(plan), driver)
+        picture(states.params)
+    memory = _solved(model, _images(problems, states.params, threat, True), problems.target, _solver(plan), driver)
     states = jax.vmap(lambda problem, *start: init(problem, joint, *start))(problems, states.params, memory)
     numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
-    for start, stop in pairwise([0, *_cuts(plan)]):
-        states, info = run(states, joint, Numbers(*(values[start:stop] for values in numbers)))
+    looks = snapshot_steps(plan)
+    for span in pairwise(_cuts(plan, pictured > 0)):
+        states, info = run(states, joint, numbers, span)
         curves.append(info)
         if plan.interpreter is not None and _scores_apart(plan):
             states = _rescore(model, problems, states, joint, plan.interpreter, driver, plan.reset)
-        if plan.warm_steps + stop in looks:
-            snapshots.append(picture(states.params))
+        if plan.warm_steps + span[1] in looks:
+            picture(states.params)
     params = states.best if plan.keep_every else states.params
-    snapshots[-1] = picture(params)  # what is delivered, which need not be the last iterate
+    if snapshots:  # the last is what is delivered, which need not be the last iterate
+        snapshots.pop()
+        picture(params)
     whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *curves)
-    return Attacked(jax.vmap(threat.apply)(params, problems.image), params, whole, np.stack(snapshots, axis=1))
+    shape = np.shape(problems.image)[1:]
+    return params, states.params, whole, np.stack(snapshots, axis=1) if snapshots else np.zeros((0, 0, *shape), np.uint8)
 
 
 def _tabulate(n: int, *plans: Plan) -> Numbers:
@@ -375,15 +458,15 @@ def _rescore(
     model: Classifier, problems: Problem, states: State, options: Options, interpreter: Interpreter, driver: Driver, reset: bool
 ) -> State:
     """Scores the present iterates on the explained map of their 8-bit images; what a solver finds may become the memory."""
-    images = _seen(problems, states, options.threat)
+    images = _images(problems, states.params, options.threat, True)
     logits, maps, memory = _look(model, images, problems.target, interpreter.explain, interpreter.solver, driver)
     return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory if reset else states.memory)
 
 
-@partial(jax.jit, static_argnames="threat")
-def _seen(problems: Problem, states: State, threat: Threat) -> Array:
-    """The 8-bit images [B, H, W, 3] of the present iterates."""
-    return round_to_8_bits(jax.vmap(threat.apply)(states.params, problems.image))
+@partial(jax.jit, static_argnames=("threat", "rounded"))
+def _images(problems: Problem, params: Params, threat: Threat, rounded: bool = False) -> Array:
+    """The images [B, H, W, 3] that parameters make, in float32 or as their 8-bit images."""
+    return jax.vmap(lambda problem, p: image_of(p, problem.image, threat, rounded=rounded))(problems, params)
 
 
 @partial(jax.jit, static_argnames="confidence")
@@ -393,6 +476,16 @@ def _kept(problems: Problem, states: State, logits: Array, maps: Array, confiden
         return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), confidence))
 
     return jax.vmap(one)(problems, states, logits, maps)
+
+
+def _seen(
+    model: Classifier, images: Any, labels: Any, interpreter: Explain, solver: Solver | None, driver: Driver
+) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and maps of a batch of images, uint8 or in [0, 1], in NumPy; a map with a number that is not finite is NaN."""
+    x, classes = jax.device_put((_unit(images, np.float32), labels))
+    logits, maps = map(np.array, jax.device_get(_look(model, x, classes, interpreter, solver, driver)[:2]))
+    maps[~finite(maps)] = np.nan
+    return logits, maps
 
 
 def _look(
@@ -412,9 +505,13 @@ def _solved(model: Classifier, images: Array, labels: Array, solver: Solver | No
 def _explain_batch(
     model: Classifier, images: Array, labels: Array, memory: tuple[Any, ...], interpreter: Explain, solver: Solver | None
 ) -> tuple[Array, Array]:
-    def one(image: Image, label: Label, memory: tuple[Any, ...]) -> tuple[Logits, Map]:
-        m = interpreter(model, image, label) if solver is None else solver.read(*memory)
-        # float32, whatever the network computes in: NumPy knows no bfloat16
-        return model.head(model.features(image)).astype(jnp.float32), m.astype(jnp.float32)
+    one = partial(_explain_one, interpreter=interpreter, solver=solver)
+    return jax.vmap(lambda *given: one(model, *given))(images, labels, memory)
 
-    return jax.vmap(one)(images, labels, memory)
+
+def _explain_one(
+    model: Classifier, image: Image, label: Label, memory: tuple[Any, ...], interpreter: Explain, solver: Solver | None
+) -> tuple[Logits, Map]:
+    m = interpreter(model, image, label) if solver is None else solver.read(*memory)
+    # float32, whatever the network computes in: NumPy knows no bfloat16
+    return model.head(model.features(image)).astype(jnp.float32), m.astype(jnp.float32)

@@ -161,7 +161,7 @@ def _effort_arguments(parser: Parser) -> None:
     """How much is done, and how."""
     add = parser.add_argument
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
-    add("--epsilon", type=float, metavar="E", help="radius of linf (default: 0.031) or l2 (default: 0.5), in units of pixel value")
+    add("--epsilon", type=float, metavar="E", help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value")
     add("--flow-penalty", dest="penalty", type=float, metavar="W", help="weight of a flow's roughness (default: 0.0005)")
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
@@ -303,6 +303,9 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
     if not arguments.quiet:
         _print(by_rows(TITLE, COLUMNS, outcome.rows, spread=False))
         print(f"{outcome.left_out} of {len(subject.images.images)} images left out: the network gets them wrong")
+        if outcome.failed:
+            names = ", ".join(map(str, outcome.failed[:8])) + (" and others" if len(outcome.failed) > 8 else "")
+            print(f"{len(outcome.failed)} failed, the network gives numbers that are not finite on them: {names}")
         print(f"report: {directory / 'report.html'}")
 
 

@@ -29,13 +29,15 @@ MapLoss = Callable[[Map, Map], Array]
 OnStep = Callable[[int], None]
 Step = Callable[[Classifier, Any, Any, Any], tuple[Any, Any]]
 
+LEAST_WEIGHT = 1e-2  # share of λ: without it a hundred steps that miss the target would switch the map off for good
+
 
 class Problem(NamedTuple):
-    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]."""
+    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]; of JAX, or of NumPy until it runs."""
 
-    image: Image
-    target: Label
-    target_map: Map
+    image: Image | Any
+    target: Label | Any
+    target_map: Map | Any
 
 
 class Options(NamedTuple):
@@ -49,13 +51,13 @@ class Options(NamedTuple):
         momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
             (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
         smoothing: label smoothing of ℓ_prd.
-        yielding: share by which the map term of an image loses weight at each step that finds f_t < confidence, and regains it
-            at each other step, up to its full weight λ; 0 keeps λ. The map yields where both goals cannot be had at once.
+        yielding: while f_t < confidence the weight of the map term is multiplied by 1 - yielding at each step, afterwards by
+            1 + yielding, up to λ and not below λ / 100; 0 keeps λ. The map yields where both goals cannot be had at once.
         confidence: f_t from which on an iterate is judged by its map.
-        rounded: take losses and gradients at the 8-bit image nearest to the iterate, with the gradient passed straight through, so
-            that what is optimised and scored is what will be delivered.
-        keep_best: whether a step scores the iterate it starts from; meant for faithful surrogates. Where the last step of a
-            descent leads is then never scored, and so never delivered.
+        rounded: take losses and gradients at the allowed 8-bit image nearest to the iterate (`Threat.round`), with the gradient
+            passed straight through, so that what is optimised and scored is what will be delivered.
+        keep_best: whether a step scores the iterate it starts from, by its map (meant for faithful surrogates) or, without a
+            surrogate, by its loss. Where the last step of a descent leads is then never scored, and so never delivered.
     """
 
     threat: Threat
@@ -75,15 +77,15 @@ class Numbers(NamedTuple):
     Each is [] in a step and [n] over n steps.
     """
 
-    alpha: Array
-    lam: Array
-    tau: Array
+    alpha: Array | Any
+    lam: Array | Any
+    tau: Array | Any
 
 
 class State(NamedTuple):
     """Carried from step to step for one image.
 
-    `weight` in (0, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far;
+    `weight` in [.01, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far;
     `memory` is (memory of the surrogate,), or () where it has none.
     """
 
@@ -98,14 +100,15 @@ class State(NamedTuple):
 class Info(NamedTuple):
     """Reported by a step for the iterate it starts from: loss [], f_t [], mean absolute difference of the maps []."""
 
-    loss: Array
-    confidence: Array
-    map_l1: Array
+    loss: Array | Any
+    confidence: Array | Any
+    map_l1: Array | Any
 
 
-def round_to_8_bits(image: Image) -> Image:
-    """The nearest image an 8-bit file can hold; the gradient passes straight through."""
-    return image + jax.lax.stop_gradient(jnp.round(image * 255) / 255 - image)
+def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> Image:
+    """The adversarial image [H, W, 3] that parameters make, or the 8-bit image of it; the gradient passes straight through."""
+    x = threat.apply(params, image)
+    return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
 def score(f_t: Array, map_l1: Array, confidence: float) -> Array:
@@ -115,6 +118,7 @@ def score(f_t: Array, map_l1: Array, confidence: float) -> Array:
 
 def keep_better(state: State, found: Array) -> State:
     """The state with its present parameters as the best ones if their score `found` [] is lower."""
+    found = found.astype(state.best_score.dtype)  # of a float64 network it is float64, which a loop does not carry
     best = jax.tree.map(lambda new, old: jnp.where(found < state.best_score, new, old), state.params, state.best)
     return state._replace(best=best, best_score=jnp.fmin(found, state.best_score))
 
@@ -130,7 +134,7 @@ def direction(options: Options) -> optax.GradientTransformation:
 def init(problem: Problem, options: Options, params: Params = None, memory: tuple[Any, ...] = ()) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, direction(options).init(start), jnp.ones(()), start, jnp.asarray(jnp.inf, jnp.float32), memory)
+    return State(start, direction(options).init(start), jnp.ones((), jnp.float32), start, jnp.asarray(jnp.inf, jnp.float32), memory)
 
 
 def joint_loss(
@@ -140,8 +144,7 @@ def joint_loss(
 
     What the surrogate and the threat model penalise besides is added.
     """
-    x = options.threat.apply(params, problem.image)
-    x = round_to_8_bits(x) if options.rounded else x
+    x = image_of(params, problem.image, options.threat, rounded=options.rounded)
     rest: Sequence[Any] = memory
     if options.surrogate is None:
         logits, m = model.head(model.features(x)), problem.target_map
@@ -171,11 +174,12 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
     weighed = numbers._replace(lam=state.weight * numbers.lam)
     gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options, state.memory)
     if options.keep_best:
-        state = keep_better(state, score(info.confidence, info.map_l1, options.confidence))
+        by_map = score(info.confidence, info.map_l1, options.confidence)
+        state = keep_better(state, info.loss if options.surrogate is None else by_map)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
     holds = info.confidence >= options.confidence
-    weight = jnp.minimum(1, state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding))
+    weight = jnp.clip(state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding), LEAST_WEIGHT, 1)
     projected = options.threat.project(moved, problem.image)
     return state._replace(params=projected, optimiser=optimiser, weight=weight, memory=memory), info
 
@@ -207,7 +211,7 @@ def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[
         model = jax.tree.unflatten(structure, leaves)
         return jax.vmap(lambda problem, state: step(model, problem, state, numbers))(problems, states)
 
-    def loop(leaves: list[Array], problems: Any, states: Any, schedule: Any) -> tuple[Any, Any]:
+    def loop(leaves: list[Array], problems: Any, states: Any, schedule: Any, start: Array, stop: Array) -> tuple[Any, Any]:
         def numbers(i: Any) -> Any:
             return jax.tree.map(lambda values: values[i], schedule)
 
@@ -218,7 +222,7 @@ def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[
         n = len(jax.tree.leaves(schedule)[0])
         _, info = jax.eval_shape(one, leaves, problems, states, numbers(0))
         reports = jax.tree.map(lambda leaf: jnp.zeros((leaf.shape[0], n, *leaf.shape[1:]), leaf.dtype), info)
-        return jax.lax.fori_loop(0, n, body, (states, reports))
+        return jax.lax.fori_loop(start, stop, body, (states, reports))  # traced bounds: one program for every span
 
     return jax.jit(one), jax.jit(loop)
 
@@ -240,6 +244,7 @@ def descend(
     schedule: Numbers,
     options: Options,
     *,
+    span: tuple[int, int] | None = None,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
 ) -> tuple[State, Info]:
@@ -251,19 +256,20 @@ def descend(
         states: batched, leading axis [B].
         schedule: the numbers of each step, [n].
         options: static options.
+        span: see `drive`.
         driver: see `drive`.
         on_step: see `drive`.
 
     Returns:
-        The states after n steps, and what each step reported, [B, n].
+        The states after these steps, and what each step reported, [B, n].
 
     Raises:
         ValueError: for an unknown driver.
     """
     schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
     if len(schedule.alpha) == 0:
-        return states, Info(*(jnp.zeros((len(problems.target), 0)) for _ in Info._fields))
-    return drive(model, _step_of(options), problems, states, schedule, driver=driver, on_step=on_step)
+        return states, Info(*(np.zeros((len(problems.target), 0), np.float32) for _ in Info._fields))
+    return drive(model, _step_of(options), problems, states, schedule, span=span, driver=driver, on_step=on_step)
 
 
 def solve(model: Classifier, images: Array, labels: Array, solver: Solver, *, driver: Driver = "auto") -> Any:
@@ -279,6 +285,7 @@ def drive(
     states: Any,
     schedule: Any,
     *,
+    span: tuple[int, int] | None = None,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
 ) -> tuple[Any, Any]:
@@ -290,12 +297,13 @@ def drive(
         problems: what does not change, any pytree with leading axis [B].
         states: what does, any pytree with leading axis [B].
         schedule: the numbers of each step, any pytree with leading axis [n], n >= 1.
+        span: first step, and the one after the last; all n unless given. Spans of one schedule share one program.
         driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is the host on CPU, where XLA
             compiles convolutions inside loops to slow code (jax issue 12868), and the loop elsewhere.
-        on_step: called with the number of steps newly done: 1 after every step by the host, n at the end of the loop.
+        on_step: called with the number of steps newly done: 1 after every step by the host, all at the end of the loop.
 
     Returns:
-        The states after n steps, and what each step reported: numbers [B, n], one an image and step.
+        The states after the span, and what each of its steps reported: numbers [B, steps], one an image and step.
 
     Raises:
         ValueError: for an unknown driver.
@@ -304,15 +312,15 @@ def drive(
         raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
     leaves, structure = jax.tree.flatten(model)
     one, loop = _programs(structure, step)
-    n = len(jax.tree.leaves(schedule)[0])
+    start, stop = span or (0, len(jax.tree.leaves(schedule)[0]))
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states, infos = loop(leaves, problems, states, schedule)
+        states, infos = loop(leaves, problems, states, schedule, np.int32(start), np.int32(stop))
         if on_step:
             jax.block_until_ready(states)
-            on_step(n)
-        return states, infos
+            on_step(stop - start)
+        return states, jax.tree.map(lambda values: values[:, start:stop], infos)
     reports = []
-    for i in range(n):
+    for i in range(start, stop):
         states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
         reports.append(info)
         if on_step:

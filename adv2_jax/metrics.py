@@ -89,8 +89,8 @@ def _change(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
     for array in arrays:
         if array.dtype != np.uint8 and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(f"images must be uint8, or floating point in [0, 1], got {array.dtype}")
-    levels = [np.float64(array) * (1 if array.dtype == np.uint8 else 255) for array in arrays]
-    return (levels[0] - levels[1]) / 255
+    x, x0 = (array.astype(np.float64) * (1 if array.dtype == np.uint8 else 255) for array in arrays)
+    return (x - x0) / 255
 
 
 def mean_displacement(flows: ArrayLike) -> Array:

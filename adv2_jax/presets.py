@@ -65,7 +65,8 @@ class Preset:
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
         keep_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate scores every iterate that a step
-            starts from, for free; for another the explained map is drawn and scored after every so many joint steps.
+            starts from, for free, and so does plain PGD, by its loss; for another surrogate the explained map is drawn and scored
+            after every so many joint steps.
         reset: whether the surrogate's memory, if it has one, starts anew from each explained map.
         warm_step_size: α of the warm start.
     """
@@ -168,7 +169,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "mask": _PAPER_MASK,
     },
     "default": {
-        "pgd": replace(_PGD, steps=300),
+        "pgd": replace(_DEFAULT_CAM, interpreter=None, balance=constant(0.0), smoothing=0.0),
         "grad": _DEFAULT_GRAD,
         "cam": _DEFAULT_CAM,
         "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),

@@ -2,6 +2,8 @@
 
 An attack optimises parameters; a threat model says where they start, which image they make, how they are brought back into the
 allowed set, what they cost and which way is down. Factories are cached, so equal options give the same object.
+
+What is delivered is an 8-bit image, so the radius of a ball is promised for that: `round` stays inside.
 """
 
 from collections.abc import Callable
@@ -9,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
@@ -20,12 +23,22 @@ Params = Any
 Transformation = Callable[[], optax.GradientTransformation]
 
 PIXEL = 1 / 255
+HALVINGS = 12  # of the interval in which `l2` looks for a factor
 DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))  # corners of the 3 x 3 window that starts one pixel up and left
 
 
 def free(params: Params) -> Array:
     """The penalty of a threat model that has none: 0."""
     return jnp.zeros(())
+
+
+def nearest(x: Image, params: Params, image: Image) -> Image:
+    """The nearest image that an 8-bit file can hold: values k/255; of jax or NumPy, in the type of x."""
+    return x.__array_namespace__().round(x * 255) / 255
+
+
+def any_image(image: np.ndarray) -> None:
+    """Nothing to refuse."""
 
 
 class Threat(NamedTuple):
@@ -41,6 +54,9 @@ class Threat(NamedTuple):
             sizes are in pixel values, as for `linf`; a threat model with another unit scales to it here.
         optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among them; None is `steepest`.
         displacement: parameters -> flow [H, W, 2] in pixels, where they have one.
+        round: (x, parameters, benign image) -> the nearest *allowed* image to x = apply(parameters, image) that an 8-bit file can
+            hold, values k/255. Is called with arrays of jax in the loop, and with float64 arrays of NumPy for what is delivered.
+        check: raises a ValueError for a benign image, float64 [H, W, 3], that has no allowed 8-bit image.
     """
 
     name: str
@@ -51,43 +67,60 @@ class Threat(NamedTuple):
     steepest: Transformation = optax.scale_by_sign
     optimiser: Transformation | None = None
     displacement: Callable[[Params], Array] | None = None
+    round: Callable[[Image, Params, Image], Image] = nearest
+    check: Callable[[np.ndarray], None] = any_image
 
 
 @shared
-def linf(epsilon: float = 0.031) -> Threat:
-    """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4).
+def linf(epsilon: float = 8 / 255) -> Threat:
+    """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4), for the 8-bit image that is delivered too.
 
     Args:
-        epsilon: radius in units of pixel value, in (0, 1]; the released code uses 0.031, the paper 8/255.
+        epsilon: radius in units of pixel value, in [1/255, 1]. The paper uses 8/255. Of an 8-bit image whole levels can be
+            changed: the 0.031 of the released code, 7.9 levels, allows 7.
 
     Raises:
-        ValueError: if epsilon is outside (0, 1].
+        ValueError: if epsilon is outside [1/255, 1].
     """
-    if not 0 < epsilon <= 1:
-        raise ValueError(f"epsilon = {epsilon} must lie in (0, 1], in units of pixel value (8/255 = 0.0314)")
+    _check_radius(epsilon, epsilon <= 1, "lie in [1/255, 1]")
 
     def project(delta: Array, image: Image) -> Array:
         low, high = jnp.maximum(-epsilon, -image), jnp.minimum(epsilon, 1 - image)
         return optax.projections.projection_box(delta, low, high)
 
-    return Threat("linf", jnp.zeros_like, _add, project)
+    def round(x: Image, params: Params, image: Image) -> Image:
+        xp = x.__array_namespace__()
+        # half-way errors of the products below: without it the bound of an image on the 8-bit grid might fall a level short
+        slack = 2048 * xp.finfo(x.dtype).eps
+        low, high = xp.ceil((image - epsilon) * 255 - slack), xp.floor((image + epsilon) * 255 + slack)
+        return xp.clip(xp.round(x * 255), xp.maximum(low, 0), xp.minimum(high, 255)) / 255
+
+    return Threat("linf", jnp.zeros_like, _add, project, round=round)
+
+
+def _check_radius(epsilon: float, holds: bool, allowed: str) -> None:
+    if not (holds and epsilon >= PIXEL * (1 - 1e-9)):
+        raise ValueError(
+            f"epsilon = {epsilon} must {allowed}, in units of pixel value (8/255 = 0.0314): "
+            "a change below 1/255 is lost when an image is rounded to 8 bits"
+        )
 
 
 @shared
 def l2(epsilon: float = 0.5) -> Threat:
-    """|| x - x° ||_2 <= epsilon and x in [0, 1].
+    """|| x - x° ||_2 <= epsilon and x in [0, 1], for the 8-bit image that is delivered too.
 
-    Projected is on [0, 1] first, then on the ball: that only shrinks the change, and no change is in [0, 1], so both hold.
-    Steps go along the normalised gradient; one of 1/255 is a quarter of the radius long.
+    `project` clips to [0, 1], then shrinks the change into the ball: the box is convex and holds the benign image, so the shrunk
+    change stays in it. (It is not the Euclidean projection on the intersection.) `round` shrinks the change, by bisection, until
+    its rounded image is in the ball. Steps go along the normalised gradient; one of 1/255 is a quarter of the radius long.
 
     Args:
-        epsilon: radius in units of pixel value, above 0. Rounding to 8 bits comes on top: to .5, it adds .004 at 32 x 32 pixels.
+        epsilon: radius in units of pixel value, 1/255 or more.
 
     Raises:
-        ValueError: if epsilon is not a number above 0.
+        ValueError: if epsilon is below 1/255 or not finite.
     """
-    if not 0 < epsilon < float("inf"):
-        raise ValueError(f"epsilon = {epsilon} must be a finite number above 0, in units of pixel value")
+    _check_radius(epsilon, epsilon < float("inf"), "be a finite number, 1/255 or more")
 
     def project(delta: Array, image: Image) -> Array:
         return optax.projections.projection_l2_ball(optax.projections.projection_box(delta, -image, 1 - image), epsilon)
@@ -95,7 +128,30 @@ def l2(epsilon: float = 0.5) -> Threat:
     def steepest() -> optax.GradientTransformation:
         return optax.chain(optax.normalize_by_update_norm(), optax.scale(epsilon / 4 / PIXEL))
 
-    return Threat("l2", jnp.zeros_like, _add, project, steepest=steepest)
+    def round(x: Image, params: Params, image: Image) -> Image:
+        xp = x.__array_namespace__()
+
+        def shrunk(share: Any) -> tuple[Image, Any]:
+            rounded = nearest(image + share * (x - image), params, image)
+            return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (1 - 8 * xp.finfo(x.dtype).eps)
+
+        whole, fits = shrunk(1)
+        low, high = xp.zeros_like(x[0, 0, 0]), xp.ones_like(x[0, 0, 0])
+        for _ in range(HALVINGS):  # each value of the rounded change grows with the share, so its norm does
+            middle = (low + high) / 2
+            inside = shrunk(middle)[1]
+            low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
+        return xp.where(fits, whole, shrunk(low)[0])
+
+    def check(image: np.ndarray) -> None:
+        distance = np.linalg.norm(np.round(image * 255) / 255 - image)
+        if distance > epsilon:
+            raise ValueError(
+                f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, more than epsilon = {epsilon}: "
+                "give 8-bit images or a larger epsilon"
+            )
+
+    return Threat("l2", jnp.zeros_like, _add, project, steepest=steepest, round=round, check=check)
 
 
 @shared
@@ -138,7 +194,7 @@ class Moved(NamedTuple):
 
 
 @shared
-def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
+def linf_flow(epsilon: float = 8 / 255, penalty: float = 5e-4) -> Threat:
     """`flow` first, and a change within `linf` of the warped image.
 
     Args:
@@ -151,10 +207,13 @@ def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
     ball, moving = linf(epsilon), flow(penalty)
 
     def apply(params: Moved, image: Image) -> Image:
-        return _unrounded(ball.apply(params.delta, moving.apply(params.flow, image)))
+        return _clipped(ball.apply(params.delta, moving.apply(params.flow, image)))
 
     def project(params: Moved, image: Image) -> Moved:
         return params._replace(delta=ball.project(params.delta, moving.apply(params.flow, image)))
+
+    def round(x: Image, params: Moved, image: Image) -> Image:
+        return ball.round(x, params.delta, x.__array_namespace__().asarray(moving.apply(params.flow, image)))
 
     def each(flow: Transformation | None, delta: Transformation) -> Transformation:
         assert flow is not None
@@ -169,6 +228,7 @@ def linf_flow(epsilon: float = 0.031, penalty: float = 5e-4) -> Threat:
         steepest=each(moving.steepest, ball.steepest),
         optimiser=each(moving.optimiser, ball.steepest),
         displacement=lambda params: params.flow,
+        round=round,
     )
 
 
@@ -176,7 +236,7 @@ THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "flow": flo
 
 
 def warp(image: Image, flow: Array) -> Image:
-    """x(p) = x°(p + flow(p)), bilinear; places beyond the border show the border.
+    """x(p) = x°(p + flow(p)), bilinear; coordinates are clamped to the image.
 
     Between the pixels q and q + 1 the slope is that from q to q + 1, also at q itself: so it is not zero at zero flow. It is in
     the last row (downwards) and the last column (to the right), since what is beyond them is the same.
@@ -191,7 +251,7 @@ def warp(image: Image, flow: Array) -> Image:
     rows, columns = jnp.mgrid[: image.shape[0], : image.shape[1]]
     places = [rows + flow[..., 0], columns + flow[..., 1]]
     x = jax.vmap(lambda channel: map_coordinates(channel, places, order=1, mode="nearest"), in_axes=2, out_axes=2)(image)
-    return _unrounded(x)
+    return _clipped(x)
 
 
 def flow_penalty(flow: Array) -> Array:
@@ -205,7 +265,7 @@ def flow_penalty(flow: Array) -> Array:
     return jnp.sqrt((apart**2).sum(-1) + 1e-8).sum()
 
 
-def _unrounded(image: Image) -> Image:
+def _clipped(image: Image) -> Image:
     """The image within [0, 1], which float32 sums leave by a hair; the gradient passes straight through."""
     return image + jax.lax.stop_gradient(jnp.clip(image, 0, 1) - image)
 

@@ -161,9 +161,10 @@ def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear
 
 @pytest.mark.parametrize("level", [0, 1, 127, 254, 255])
 def test_8_bit_images_are_left_as_they_are(level):
-    image = jnp.full((2, 2, 3), level / 255)
-    np.testing.assert_allclose(descent.round_to_8_bits(image), image, atol=6e-8)  # half an ulp of 1
-    np.testing.assert_allclose(descent.round_to_8_bits(image + 0.4 / 255), image, atol=6e-8)
+    image, threat = jnp.full((2, 2, 3), level / 255), threats.linf(0.1)
+    for delta in (jnp.zeros((2, 2, 3)), jnp.full((2, 2, 3), 0.4 / 255)):
+        rounded = descent.image_of(delta, image, threat, rounded=True)
+        np.testing.assert_allclose(rounded, image, atol=6e-8)  # half an ulp of 1
 
 
 def test_success_comes_before_the_map():
@@ -214,6 +215,49 @@ def test_both_drivers_give_the_same(model, small_steps):
     for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(fori), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32: XLA sums convolutions in loops in another order
     assert reported == {"host": [1] * 5, "fori": [5]}
+
+
+@pytest.mark.parametrize("driver", ["host", "fori"])
+def test_spans_of_a_schedule_are_the_whole_and_share_a_program(model, small_steps, driver):
+    problems, states, schedule, options = small_steps
+    whole = descent.descend(model, *small_steps, driver=driver)
+    programs = descent._programs(jax.tree.structure(model), descent._step_of(options))
+    compiled = [program._cache_size() for program in programs]
+    infos = []
+    for span in ((0, 2), (2, 3), (3, 5)):
+        states, info = descent.descend(model, problems, states, schedule, options, span=span, driver=driver)
+        infos.append(info)
+    assert [program._cache_size() for program in programs] == compiled
+    for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(whole[0]), strict=True):
+        np.testing.assert_array_equal(a, b)
+    jax.tree.map(lambda *parts: np.testing.assert_array_equal(np.concatenate(parts[:3], 1), parts[3]), *infos, whole[1])
+
+
+def test_the_map_does_not_yield_for_good(linear, problem):
+    """A hundred steps that miss the target leave .9^100 = 3e-5 of the weight, and 1.1^k brings it back only after 111 that hit."""
+    options = Options(threats.linf(0.1), CAM, yielding=0.1, confidence=1.0)
+    state = descent.init(problem, options)
+    for _ in range(60):
+        state, _ = jitted_step(linear, problem, state, options)
+    assert state.weight == pytest.approx(descent.LEAST_WEIGHT)
+
+
+def jitted_step(model, problem, state, options):
+    numbers = Numbers(*np.float32([0.01, 1.0, 1e-3]))
+    return jax.jit(descent.step, static_argnames="options")(model, problem, state, numbers, options)
+
+
+def test_plain_pgd_keeps_the_iterate_of_the_least_loss(linear, problem):
+    """Along the gradient upwards every step is worse than the start."""
+    uphill = threats.linf(0.1)._replace(steepest=lambda: optax.scale(-1.0))
+    options = Options(uphill, keep_best=True)
+    state = descent.init(problem, options)
+    losses = []
+    for _ in range(4):
+        state, info = jitted_step(linear, problem, state, options)
+        losses.append(float(info.loss))
+    assert losses == sorted(losses) and losses[0] < losses[-1]
+    assert float(state.best_score) == losses[0] and not np.any(state.best)
 
 
 def test_descent_is_the_step_repeated(model, small_steps):

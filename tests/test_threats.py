@@ -70,8 +70,8 @@ def test_equal_options_give_the_same_object(name):
 
 
 def test_an_option_spelt_out_is_the_same_object():
-    assert threats.linf() is threats.linf(0.031)
-    assert threats.linf() is threats.linf(epsilon=0.031)
+    assert threats.linf() is threats.linf(8 / 255)
+    assert threats.linf() is threats.linf(epsilon=8 / 255)
 
 
 @EVERY
@@ -375,12 +375,13 @@ def test_own_threat_model(small):
 
 
 WRONG = {
-    r"^epsilon = 0 must lie in \(0, 1\]": (threats.linf, 0),
-    r"^epsilon = -0.1 must lie in \(0, 1\]": (threats.linf, -0.1),
-    r"^epsilon = nan must lie in \(0, 1\]": (threats.linf_flow, float("nan")),
-    r"^epsilon = 8 must lie in \(0, 1\]": (threats.linf, 8),
-    "^epsilon = 0 must be a finite number above 0": (threats.l2, 0),
-    "^epsilon = inf must be a finite number above 0": (threats.l2, float("inf")),
+    r"^epsilon = 0 must lie in \[1/255, 1\].*: a change below 1/255 is lost when": (threats.linf, 0),
+    r"^epsilon = 0.0039 must lie in \[1/255, 1\]": (threats.linf, 0.0039),
+    r"^epsilon = -0.1 must lie in \[1/255, 1\]": (threats.linf, -0.1),
+    r"^epsilon = nan must lie in \[1/255, 1\]": (threats.linf_flow, float("nan")),
+    r"^epsilon = 8 must lie in \[1/255, 1\]": (threats.linf, 8),
+    "^epsilon = 0.003 must be a finite number, 1/255 or more": (threats.l2, 0.003),
+    "^epsilon = inf must be a finite number, 1/255 or more": (threats.l2, float("inf")),
     "^penalty = -1 must be a finite number, 0 or more$": (threats.flow, -1),
     "^penalty = nan must be a finite number, 0 or more$": (threats.flow, float("nan")),
 }
@@ -391,3 +392,93 @@ def test_option_out_of_range_is_named(message):
     factory, value = WRONG[message]
     with pytest.raises(ValueError, match=message):
         factory(value)
+
+
+# What is delivered: the nearest allowed 8-bit image.
+
+
+def benign(kind, shape=(6, 5, 3), seed=0):
+    """A float64 image: on the 8-bit grid, off it, or almost on it."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, 256, shape).astype(np.float64)
+    levels[0], levels[1] = 0, 255
+    off = {"8-bit": 0.0, "float": rng.uniform(-0.5, 0.5, shape), "almost 8-bit": rng.uniform(-1e-3, 1e-3, shape)}[kind]
+    return np.clip(levels + off, 0, 255) / 255
+
+
+def delivered(threat, image, seed):
+    """A change of random size, projected and rounded as an attack does it, in NumPy."""
+    rng = np.random.default_rng(seed)
+    delta = rng.normal(size=image.shape) * rng.choice([0.01, 0.1, 1.0])
+    delta = np.asarray(threat.project(jnp.float32(delta), jnp.float32(image)), np.float64)
+    x = threat.round(image + delta, delta, image)
+    np.testing.assert_array_equal(x, np.round(x * 255) / 255)
+    assert x.min() >= 0 and x.max() <= 1
+    return delta, x
+
+
+@pytest.mark.parametrize("kind", ["8-bit", "float", "almost 8-bit"])
+def test_linf_holds_for_what_is_delivered(kind):
+    """200 random radii, whole levels among them; nothing is forgiven but the last digits of float64."""
+    rng = np.random.default_rng(3)
+    for seed in range(200):
+        epsilon = rng.integers(1, 30) / 255 if seed % 2 else rng.uniform(1 / 255, 0.2)
+        image = benign(kind, seed=seed)
+        delta, x = delivered(threats.linf(float(epsilon)), image, seed)
+        assert np.abs(x - image).max() <= epsilon * (1 + 1e-12)
+        nearest = np.round((image + delta) * 255) / 255
+        allowed = np.abs(nearest - image) <= epsilon * (1 - 1e-6)  # elsewhere rounding may have to go the other way
+        np.testing.assert_array_equal(x[allowed], nearest[allowed])
+        assert np.abs(x - (image + delta)).max() < 1 / 255 + 1e-6  # it is never further than the next level
+
+
+def test_whole_levels_of_linf_are_used_up(image):
+    """8/255 allows 8 levels, .031 and 8.9/255 allow 7 and 8."""
+    for epsilon, level in ((8 / 255, 8), (0.031, 7), (8.9 / 255, 8), (1 / 255, 1), (100 / 255, 100)):
+        grey = np.full((2, 2, 3), 128 / 255)
+        x = threats.linf(epsilon).round(grey + epsilon, None, grey)
+        np.testing.assert_array_equal(np.round((x - grey) * 255), level)
+
+
+@pytest.mark.parametrize("kind", ["8-bit", "float"])
+def test_l2_holds_for_what_is_delivered(kind):
+    rng = np.random.default_rng(3)
+    for seed in range(100):
+        epsilon = float(rng.uniform(0.1, 1))  # the float image is some .01 from the grid
+        image = benign(kind, seed=seed)
+        delta, x = delivered(threats.l2(epsilon), image, seed)
+        assert np.linalg.norm(x - image) <= epsilon
+        nearest = np.round((image + delta) * 255) / 255
+        if np.linalg.norm(nearest - image) <= epsilon * (1 - 1e-6):
+            np.testing.assert_array_equal(x, nearest)
+        else:  # shrunk no more than the rounding of 90 values asks for
+            assert np.linalg.norm(x - image) >= 0.9 * epsilon
+
+
+def test_an_image_further_from_8_bits_than_l2_allows_is_refused():
+    image = np.full((4, 4, 3), 100.5 / 255)  # .5 √48 = 3.46 levels away
+    threats.l2(3.5 / 255).check(image)
+    with pytest.raises(ValueError, match=r"^the image is 0.0136 \(L2\) away from the nearest 8-bit image, more than epsilon"):
+        threats.l2(3.4 / 255).check(image)
+
+
+@pytest.mark.parametrize("name", ["linf", "l2"])
+def test_rounding_in_the_loop_is_that_of_what_is_delivered(name):
+    """jax in float32 and NumPy in float64 agree on 8-bit images, to the last level."""
+    threat = threats.THREATS[name](0.1)
+    for seed in range(20):
+        image = benign("8-bit", seed=seed)
+        delta, x = delivered(threat, image, seed)
+        looped = jax.jit(threat.round)(jnp.float32(image + delta), jnp.float32(delta), jnp.float32(image))
+        # l2: at a radius that one level more or less decides, float32 may decide otherwise for one value in a hundred
+        assert np.mean(np.abs(looped - x) > 1e-6) <= (0 if name == "linf" else 0.02)
+
+
+def test_linf_of_a_flow_is_measured_from_the_moved_image():
+    threat, image = threats.linf_flow(4 / 255), jnp.float32(benign("8-bit"))
+    params = threats.Moved(normal((6, 5, 2)), normal((6, 5, 3)))
+    params = threat.project(params, image)
+    moved = threats.warp(image, params.flow)
+    x = threat.round(threat.apply(params, image), params, image)
+    assert jnp.abs(x - moved).max() <= 4 / 255 + 1e-6
+    np.testing.assert_allclose(x * 255, jnp.round(x * 255), atol=1e-4)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adv2_jax.experiments.checkpoints import changes
+from adv2_jax.experiments.measures import mean
 from adv2_jax.files import Stream, atomic, read_some, stored, write_streams
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -140,9 +141,11 @@ class Batches:
 
     def _line(self, part: Part) -> str:
         found = self._measures(part)
-        numbers = {name: round(float(found[name].mean()), 6) for name in ("asr", "map_l1", "seconds")}
-        head = {"batch": part.batch, "interpreter": part.interpreter, "attack": part.attack, "n": len(found["asr"])}
-        return json.dumps(head | numbers) + "\n"
+        good = ~found["failed"]
+        numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {"seconds": mean(found["seconds"])}
+        head = {"batch": part.batch, "interpreter": part.interpreter, "attack": part.attack, "n": int(good.sum())}
+        rounded = {name: None if value is None else round(value, 6) for name, value in numbers.items()}
+        return json.dumps(head | {"failed": int((~good).sum())} | rounded) + "\n"
 
     def _streams(self, own: Arrays) -> Iterator[tuple[str, Stream]]:
         for name, values in own.items():

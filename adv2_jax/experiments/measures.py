@@ -7,13 +7,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
-from adv2_jax.attack import Result
+from adv2_jax.attack import Result, finite
 from adv2_jax.experiments.statistics import interval, intervals
 
 Row = dict[str, Any]
 Measures = dict[str, NDArray[Any]]
 
-WITH_INTERVAL = ("asr", "map_l1", "map_l2", "map_iou75", "map_iou50")  # and mc
+WITH_INTERVAL = ("asr", "map_l1", "map_l2", "map_iou75", "map_iou50", "pointing_game", "benign_pointing_game")  # and mc
 PAIRED = ("map_l1", "map_iou75")
 
 
@@ -27,18 +27,19 @@ def measure(benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, re
         result: of an attack on them, with the maps that the interpreter in question draws.
 
     Returns:
-        [N] by name: `asr` says which images are successes, `confidence` is f_t.
+        [N] by name: `asr` says which images are successes, `confidence` is f_t, `failed` which images gave no finite numbers:
+        what else is said of these means nothing.
     """
-    x, x0 = result.images / np.float32(255), benign / np.float32(255)
     found: dict[str, ArrayLike] = {
+        "failed": result.failed | ~finite((result.maps, result.float_maps, target_maps)),
         "asr": metrics.success(result.logits, targets),
         "confidence": metrics.confidence(result.logits, targets),
         "map_l1": metrics.map_l1(result.maps, target_maps),
         "map_l2": metrics.map_l2(result.maps, target_maps),
         "map_iou75": metrics.iou_quantile(result.maps, target_maps),
         "map_iou50": metrics.iou_threshold(result.maps, target_maps),
-        "linf": metrics.linf(x, x0),
-        "l2": metrics.l2(x, x0),
+        "linf": metrics.linf(result.images, benign),
+        "l2": metrics.l2(result.images, benign),
         "float_map_l1": metrics.map_l1(result.float_maps, target_maps),
         "float_map_iou75": metrics.iou_quantile(result.float_maps, target_maps),
     }
@@ -46,25 +47,34 @@ def measure(benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, re
 
 
 def row(measures: Measures, *, seed: int) -> Row:
-    """Means over the images, but `linf`, the largest; `mc`, the mean confidence of the successes; and intervals of most."""
-    measures = dict(measures)
-    confidence = measures.pop("confidence")[measures["asr"]]
-    means = {name: float(np.mean(values)) for name, values in measures.items()}
-    spread = {name: measures[name] for name in WITH_INTERVAL} | {"mc": confidence}
+    """Means over the `n` images that did not fail, of which there are `failed`; None where there is nothing to be averaged.
+
+    But `linf` is the largest; `mc` is the mean confidence of the successes; `ci` holds the intervals of most.
+    """
+    failed = measures["failed"]
+    good = {name: values[~failed] for name, values in measures.items() if name != "failed"}
+    good["mc"] = good.pop("confidence")[good["asr"]]
+    spread = {name: values for name, values in good.items() if name in (*WITH_INTERVAL, "mc")}
     return {
-        "n": len(measures["asr"]),
-        **means,
-        "mc": float(confidence.mean()) if len(confidence) else None,
-        "linf": float(measures["linf"].max()),
+        "n": int((~failed).sum()),
+        "failed": int(failed.sum()),
+        **{name: mean(values) for name, values in good.items()},
+        "linf": float(good["linf"].max()) if len(good["linf"]) else None,
         "ci": intervals(spread, seed=seed),
     }
 
 
+def mean(values: NDArray[Any]) -> float | None:
+    """The mean of some numbers; None of none."""
+    return float(np.mean(values)) if len(values) else None
+
+
 def paired(pgd: Mapping[str, NDArray[Any]], adv2: Mapping[str, NDArray[Any]], *, seed: int) -> list[Row]:
-    """ADV² - PGD on the same images, a row for each measure of the maps."""
+    """ADV² - PGD on the images on which neither failed, a row for each measure of the maps; fewer than two have no interval."""
     rows = []
+    both = ~(pgd["failed"] | adv2["failed"])
     for name in PAIRED:
-        difference = adv2[name] - pgd[name]
-        row = {"measure": name, "n": len(difference), "difference": float(difference.mean()), "ci": interval(difference, seed=seed)}
+        difference = (adv2[name] - pgd[name])[both]
+        row = {"measure": name, "n": len(difference), "difference": mean(difference), "ci": interval(difference, seed=seed)}
         rows.append(row)
     return rows

@@ -25,11 +25,15 @@ CURVE_POINTS = 100  # at most
 
 
 class Job(NamedTuple):
-    """An attack on every batch, and the interpreters it is made for: plain PGD serves all that cost the same."""
+    """An attack on every batch, and the interpreters it is made for: those of equal budget share one run of plain PGD.
+
+    `cost` is the work on an image, in gradients of ℓ_prd.
+    """
 
     attack: str
     plan: Preset
     interpreters: tuple[Interpreter, ...]
+    cost: float
 
     def parts(self, batch: int) -> list[Part]:
         """What it finishes of a batch."""
@@ -39,7 +43,7 @@ class Job(NamedTuple):
 def attack_batch(
     model: Classifier, task: Task, jobs: Sequence[Job], places: np.ndarray, settings: Settings, on_step: OnStep
 ) -> Iterator[tuple[str, str, Arrays]]:
-    """Interpreter, attack and arrays of each part of a batch; `places` may repeat the last image, to be as many as others."""
+    """Interpreter, attack and arrays of each part of a batch at `places`; the last is filled up by repeating its last image."""
     chosen, goals = task.images.take(places), task.targets[places]
     last = int(np.ptp(places)) + 1
 
@@ -62,6 +66,7 @@ def attack_batch(
             batch_size=len(places),
             on_step=on_step,
             snapshots=int((np.unique(places) < PICTURED).sum()),
+            all_may_fail=True,
         )
         seconds = np.array([time.perf_counter() - start])
         flows = None if settings.threat.displacement is None else jax.vmap(settings.threat.displacement)(result.params)
@@ -83,7 +88,7 @@ def _below(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
 
 def _maps(model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter) -> np.ndarray:
     assert labels is not None
-    return explain(model, images, labels, interpreter=interpreter, batch_size=len(images))[1]
+    return explain(model, images, labels, interpreter=interpreter, batch_size=len(images), all_may_fail=True)[1]
 
 
 def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, result: Result) -> Result:
@@ -129,7 +134,8 @@ def _way(model: Classifier, interpreter: Interpreter, plan: Preset, goals: np.nd
         return steps
     m, s = images.shape[:2]
     labels = np.repeat(goals[:m], s)
-    logits, maps = explain(model, images.reshape(m * s, *images.shape[2:]), labels, interpreter=interpreter, batch_size=len(goals))
+    frames = images.reshape(m * s, *images.shape[2:])
+    logits, maps = explain(model, frames, labels, interpreter=interpreter, batch_size=len(goals), all_may_fail=True)
     return steps | {
         "snapshot_steps": np.array(snapshot_steps(plan), np.int32),
         "snapshot_images": images,

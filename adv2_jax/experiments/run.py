@@ -22,7 +22,7 @@ from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
 from adv2_jax.files import write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
-from adv2_jax.presets import resolve
+from adv2_jax.presets import Preset, resolve
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
@@ -31,11 +31,19 @@ UNRELATED = ("command", "out", "resume", "quiet", "table")  # to the results: ma
 
 
 class Outcome(NamedTuple):
-    """Rows and paired differences of the summary, and the number of images left out because the network gets them wrong."""
+    """What a run found.
+
+    Attributes:
+        rows, paired: rows and paired differences of the summary.
+        left_out: number of images left out because the network gets them wrong.
+        failed: names (positions where there are none) of the images that failed under some attack: the network gives logits, maps
+            or gradients that are not finite numbers on them.
+    """
 
     rows: list[Row]
     paired: list[Row]
     left_out: int
+    failed: list[str | int]
 
 
 def run(
@@ -79,11 +87,12 @@ def run(
         ValueError: one line: what is wrong, the value, and what is allowed.
         KeyboardInterrupt: says what is kept.
     """
-    jobs = _jobs(settings)
+    plans = _plans(settings)
     prints = fingerprints(model, image_set)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = make_task(model, image_set, selection, settings)
-    check_own_maps(model, task, [plan.interpreter for _, plan, _ in jobs if plan.interpreter is not None])
+    check_own_maps(model, task, [plan.interpreter for plan in plans if plan.interpreter is not None])
+    jobs = _jobs(model, image_set.images.shape[1:], plans, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
     names = [interpreter.name for job in jobs if job.attack == "adv2" for interpreter in job.interpreters]
     kept = Batches(
@@ -92,14 +101,17 @@ def run(
     kept.begin(resume=resume)
     try:
         _attack_all(model, task, jobs, settings, kept, progress)
-        rows, differences = _rows(jobs, names, kept, settings, task.target_map)
-        kept.write_results(_whole(task, selection))
+        rows, differences, failed = _rows(jobs, names, kept, settings, task.target_map)
+        whole = _whole(task, selection)
+        lost = whole.get("names", selection.indices)[failed].tolist()
+        kept.write_results(whole)
         write_summary(
             directory,
             {
                 "config": dict(config or {}),
                 "environment": environment(),
-                "counts": {"images": len(image_set.images), "left_out": selection.left_out},
+                "counts": {"images": len(image_set.images), "left_out": selection.left_out, "failed": len(lost)},
+                "failed": lost,
                 "fingerprints": prints,
                 "classes": image_set.classes,
                 "rows": rows,
@@ -112,7 +124,7 @@ def run(
     except OSError as error:  # of the summary, or of what is published
         raise ValueError(f"cannot write to {directory}: {error.strerror}{kept.kept()}") from None
     kept.remove()
-    return Outcome(rows, differences, selection.left_out)
+    return Outcome(rows, differences, selection.left_out, lost)
 
 
 def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
@@ -127,17 +139,33 @@ def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, 
     return known
 
 
-def _jobs(settings: Settings) -> list[Job]:
-    threat, warm_steps, steps = settings.threat, settings.warm_steps, settings.steps
-    plans = [resolve(settings.preset, name, threat=threat, warm_steps=warm_steps, steps=steps) for name in settings.interpreters]
-    sharing: dict[int, list[Interpreter]] = {}  # a PGD run, by their cost
+def _plans(settings: Settings) -> list[Preset]:
+    """The preset of each interpreter; refuses two interpreters of one name, whose results would have the same keys."""
+    plans = [
+        resolve(settings.preset, name, threat=settings.threat, warm_steps=settings.warm_steps, steps=settings.steps)
+        for name in settings.interpreters
+    ]
+    names = [plan.interpreter.name for plan in plans if plan.interpreter is not None]
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"interpreter {twice[0]!r} is given {names.count(twice[0])} times; each needs a name of its own")
+    return plans
+
+
+def _jobs(model: Classifier, shape: tuple[int, ...], plans: Sequence[Preset], settings: Settings) -> list[Job]:
+    """ADV² by each preset, and plain PGD with as much work: a step of it is one unit of cost."""
+    adv2: list[Job] = []
+    sharing: dict[int, list[Interpreter]] = {}
     for plan in plans:
         assert plan.interpreter is not None
-        sharing.setdefault(gradient_evaluations(plan), []).append(plan.interpreter)
-    pgd = [
-        Job("pgd", resolve(settings.preset, None, threat=threat, steps=budget), tuple(served)) for budget, served in sharing.items()
-    ]
-    return pgd + [Job("adv2", plan, (plan.interpreter,)) for plan in plans if plan.interpreter is not None]
+        cost = gradient_evaluations(model, plan, settings.threat, shape)
+        adv2.append(Job("adv2", plan, (plan.interpreter,), cost))
+        sharing.setdefault(round(cost), []).append(plan.interpreter)
+    pgd = []
+    for budget, served in sharing.items():
+        plan = resolve(settings.preset, None, threat=settings.threat, steps=budget)
+        pgd.append(Job("pgd", plan, tuple(served), gradient_evaluations(model, plan, settings.threat, shape)))
+    return pgd + adv2
 
 
 def _attack_all(model: Classifier, task: Task, jobs: Sequence[Job], settings: Settings, kept: Batches, progress: Progress) -> None:
@@ -154,10 +182,10 @@ def _attack_all(model: Classifier, task: Task, jobs: Sequence[Job], settings: Se
 
 def _rows(
     jobs: Sequence[Job], names: Sequence[str], kept: Batches, settings: Settings, target_map: str
-) -> tuple[list[Row], list[Row]]:
-    """Two rows an interpreter, and how they differ."""
-    cost = {part[:2]: gradient_evaluations(job.plan) for job in jobs for part in job.parts(0)}
-    rows, differences = [], []
+) -> tuple[list[Row], list[Row], np.ndarray]:
+    """Two rows an interpreter, how they differ, and which images [N] failed under some attack."""
+    cost = {part[:2]: job.cost for job in jobs for part in job.parts(0)}
+    rows, differences, failed = [], [], np.zeros(0, bool)
     for name in names:
         found = {kind: kept.measures(name, kind) for kind in ATTACKS}
         for kind, measures in found.items():
@@ -165,9 +193,10 @@ def _rows(
             head = {"interpreter": name, "attack": kind, "threat": settings.threat.name, "target_map": target_map}
             tail = {"gradient_evaluations": cost[name, kind], "seconds": round(seconds, 2)}
             rows.append(head | row(measures, seed=settings.seed) | tail)
+            failed = measures["failed"] | (failed if len(failed) else False)
         pair = {"interpreter": name, "threat": settings.threat.name}
         differences += [pair | difference for difference in paired(found["pgd"], found["adv2"], seed=settings.seed)]
-    return rows, differences
+    return rows, differences, failed
 
 
 def _whole(task: Task, selection: Selection) -> Arrays:

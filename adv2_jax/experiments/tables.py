@@ -15,6 +15,7 @@ from adv2_jax.files import atomic, read_summary, write_summary
 from adv2_jax.names import attack_name
 from adv2_jax.types import Classifier
 
+DECIMALS = {"gradient_evaluations": 1, "seconds": 1}  # of columns; 3 of the others
 WORDS = ("interpreter", "attack", "made against")  # headings of columns without numbers
 
 
@@ -144,17 +145,19 @@ def by_rows(title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spre
 
 
 def _number(row: Row, key: str, spread: bool) -> str:
-    value = row[key]
-    if value is None or isinstance(value, int):
-        return "-" if value is None else str(value)
-    ends = row["ci"].get(key) if spread else None
-    return f"{value:.3f}" + ("" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
+    ends = row.get("ci", {}).get(key) if spread else None
+    decimals = DECIMALS.get(key, 3)
+    return _cell(row[key], decimals) + ("" if ends is None else f" [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]")
+
+
+def _cell(value: float | None, decimals: int) -> str:
+    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
     """A line for each source of images, a column for each interpreter."""
     numbers = [
-        [f"{a:.3f} ({b:.2f})" for a, b in zip(*rows, strict=True)]
+        [f"{_cell(a, 3)} ({_cell(b, 2)})" for a, b in zip(*rows, strict=True)]
         for rows in zip(matrix["map_l1"], matrix["map_iou75"], strict=True)
     ]
     lines = [[source, *cells] for source, cells in zip(matrix["sources"], numbers, strict=True)]
@@ -163,5 +166,5 @@ def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
 
 def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     """A line for each source of images and interpreter, on another network."""
-    lines = [[row["source"], row["interpreter"], str(row["n"]), *(f"{row[key]:.3f}" for key in ON_ANOTHER)] for row in rows]
+    lines = [[row["source"], row["interpreter"], str(row["n"]), *(_number(row, key, True) for key in ON_ANOTHER)] for row in rows]
     return Sheet(title, ["made against", "interpreter", "n", *ON_ANOTHER.values()], lines)

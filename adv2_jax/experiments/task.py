@@ -86,7 +86,7 @@ def _target_maps(model: Classifier, image_set: ImageSet, selection: Selection, g
         )
     donors = targets.donors(selection.source_labels, goals, where, seed=seed, classes=image_set.classes)
     return lambda interpreter, places, benign: explain(
-        model, image_set.images[donors[places]], goals[places], interpreter=interpreter, batch_size=len(places)
+        model, image_set.images[donors[places]], goals[places], interpreter=interpreter, batch_size=len(places), all_may_fail=True
     )[1]
 
 

@@ -13,7 +13,8 @@ from jax.typing import ArrayLike
 from adv2_jax import metrics
 from adv2_jax.attack import explain
 from adv2_jax.experiments.checkpoints import tree_fingerprint
-from adv2_jax.experiments.measures import Row
+from adv2_jax.experiments.measures import Row, mean
+from adv2_jax.experiments.statistics import intervals
 from adv2_jax.files import read_some, read_summary, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import resolve
@@ -93,12 +94,13 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         each interpreter: how far its maps of the source's images are, in the mean, from what the run wanted it to show (its benign
         maps where the attack hides). Benign images are explained for their label, others for their target class.
     """
-    found: dict[str, list[list[float]]] = {name: [[] for _ in run.sources] for name in MEASURES}
+    found: dict[str, list[list[float | None]]] = {name: [[] for _ in run.sources] for name in MEASURES}
     for column, interpreter in run.interpreters.items():
         wanted = run.array(f"{column}/target_maps")
         for i, source in enumerate(run.sources):
             images = run.images(source, column)
-            _, maps = explain(model, images, run.classes(source), interpreter=interpreter, batch_size=batch_size)
+            classes = run.classes(source)
+            _, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size, all_may_fail=True)
             for name, measure in MEASURES.items():
                 found[name][i].append(_mean(measure(maps, wanted)))
     return {"interpreters": list(run.interpreters), "sources": run.sources, **found}
@@ -130,16 +132,18 @@ def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequenc
             raise ValueError(f"{name} gets none of the {len(right)} images of {run.directory} right: nothing can transfer to it")
         for source in run.sources:
             images, classes = run.images(source, column)[right], run.classes(source)[right]
-            logits, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size)
-            asr = _mean(metrics.success(logits, run.targets[right]))
+            logits, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size, all_may_fail=True)
+            hits = np.asarray(metrics.success(logits, run.targets[right]))
+            head = {"model": name, "source": source, "n": int(right.sum()), "asr": mean(hits), "interpreter": column}
             means = {key: _mean(measure(maps, wanted[right])) for key, measure in MEASURES.items()}
-            head = {"model": name, "source": source, "n": int(right.sum()), "asr": asr, "interpreter": column}
-            rows.append(head | means)
+            rows.append(head | means | {"ci": intervals({"asr": hits})})
     return rows
 
 
-def _mean(values: ArrayLike) -> float:
-    return float(np.mean(np.asarray(values)))
+def _mean(values: ArrayLike) -> float | None:
+    """The mean over the images that have a number: a map that is not finite has none."""
+    numbers = np.asarray(values)
+    return mean(numbers[np.isfinite(numbers)])
 
 
 def add(run: Run, **found: Any) -> None:

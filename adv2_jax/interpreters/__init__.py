@@ -21,7 +21,6 @@ from adv2_jax.classifier import num_classes
 from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
 from adv2_jax.interpreters.mask import (
-    ITERATIONS,
     OBJECTIVE,
     Descent,
     MaskObjective,
@@ -92,8 +91,6 @@ class Interpreter(NamedTuple):
             by the pass that differentiates it.
         solver: `explain` step by step, for an interpreter that is itself a descent. Its surrogate carries a memory: it takes one
             after `tau`, and returns the next one after the map.
-        cost: gradients through the network that the surrogate and its gradient cost together. The gradient of a gradient is two:
-            it runs through the network twice as often as a gradient does.
     """
 
     name: str
@@ -101,7 +98,6 @@ class Interpreter(NamedTuple):
     surrogate: Surrogate
     faithful: bool = True
     solver: Solver | None = None
-    cost: int = 1
 
 
 @shared
@@ -248,8 +244,7 @@ def mask_interpreter(
         return model.head(model.features(image)), m, memory
 
     solver = Solver(lambda image: start_mask(image, descent), step, lambda memory: memory.map, steps)
-    differentiated = 2 * ahead if hypergradient == "unrolled" else 2 + ITERATIONS
-    return Interpreter("mask", explain, surrogate, faithful=False, solver=solver, cost=1 + free + differentiated)
+    return Interpreter("mask", explain, surrogate, faithful=False, solver=solver)
 
 
 @shared

@@ -50,7 +50,7 @@ class Axis(NamedTuple):
 
 
 def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Line | None:
-    """The mean over N images with the quartiles as the band, at the steps where every image has a number.
+    """The mean over the images that have a number at the end, with the quartiles as the band, where all of them have one.
 
     Args:
         name, kind: as of `Line`.
@@ -60,12 +60,13 @@ def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Li
     Returns:
         The curve; None if there is nothing to draw.
     """
-    values, steps = np.asarray(values, float), np.asarray(steps, float)
-    finite = np.isfinite(values).all(axis=0)
-    if not values.size or not finite.any():
+    numbers: Numbers = np.asarray(values, float)
+    numbers = numbers[np.isfinite(numbers[:, -1])] if numbers.size else numbers
+    finite = np.isfinite(numbers).all(axis=0)
+    if not numbers.size or not finite.any():
         return None
-    low, high = np.quantile(values[:, finite], [0.25, 0.75], axis=0)
-    return Line(name, kind, steps[finite], values[:, finite].mean(axis=0), low, high)
+    low, high = np.quantile(numbers[:, finite], [0.25, 0.75], axis=0)
+    return Line(name, kind, np.asarray(steps, float)[finite], numbers[:, finite].mean(axis=0), low, high)
 
 
 def over_steps(name: str, values: Sequence[float], *, points: int = 200) -> Line:

@@ -67,8 +67,11 @@ def film(frames: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
 
 
 def levels(values: ArrayLike) -> Pixels:
-    """Map values [h, w] in [0, 1] as [h, w, 1], for a PNG file with a palette: a third of the size of one with colours."""
-    clipped: NDArray[np.float64] = np.clip(np.asarray(values, np.float64), 0, 1)
+    """Map values [h, w] in [0, 1] as [h, w, 1], for a PNG file with a palette: a third of the size of one with colours.
+
+    What is not a number, as in the map of an image on which an attack failed, is 0.
+    """
+    clipped: NDArray[np.float64] = np.clip(np.nan_to_num(np.asarray(values, np.float64)), 0, 1)
     return (255 * clipped).round().astype(np.uint8)[..., None]
 
 

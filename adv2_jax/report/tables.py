@@ -26,6 +26,7 @@ class Column(NamedTuple):
 
 COLUMNS = (
     Column("n", "Images", 0),
+    Column("failed", "Failed", 0),
     Column("asr", "ASR ↑", 3),
     Column("mc", "MC ↑", 3),
     Column("map_l1", "Map L1 ↓", 4),
@@ -36,10 +37,10 @@ COLUMNS = (
     Column("l2", "L2", 3),
     Column("mean_displacement", "Shift, px", 3),
     Column("flow_penalty", "Flow penalty", 2),
-    Column("gradient_evaluations", "Gradients", 0),
+    Column("gradient_evaluations", "Gradients", 1),
     Column("seconds", "Seconds", 1),
 )
-FLOW = ("mean_displacement", "flow_penalty")  # columns only where there is one
+OCCASIONAL = ("failed", "mean_displacement", "flow_penalty")  # columns only where a row has one
 ROW_NAMES = ("interpreter", "attack", "ci")
 SETTINGS = ("threat", "target_map", "model")  # columns only where they tell rows apart
 MEASURES = {column.key: column for column in COLUMNS}
@@ -49,7 +50,7 @@ def summary(rows: Sequence[Row]) -> str:
     """PGD against ADV²: a line an attack, grouped by interpreter; a measure with an interval carries it below."""
     settings = [Column(key, words.heading(key), 0) for key in SETTINGS if len({row.get(key) for row in rows}) > 1]
     present = dict.fromkeys(key for row in rows for key in row if key not in (*ROW_NAMES, *SETTINGS))
-    measured = [column for column in COLUMNS if column.key in present or column.key not in FLOW]
+    measured = [column for column in COLUMNS if column.key not in OCCASIONAL or any(row.get(column.key) for row in rows)]
     extra = [Column(key, words.heading(key), 4) for key in present if key not in MEASURES]
     columns = [*settings, *measured, *extra]
     head = _head(["Interpreter", "Attack", *(column.heading for column in columns)])
@@ -94,8 +95,8 @@ def paired(differences: Sequence[Row]) -> str:
     lines = []
     for row in differences:
         column = MEASURES.get(row["measure"], Column(row["measure"], words.heading(row["measure"]), 4))
-        low, high = (words.signed(end, column.decimals) for end in row["ci"])
-        cells = [column.heading, words.number(row["n"], 0), words.signed(row["difference"], column.decimals), f"{low} to {high}"]
+        interval = " to ".join(words.signed(end, column.decimals) for end in row["ci"] or ()) or words.DASH
+        cells = [column.heading, words.number(row["n"], 0), words.signed(row["difference"], column.decimals), interval]
         lines.append([words.title(row["interpreter"]), row["threat"], *cells])
     return _plain(["Interpreter", "Threat", "Measure", "Images", "ADV² − plain", "95 % interval"], lines, names=3)
 
@@ -122,7 +123,7 @@ def transfer(found: Mapping[str, Any]) -> str:
 def _heat(found: Mapping[str, Any], column: Column, top: float | None) -> str:
     """Colours run from 0 to `top`, or to the largest number; a frame marks the interpreter that was attacked."""
     interpreters, sources = found["interpreters"], found["sources"]
-    values = np.array(found[column.key], float)
+    values = np.array(found[column.key], float)  # None becomes not a number
     shades = colour_map(np.nan_to_num(values) / (top or np.nanmax(values, initial=0.0) or 1.0))
     lines = []
     for source, numbers, colours in zip(sources, values, shades, strict=True):
