@@ -39,6 +39,8 @@ from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 T = TypeVar("T")
 
+ULP = 2.0**-24  # of float32 in [.5, 1): whoever divides 8-bit images by 255 in float32 is on the grid of 8-bit images
+
 
 class Result(NamedTuple):
     """A finished attack on N images. `float_*` is what it was before rounding; everything else is measured on the 8-bit images.
@@ -251,8 +253,12 @@ def to_float(images: ArrayLike) -> np.ndarray:
 
 
 def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
-    """Images in [0, 1] from uint8 or floating point, as they are divided in that type."""
-    return x.astype(dtype) / 255 if x.dtype == np.uint8 else x.astype(dtype)
+    """Images in [0, 1] from uint8 or floating point; what is k/255 to the last digit of float32 is k/255 in float64 too."""
+    if x.dtype == np.uint8:
+        return x.astype(dtype) / 255
+    values = x.astype(dtype)
+    grid = np.round(values * 255) / 255
+    return np.where(np.abs(values - grid) <= ULP, grid, values)
 
 
 def to_uint8(x: Any) -> np.ndarray:
@@ -294,8 +300,8 @@ def _problems(
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
-    if not ((given >= 0) & (given <= 1)).all():
-        raise ValueError(f"target_maps must lie in [0, 1], got {given.min()}..{given.max()}")
+    if not len(given) or not ((given >= 0) & (given <= 1)).all():
+        raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
     return Problem(to_float(x), t, maps)
 
 

@@ -33,7 +33,7 @@ LEAST_WEIGHT = 1e-2  # share of λ: without it a hundred steps that miss the tar
 
 
 class Problem(NamedTuple):
-    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]; of JAX, or of NumPy until it runs."""
+    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]."""
 
     image: Image | Any
     target: Label | Any

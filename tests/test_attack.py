@@ -96,13 +96,26 @@ def test_logits_and_maps_are_those_of_the_images_delivered(model, result, target
         np.testing.assert_allclose(maps, expected_maps, atol=1e-5)
 
 
-@pytest.mark.parametrize("epsilon", [0.031, 0.1])
-def test_radius_is_used_and_holds_up_to_half_an_8_bit_level(run, images, epsilon):
-    result = run(threat=threats.linf(epsilon), steps=20, warm_steps=20)
-    change = np.abs(result.images.astype(int) - images).max()
-    assert epsilon * 255 - 0.5 <= change <= epsilon * 255 + 0.5
+@pytest.mark.parametrize("epsilon", [0.031, 8 / 255, 0.1])
+@pytest.mark.parametrize("plan", [CAM, replace(CAM, rounded=True)], ids=["float", "8-bit"])
+def test_radius_is_used_and_holds(run, images, epsilon, plan):
+    result = run(plan, threat=threats.linf(epsilon), steps=20, warm_steps=20)
+    assert metrics.linf(result.images, images).max() == int(epsilon * 255 + 1e-9) / 255 <= epsilon
     assert np.abs(result.float_images - images / np.float32(255)).max() <= epsilon + 1e-7
     assert result.float_images.min() >= 0 and result.float_images.max() <= 1
+
+
+@pytest.mark.parametrize("threat", [threats.linf(7.3 / 255), threats.l2(0.3)], ids=["linf", "l2"])
+def test_radius_holds_around_images_off_the_8_bit_grid(run, images, threat):
+    off = np.clip(images / 255 + np.random.default_rng(0).uniform(-0.4, 0.4, images.shape) / 255, 0, 1).astype(np.float32)
+    result = run(images=off, threat=threat, steps=10)
+    norm, epsilon = (metrics.linf, 7.3 / 255) if threat.name == "linf" else (metrics.l2, 0.3)
+    assert (norm(result.images, off) <= epsilon).all() and (norm(result.images, off) > 0.8 * epsilon).all()
+
+
+def test_an_image_that_no_8_bit_image_is_near_enough_to_is_refused(run, images):
+    with pytest.raises(ValueError, match=r"from the nearest 8-bit image, more than epsilon = 0\.02"):
+        run(images=np.clip(images + 0.5, 0, 255) / 255, threat=threats.l2(0.02))
 
 
 def test_float_images_are_the_same_images(run, images, result):
@@ -110,8 +123,8 @@ def test_float_images_are_the_same_images(run, images, result):
     np.testing.assert_array_equal(again.images, result.images)
 
 
-def test_default_threat_is_the_ball_of_the_released_code(run, result):
-    np.testing.assert_array_equal(run(threat=threats.linf(0.031)).images, result.images)
+def test_default_threat_is_the_ball_of_the_paper(run, result):
+    np.testing.assert_array_equal(run(threat=threats.linf(8 / 255)).images, result.images)
 
 
 def test_attack_without_interpreter_needs_no_maps_and_gives_none(run, targets):
@@ -157,11 +170,11 @@ def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, masker
             run(**{"batch_size": 5, **changes})
         return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
 
-    assert compiled(threat=threats.linf(0.031))
+    assert compiled(threat=threats.linf(8 / 255))
     other = Masked(make_small(1), masker)
-    assert compiled(threat=threats.linf(0.031), model=other, images=images[::-1].copy()) == []
+    assert compiled(threat=threats.linf(8 / 255), model=other, images=images[::-1].copy()) == []
     other_numbers = replace(CAM, balance=constant(3.0), step_size=constant(PIXEL / 2))
-    assert compiled(threat=threats.linf(0.031), plan=other_numbers) == []
+    assert compiled(threat=threats.linf(8 / 255), plan=other_numbers) == []
 
 
 # Keep-best.
@@ -213,16 +226,19 @@ def counted(calls):
 
 @pytest.mark.parametrize("keep_every", [0, 1, 3])
 @pytest.mark.parametrize("faithful", [True, False])
-def test_gradient_evaluations_are_those_spent(run, calls, counted, faithful, keep_every):
+def test_gradient_evaluations_are_those_spent(run, model, calls, counted, faithful, keep_every):
+    """A step on CAM is a gradient of the network, and the weights of the head; a fresh look runs forward twice."""
     widths = presets.ramp(1.0, 8.0)
     plan = replace(CAM, interpreter=counted._replace(faithful=faithful), keep_every=keep_every, steps=7, tau=widths)
+    gradient_evaluations(model, plan, threats.linf(), (16, 16, 3))  # is traced here, and kept
     for values in calls.values():
         values.clear()
     result = run(plan)
     jax.effects_barrier()
     scorings = len(calls["explain"]) - 2  # the other two look at the result, before and after rounding
+    assert scorings == (0 if faithful or not keep_every else -(-7 // keep_every))
     spent = plan.warm_steps + len(calls["surrogate"]) + scorings
-    assert result.gradient_evaluations == gradient_evaluations(plan) == spent
+    assert result.gradient_evaluations == pytest.approx(spent, rel=0.05)
     np.testing.assert_allclose(sorted(calls["surrogate"]), range(1, 8), rtol=1e-6)  # each step by its place in the schedule
 
 
@@ -307,7 +323,7 @@ def test_other_numbers_for_a_flow_only(run, targets):
         assert presets.resolve("default", "cam", threat=threat) == PRESETS["default"]["cam"]
     assert presets.resolve(CAM, "cam", threat=threats.flow()) == CAM
     result = run(CAM, threat=threats.flow())
-    assert result.gradient_evaluations == 9 and result.params.shape == (6, 16, 16, 2)
+    assert result.gradient_evaluations == pytest.approx(9, rel=0.02) and result.params.shape == (6, 16, 16, 2)
 
 
 def test_own_interpreter_takes_the_numbers_found_for_its_name():

@@ -52,8 +52,8 @@ def test_rows_are_what_the_arrays_say(tmp_path):
         apart = abs(found["maps"] - arrays["cam/target_maps"])
         np.testing.assert_allclose(found["map_l1"], apart.mean((1, 2)), rtol=1e-5)
         assert row["map_l1"] == pytest.approx(apart.mean(), rel=1e-5)
-        assert row["linf"] <= 0.1 + 0.5 / 255 + 1e-6  # rounding to 8 bits may add half a level
-        assert row["gradient_evaluations"] == 22
+        assert row["linf"] <= 0.1
+        assert row["gradient_evaluations"] == pytest.approx(22, rel=0.02)  # a tiny network: the weights of its head count
         assert 0 <= row["pointing_game"] <= 1
         assert row["benign_pointing_game"] == 1  # the map of a colour is its channel, which is brightest on the object
     assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
@@ -179,7 +179,7 @@ def test_log_has_a_line_for_each_part(tmp_path):
     ]
     found = results(tmp_path)
     for line in lines:
-        assert line.keys() == {"batch", "interpreter", "attack", "n", "asr", "map_l1", "seconds"}
+        assert line.keys() == {"batch", "interpreter", "attack", "n", "failed", "asr", "map_l1", "seconds"}
         images = slice(2 * line["batch"], 2 * line["batch"] + 2)
         assert line["map_l1"] == pytest.approx(found[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6)  # six digits
 
