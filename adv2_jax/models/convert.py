@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from adv2_jax.errors import listed
 from adv2_jax.files import write_arrays
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -25,7 +26,6 @@ TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}  # convolution HWIO -> O
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
 OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files say norm.1, its module norm1
-NAMED = 8  # keys in one message
 
 
 class Canonical(NamedTuple):
@@ -48,7 +48,7 @@ class Canonical(NamedTuple):
         renamed = [f"{old} -> {new}" for old, new in self.renamed.items()]
         prefix = [f"taken off every key: {self.prefix}"] if self.prefix else []
         lists = {"passed over": self.passed_over, "renamed": renamed}
-        return prefix + [f"{what}, {len(keys)} in all: {_listed(keys, ', ', 2)}" for what, keys in lists.items() if keys]
+        return prefix + [f"{what}, {len(keys)} in all: {listed(keys, ', ', 2)}" for what, keys in lists.items() if keys]
 
 
 def canonical(arrays: Mapping[str, np.ndarray], own: Collection[str] = tuple(TORCH_ATTRIBUTE.values())) -> Canonical:
@@ -71,7 +71,7 @@ def canonical(arrays: Mapping[str, np.ndarray], own: Collection[str] = tuple(TOR
     names = [OLD_DENSE_LAYER.sub(r"\1\2.", key) for key in bare]
     twice = [name for name, times in Counter(names).items() if times > 1]
     if twice:
-        raise ValueError(f"found under two names: {_listed(twice)}")
+        raise ValueError(f"found under two names: {listed(twice)}")
     return Canonical(
         arrays={name: np.asarray(arrays[key]) for name, key in zip(names, kept, strict=True)},
         prefix=prefix,
@@ -87,12 +87,6 @@ def _prefix(keys: Sequence[str], own: Collection[str]) -> str:
         return ""
     name = f"{first.pop()}."
     return name + _prefix([key.removeprefix(name) for key in keys], own)
-
-
-def _listed(items: Sequence[str], separator: str = "; ", limit: int = NAMED) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
 
 
 def _torch_key(path: tuple[Any, ...]) -> str:
@@ -137,10 +131,10 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     arrays = canonical(arrays, own={key.partition(".")[0] for key in expected}).arrays
     wrong = mismatches(expected, {key: array.shape for key, array in arrays.items()})
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(expected.keys() | arrays.keys())} keys do not match: {_listed(wrong)}")
+        raise ValueError(f"{len(wrong)} of {len(expected.keys() | arrays.keys())} keys do not match: {listed(wrong)}")
     not_finite = [k for k, v in arrays.items() if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())]
     if not_finite:
-        raise ValueError(f"not finite floating-point numbers: {_listed(not_finite, ', ')}")
+        raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
 
     def filled(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
         value = arrays[_torch_key(path)].astype(np.float32)
