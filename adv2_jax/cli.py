@@ -408,7 +408,7 @@ def _model(arguments: argparse.Namespace) -> Classifier:
     return models.load(name, weights, **options)
 
 
-def _normalisation(arguments: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+def _normalisation(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: tuple(getattr(arguments, key)) for key in ("mean", "std") if getattr(arguments, key)}
 
 

@@ -132,6 +132,7 @@ def _choose(state_dicts: StateDicts, key: str | None, path: Path) -> Mapping[str
     usual = next(iter(state_dicts)) if len(state_dicts) == 1 else _usual(state_dicts)
     others = [name for name in state_dicts if name not in ("", usual)]
     if key is not None:
+        key = key.rstrip(".")
         every = {f"{outer}.{name}".lstrip("."): array for outer, arrays in state_dicts.items() for name, array in arrays.items()}
         found = _below(every, key) or _below(state_dicts.get(usual, {}), key)
         if not found:
