@@ -284,7 +284,9 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = "b" not in mode
+        errors = "replace" if text else None  # for file names with bytes that are no characters
+        with os.fdopen(handle, mode, encoding="utf-8" if text else None, errors=errors) as file:
             yield file
         umask = os.umask(0)
         os.umask(umask)
