@@ -136,8 +136,8 @@ def _check_devices() -> None:
     """Says so when JAX has fallen back to the CPU: a plugin of another version than its own is passed over in silence."""
     try:
         backend = jax.default_backend()
-    except RuntimeError as error:  # JAX_PLATFORMS asks for what is not there
-        raise ValueError(first_line(error)) from None
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"JAX has no device of JAX_PLATFORMS={jax.config.jax_platforms}: {first_line(error)}") from None
     if backend != "cpu" or (jax.config.jax_platforms or "").startswith("cpu"):
         return
     plugins = [f"{found.name} {found.version}" for found in distributions() if PLUGIN.match(found.name or "")]

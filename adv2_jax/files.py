@@ -305,7 +305,7 @@ def output_directory(path: str) -> Iterator[Path]:
         ValueError: names the directory and why it cannot be written to.
     """
     directory = Path(path)
-    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    new = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
