@@ -806,14 +806,13 @@ def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
         copies = good | {f"raw.{key}": -value for key, value in arrays.items()}
     write_arrays(tmp_path / "copies.npz", copies)
     words = ["--weights", str(tmp_path / "copies.npz"), "--interpreter", "cam", "--limit", "2"]
-    assert attack(network, tmp_path / "a", *words, "--weights-key", "ema") == 0
-    assert capsys.readouterr().err == ""
-    assert json.loads((tmp_path / "a" / "summary.json").read_text())["config"]["weights_key"] == "ema"
-    assert attack(network, tmp_path / "b", *words) == 0
+    base = ["attack", "--model", "tiny", *words, "--out", "run", "--weights-key", "ema"]
+    chosen, known = cli._model(cli._parser().parse_args(base)), models.load("tiny", network / "weights.npz")
+    jax.tree.map(np.testing.assert_array_equal, chosen, known)
+    assert attack(network, tmp_path / "out", *words) == 0
     error = capsys.readouterr().err
     assert error.startswith(f"adv2: {tmp_path / 'copies.npz'}: left out, 37 in all: raw.") and error.count("\n") == 1
     assert "as many keys fit under raw (--weights-key NAME" in error
-    assert train(network, tmp_path / "trained", *words[:2], "--weights-key", "ema") == 0
     converted = [
         "convert",
         str(tmp_path / "copies.npz"),
@@ -831,8 +830,8 @@ def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
         ([*words, "--weights-key", "best"], "it holds no weights called 'best', but ema, raw"),
         (["--model", f"{own}:network", "--weights-key", "ema"], "--weights-key is for the networks that come with adv2"),
     ):
-        refused(attack(network, tmp_path / "out", *bad), capsys, expected, tmp_path / "out")
-    refused(train(network, tmp_path / "out", "--weights-key", "ema"), capsys, "--weights-key goes with --weights", tmp_path / "out")
+        refused(attack(network, tmp_path / "bad", *bad), capsys, expected, tmp_path / "bad")
+    refused(train(network, tmp_path / "bad", "--weights-key", "ema"), capsys, "--weights-key goes with --weights", tmp_path / "bad")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
