@@ -389,7 +389,10 @@ def stored(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.
 
 
 def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
-    np.savez_compressed(file, allow_pickle=False, **arrays)
+    objects = [name for name, array in arrays.items() if array.dtype.hasobject]
+    if objects:
+        raise ValueError(f"only plain arrays are written, not objects: {listed(objects, ', ')}")
+    np.savez_compressed(file, **dict[str, Any](arrays))  # its allow_pickle is of NumPy 2.2
 
 
 def _write_safetensors(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:

@@ -97,7 +97,7 @@ class Batches:
                 self._start()
             path.parent.mkdir(exist_ok=True)
             with atomic(path) as file:
-                np.savez(file, allow_pickle=False, **arrays)
+                np.savez(file, **dict[str, Any](arrays))
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(self._line(part))
 

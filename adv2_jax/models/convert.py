@@ -181,7 +181,7 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
         return np.asarray(np.asarray(value).transpose(TO_TORCH[value.ndim]), order="C")
 
     flat = nnx.to_flat_state(nnx.state(model))
-    return {_torch_key(path): array(variable.get_value()) for path, variable in flat}
+    return {_torch_key(path): array(variable[...]) for path, variable in flat}
 
 
 def save(model: nnx.Module, path: str | os.PathLike[str]) -> None:
