@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from adv2_jax import losses
+from adv2_jax.classifier import logits_of
 from adv2_jax.interpreters import Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
@@ -147,7 +148,7 @@ def joint_loss(
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
     rest: Sequence[Any] = memory
     if options.surrogate is None:
-        logits, m = model.head(model.features(x)), problem.target_map
+        logits, m = logits_of(model, x), problem.target_map
     else:
         logits, m, *rest = options.surrogate(model, x, problem.target, numbers.tau, *memory)
     memory, penalties = tuple(rest[: len(memory)]), rest[len(memory) :]

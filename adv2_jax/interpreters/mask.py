@@ -15,9 +15,11 @@ from jax.scipy.sparse.linalg import cg
 
 from adv2_jax.activations import relu
 from adv2_jax.blending import blend
+from adv2_jax.classifier import logits_of
 from adv2_jax.interpreters.grad import Score
 from adv2_jax.losses import log_odds
 from adv2_jax.maps import blur
+from adv2_jax.options import shown
 from adv2_jax.types import Activation, Classifier, Image, Label, Map
 
 
@@ -49,6 +51,9 @@ class MaskObjective(NamedTuple):
     game: str = "deletion"
     score: Score | None = None
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 OBJECTIVE = MaskObjective()
 
@@ -79,6 +84,9 @@ class Descent(NamedTuple):
     steps: int = 50
     learning_rate: float = 0.2
     objective: MaskObjective = OBJECTIVE
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 class Memory(NamedTuple):
@@ -210,7 +218,7 @@ def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: 
     """
     game = GAMES[objective.game]
     blurred = blur(image, objective.blur * min(image.shape[:2]))
-    logits = model.head(model.features(blend(image, game.kept(a), blurred), act=act))
+    logits = logits_of(model, blend(image, game.kept(a), blurred), act)
     if objective.score is None:
         presence = jax.nn.softplus(game.sign * log_odds(logits, label))
     else:
