@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import relu
 
-from adv2_jax.options import shared
+from adv2_jax.options import bind, shared
 from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation
 
@@ -57,16 +57,22 @@ def relu_sigmoid(beta: float = 1.0) -> Activation:
         An activation, any shape to the same shape; equal options give the same object.
     """
 
-    @jax.custom_jvp
-    def activation(z: Array) -> Array:
-        return jnp.maximum(z, 0)
+    return bind(_relu_sigmoid, beta=beta)
 
-    @activation.defjvp
-    def _jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        (z,), (dz,) = primals, tangents
-        return activation(z), jax.nn.sigmoid(beta * at_least_float32(z)).astype(jnp.result_type(z)) * dz
 
-    return activation
+def _relu_sigmoid(z: Array, *, beta: float) -> Array:
+    return _relu_with_sigmoid(z, beta)
+
+
+@jax.custom_jvp
+def _relu_with_sigmoid(z: Array, beta: Array) -> Array:
+    return jnp.maximum(z, 0)
+
+
+@_relu_with_sigmoid.defjvp
+def _relu_with_sigmoid_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (z, beta), (dz, _) = primals, tangents
+    return _relu_with_sigmoid(z, beta), jax.nn.sigmoid(beta * at_least_float32(z)).astype(jnp.result_type(z)) * dz
 
 
 @jax.custom_jvp
@@ -115,7 +121,8 @@ def softplus(beta: float = 1.0) -> Activation:
         An activation, any shape to the same shape; equal options give the same object.
     """
 
-    def activation(z: Array) -> Array:
-        return (jax.nn.softplus(beta * at_least_float32(z)) / beta).astype(jnp.result_type(z))
+    return bind(_softplus, beta=beta)
 
-    return activation
+
+def _softplus(z: Array, *, beta: float) -> Array:
+    return (jax.nn.softplus(beta * at_least_float32(z)) / beta).astype(jnp.result_type(z))

@@ -57,7 +57,7 @@ class Bound:
         return _bind_all, (_name(self.function), names, list(map(_name, values)))
 
 
-def bind(function: Callable[..., Any], **options: Any) -> Bound:
+def bind(function: Callable[..., Any], /, **options: Any) -> Bound:
     """The function with some of its keyword arguments set; equal arguments give equal objects."""
     return Bound(function, tuple(options.items()))
 
