@@ -438,14 +438,14 @@ def _descend_batch(
         return states, info._replace(map_l1=drawn)
 
     warm, joint = Options(threat), joint_options(plan, threat)
-    states = jax.vmap(lambda problem: init(problem, warm))(problems)
+    states = _start(problems, None, (), warm)
     picture(states.params)
     states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
     curves = [info]
     if plan.warm_steps:
         picture(states.params)
     memory = _solved(model, _images(problems, states.params, threat, True), problems.target, _solver(plan), driver)
-    states = jax.vmap(lambda problem, *start: init(problem, joint, *start))(problems, states.params, memory)
+    states = _start(problems, states.params, memory, joint)
     numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
     looks = snapshot_steps(plan)
     for span in pairwise(_cuts(plan, pictured > 0)):
@@ -464,9 +464,15 @@ def _descend_batch(
     return params, states.params, whole, np.stack(snapshots, axis=1) if snapshots else np.zeros((0, 0, *shape), np.uint8)
 
 
+@partial(jax.jit, static_argnames="options")
+def _start(problems: Problem, params: Params, memory: tuple[Any, ...], options: Options) -> State:
+    return jax.vmap(lambda problem, *start: init(problem, options, *start))(problems, params, memory)
+
+
 def _tabulate(n: int, *plans: Plan) -> Numbers:
     """Schedules as numbers: no retrace for another schedule."""
-    return Numbers(*(jax.vmap(plan(n))(jnp.arange(n)) for plan in plans))
+    with jax.transfer_guard("allow"):  # optax computes with numbers of the host
+        return Numbers(*(jax.device_get(jax.vmap(plan(n))(jnp.arange(n))) for plan in plans))
 
 
 def joint_options(plan: Preset, threat: Threat) -> Options:

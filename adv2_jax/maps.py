@@ -1,5 +1,7 @@
 """Operations on attribution maps [h, w], all safe to differentiate twice."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -68,13 +70,15 @@ def blur(values: Array, sigma: float) -> Array:
         values: [H, W, ...].
         sigma: standard deviation in pixels, > 0.
     """
-    rows, columns = (_gaussian(n, sigma) for n in values.shape[:2])
+    values = at_least_float32(values)
+    rows, columns = (_gaussian(n, sigma, values.dtype) for n in values.shape[:2])
     return jnp.einsum("ih,jw,hw...->ij...", rows, columns, values)
 
 
-def _gaussian(n: int, sigma: float) -> Array:
+def _gaussian(n: int, sigma: float, dtype: Any) -> Array:
     """Matrix [n, n] that blurs n values; each row sums to 1."""
-    distance = jnp.arange(n)[:, None] - jnp.arange(n)
+    place = jnp.arange(n, dtype=dtype)  # or a network would be given float64 images where JAX knows them
+    distance = place[:, None] - place[None]
     return jax.nn.softmax(-0.5 * (distance / sigma) ** 2, axis=-1)
 
 

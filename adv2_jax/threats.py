@@ -262,7 +262,8 @@ def _move_into_box(params: Moved, image: Image, *, ball: Threat) -> Moved:
 
 
 def _round_moved(x: Image, params: Moved, image: Image, *, ball: Threat) -> Image:
-    return ball.round(x, params.delta, x.__array_namespace__().asarray(warp(image, params.flow)))
+    moved = jax.jit(warp)(*jax.device_put((image, params.flow)))
+    return ball.round(x, params.delta, x.__array_namespace__().asarray(moved))
 
 
 def _of_flow(params: Moved, *, function: Callable[[Array], Array]) -> Array:

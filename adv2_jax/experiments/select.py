@@ -85,7 +85,7 @@ class Rescaled:
 
     def features(self, image: Image, act: Activation = relu) -> Features:
         """As the network's, of scale * image + shift."""
-        return self.model.features(self.scale * image + self.shift, act=act)
+        return self.model.features(self.scale[None, None] * image + self.shift[None, None], act=act)
 
     def head(self, features: Features) -> Logits:
         """As the network's."""

@@ -85,7 +85,7 @@ def check_pooling(model: Classifier, shape: tuple[int, ...]) -> None:
     """
     features, logits = abstract_pass(model, shape)
     with jax.debug_nans(False):  # a head that is refused may well have no gradient at random features
-        departure = float(_departure(static_leaves(model), features.shape, features.dtype, logits.shape[0]))
+        departure = jax.device_get(_departure(static_leaves(model), features.shape, features.dtype, logits.shape[0]))
     # a linear head has one gradient but for rounding: the bound is 3e-4 in float32 and .09 in bfloat16; others depart by 1
     if departure > float(jnp.finfo(features.dtype).eps) ** 0.5:
         raise ValueError(

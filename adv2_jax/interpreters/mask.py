@@ -230,7 +230,7 @@ def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: 
 
 def variation(a: Map, beta: float) -> Array:
     """TV_β: |difference|^β summed over vertical and horizontal neighbours, an entry of the map: [h, w] -> [] >= 0."""
-    return sum((jnp.sum(jnp.abs(jnp.diff(a, axis=axis)) ** beta) for axis in (0, 1)), jnp.zeros(())) / a.size
+    return sum((jnp.sum(jnp.abs(jnp.diff(a, axis=axis)) ** beta) for axis in (0, 1)), jnp.zeros((), a.dtype)) / a.size
 
 
 def unrolled(model: Classifier, image: Image, label: Label, memory: Memory, descent: Descent, act: Activation, steps: int) -> Map:
@@ -283,7 +283,9 @@ def implicit(
         return jnp.where(free, jax.grad(mask_loss, argnums=3)(model, x, label, b, descent.objective, act), 0)
 
     def damped_hessian(v: Map) -> Map:
-        curved = jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v, 0),))[1]
+        # of a vector of size 1: what an attack with a large λ asks for would overflow the float16 of a network
+        size = jnp.maximum(jnp.abs(v).max(), jnp.finfo(v.dtype).tiny)
+        curved = size * jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v / size, 0),))[1]
         return jnp.where(free, curved + damping * v, v)
 
     here = slope(image, a)

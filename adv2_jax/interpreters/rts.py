@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adv2_jax.blending import blend
@@ -100,7 +101,7 @@ def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = Fals
     if not hasattr(model, "masker"):
         raise ValueError(f"rts needs a masker: its model is a models.Masked(classifier, masker), not a {type(model).__name__}")
     model.masker.check(num_classes(model, shape), shape)
-    if needs_means and not jnp.any(model.masker.means[...] != 0, axis=-1).all():
+    if needs_means and not np.any(jax.device_get(model.masker.means[...]), axis=-1).all():
         raise ValueError(
             "the masker has no mean features of some classes, which encoder_loss 'mean' needs: train it, or use 'head'"
         )
