@@ -3,12 +3,17 @@
 import argparse
 import contextlib
 import inspect
+import io
+import logging
+import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
@@ -23,19 +28,22 @@ from rich.text import Text
 from adv2_jax import __version__, data, models, report, threats
 from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
+from adv2_jax.errors import first_line
 from adv2_jax.experiments import fit, train, train_masker
+from adv2_jax.experiments.batches import UNFINISHED
 from adv2_jax.experiments.run import environment, run
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.train import PLAIN, TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
-from adv2_jax.files import atomic, output_directory, write_summary
+from adv2_jax.files import atomic, output_directory, read_summary, write_summary
 from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.types import Classifier
 
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
+WEIGHTS = "state dict under the names of torchvision or timm: .npz, .safetensors, or what torch wrote (.pth, .pth.tar, .ckpt, ...)"
 SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
 TARGET_MAP = (
     "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
@@ -52,6 +60,11 @@ COLUMNS = {
 }
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "60"]
 
+
+CHECKPOINTS = "checkpoints"  # of a training, in its --out
+PLUGIN = re.compile(r"jax[-_](cuda|rocm)\d*[-_]plugin|libtpu", re.IGNORECASE)
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -74,9 +87,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 bad input (one line on stderr), 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook's takes every character
+            stream.reconfigure(errors="replace")
     try:
         arguments = _parser().parse_args(words)
-        arguments.run(arguments, shlex.join(["adv2", *words]))
+        with _warnings_on_stderr(getattr(arguments, "quiet", False)):
+            _check_devices()
+            arguments.run(arguments, shlex.join(["adv2", *words]))
     except (ValueError, OSError) as error:
         print(f"adv2: {' '.join(str(error).splitlines())}", file=sys.stderr)  # file names may hold line breaks
         return 2
@@ -91,6 +109,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+class OneLine(logging.Formatter):
+    """A warning as a line of the command's own; file names may hold line breaks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        return f"adv2: {' '.join(record.getMessage().splitlines())}"
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr(quiet: bool) -> Iterator[None]:
+    """Prints what the package logs."""
+    logger, handler = logging.getLogger("adv2_jax"), logging.StreamHandler()
+    handler.setFormatter(OneLine())
+    handler.setLevel(logging.ERROR if quiet else logging.WARNING)
+    logger.addHandler(handler)
+    logger.propagate = False  # other handlers would print it again
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+
+
+def _check_devices() -> None:
+    """Says so when JAX has fallen back to the CPU: a plugin of another version than its own is passed over in silence."""
+    try:
+        backend = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"JAX has no device of JAX_PLATFORMS={jax.config.jax_platforms}: {first_line(error)}") from None
+    if backend != "cpu" or (jax.config.jax_platforms or "").startswith("cpu"):
+        return
+    plugins = [f"{found.name} {found.version}" for found in distributions() if PLUGIN.match(found.name or "")]
+    if plugins:
+        log.warning(
+            "JAX %s runs on the CPU although %s is installed: is there a device, and do the versions fit? (not said if %s)",
+            jax.__version__,
+            ", ".join(plugins),
+            "JAX_PLATFORMS=cpu",
+        )
+
+
 def _parser() -> Parser:
     parser = Parser(prog="adv2", description="Adversarial inputs that fool a classifier and its interpreter at once (ADV²).")
     parser.add_argument("--version", action="version", version=f"adv2 {__version__}")
@@ -99,6 +158,7 @@ def _parser() -> Parser:
     demo = commands.add_parser("demo", help="attack eight embedded images under every interpreter")
     demo.add_argument("--out", default="demo", metavar="DIR", help="where to write (default: %(default)s)")
     _resume_argument(demo)
+    _overwrite_argument(demo)
     demo.set_defaults(run=_demo)
 
     attack = commands.add_parser("attack", help="attack your images and your network")
@@ -137,6 +197,7 @@ def _attack_arguments(parser: Parser) -> None:
     add("--target-map", default="benign", choices=data.targets.TARGET_MAPS, help=TARGET_MAP)
     _effort_arguments(parser)
     add("--out", required=True, metavar="DIR", help="where to write summary.json, results.npz, report.html and log.jsonl")
+    _overwrite_argument(parser)
 
 
 def _subject_arguments(parser: Parser) -> None:
@@ -152,17 +213,26 @@ def _subject_arguments(parser: Parser) -> None:
 def _network_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", metavar="NAME", help=f"{NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
-    add("--weights", metavar="FILE", help="torch-style state dict, .npz, .safetensors or .pth; with file.py:name handed to name")
+    add("--weights", metavar="FILE", help=f"{WEIGHTS}; with file.py:name handed to name")
+    _weights_key_argument(parser)
     add("--masker", metavar="FILE", help="masker of the network, for rts, from adv2 train rts (default: the embedded network's)")
     _normalisation_arguments(parser)
+
+
+def _weights_key_argument(parser: Parser) -> None:
+    parser.add_argument(
+        "--weights-key", metavar="NAME", help="which weights of a file that holds several, such as state_dict_ema or module.model"
+    )
 
 
 def _effort_arguments(parser: Parser) -> None:
     """How much is done, and how."""
     add = parser.add_argument
     add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
-    add("--epsilon", type=float, metavar="E", help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value")
-    add("--flow-penalty", dest="penalty", type=float, metavar="W", help="weight of a flow's roughness (default: 0.0005)")
+    add(
+        "--epsilon", type=_number, metavar="E", help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value"
+    )
+    add("--flow-penalty", dest="penalty", type=_number, metavar="W", help="weight of a flow's roughness (default: 0.0005)")
     add("--warm-steps", type=_whole, metavar="N", help="steps of plain PGD first (default: the preset's)")
     add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
     add("--limit", type=_positive, metavar="N", help="attack at most N images of those the network gets right")
@@ -180,6 +250,10 @@ def _resume_argument(parser: Parser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the unfinished run in --out")
 
 
+def _overwrite_argument(parser: Parser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is finished in --out (default: refuse to)")
+
+
 def _quiet_argument(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
 
@@ -190,6 +264,7 @@ def _table_arguments(parser: Parser) -> None:
     _subject_arguments(parser)
     _effort_arguments(parser)
     add("--out", required=True, metavar="DIR", help="where to write table.md, summary.json, and the run in a folder of its own")
+    _overwrite_argument(parser)
 
 
 def _transfer_arguments(parser: Parser) -> None:
@@ -224,16 +299,25 @@ def _whole(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> float:
+    """A real number, or a fraction of two."""
+    above, stroke, below = text.partition("/")
+    try:
+        return float(above) / float(below) if stroke else float(above)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, such as 0.5 or 8/255") from None
+
+
 def _finite(text: str) -> float:
-    if not abs(float(text)) < float("inf"):
+    if not abs(_number(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return float(text)
+    return _number(text)
 
 
 def _divisor(text: str) -> float:
-    if not 0 < float(text) < float("inf"):
+    if not 0 < _number(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return float(text)
+    return _number(text)
 
 
 def _seed(text: str) -> int:
@@ -249,9 +333,9 @@ def _positive(text: str) -> int:
 
 
 def _weight(text: str) -> float:
-    if not 0 <= float(text) < float("inf"):
+    if not 0 <= _number(text) < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
-    return float(text)
+    return _number(text)
 
 
 class Subject(NamedTuple):
@@ -280,6 +364,16 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     return Subject(model if masker is None else models.Masked(model, masker), images, settings)
 
 
+def _check_out(arguments: argparse.Namespace, *names: str, unfinished: str) -> None:
+    """Refuses, before any work, to write over what a run left in --out when it was over."""
+    there = [name for name in names if os.path.exists(os.path.join(arguments.out, name))]
+    goes_on = arguments.resume or os.path.exists(os.path.join(arguments.out, unfinished))  # there are other rules for these
+    if there and not goes_on and not arguments.overwrite:
+        raise ValueError(
+            f"{arguments.out} holds a finished run ({', '.join(there)}): --overwrite replaces it, another --out keeps it"
+        )
+
+
 @contextlib.contextmanager
 def _running(arguments: argparse.Namespace, command: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The directory of a run, and the options that every run takes."""
@@ -297,6 +391,7 @@ def _running(arguments: argparse.Namespace, command: str) -> Iterator[tuple[Path
 
 
 def _attack(arguments: argparse.Namespace, command: str) -> None:
+    _check_out(arguments, "summary.json", "results.npz", "report.html", unfinished=UNFINISHED)
     subject = _subject(arguments)
     with _running(arguments, command) as (directory, options):
         outcome = run(*subject, directory, **options)
@@ -311,6 +406,8 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
 
 def _table(arguments: argparse.Namespace, command: str) -> None:
     table = TABLES[arguments.table]
+    names = ("table.md", "summary.json", f"{table.run}/summary.json", f"{table.run}/results.npz")
+    _check_out(arguments, *names, unfinished=f"{table.run}/{UNFINISHED}")
     arguments.threat, arguments.target_map = table.threat, table.target_map
     subject = _subject(arguments)
     with _running(arguments, command) as (directory, options):
@@ -388,15 +485,26 @@ def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
     resume = ["--resume"] if arguments.resume else []
-    _attack(_parser().parse_args([*DEMO, *resume, "--out", arguments.out]), command)
+    overwrite = ["--overwrite"] if arguments.overwrite or _is_demo(arguments.out) else []
+    _attack(_parser().parse_args([*DEMO, *resume, *overwrite, "--out", arguments.out]), command)
     with atomic(Path(arguments.out) / "picture.png") as file:
         file.write(report.gallery(arguments.out))
 
 
+def _is_demo(directory: str) -> bool:
+    """Whether a directory holds a demo, which may be made anew."""
+    try:
+        config = read_summary(Path(directory)).get("config", {})
+    except ValueError:
+        return False
+    return str(config.get("command")).startswith("adv2 demo")
+
+
 def _model(arguments: argparse.Namespace) -> Classifier:
-    name, weights, options = arguments.model, arguments.weights, _normalisation(arguments)
+    name, weights, options = arguments.model, arguments.weights, _weights_options(arguments)
     if options and (name is None or models.user.is_reference(name)):
-        raise ValueError(f"--{min(options)} is for the networks that come with adv2: {', '.join(models.MODELS)}")
+        option = "weights-key" if "key" in options else min(options)
+        raise ValueError(f"--{option} is for the networks that come with adv2: {', '.join(models.MODELS)}")
     if name is None and weights is None:
         return models.embedded()
     if name is not None and models.user.is_reference(name):
@@ -408,8 +516,14 @@ def _model(arguments: argparse.Namespace) -> Classifier:
     return models.load(name, weights, **options)
 
 
-def _normalisation(arguments: argparse.Namespace) -> dict[str, tuple[float, ...]]:
+def _normalisation(arguments: argparse.Namespace) -> dict[str, Any]:
     return {key: tuple(getattr(arguments, key)) for key in ("mean", "std") if getattr(arguments, key)}
+
+
+def _weights_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How the file of weights is read."""
+    key = {} if arguments.weights_key is None else {"key": arguments.weights_key}
+    return _normalisation(arguments) | key
 
 
 def _source_options(arguments: argparse.Namespace, image_size: int | None) -> dict[str, Any]:
@@ -423,15 +537,18 @@ def _train_arguments(parser: Parser) -> None:
     add = parser.add_argument
     add("--model", default="cifar_resnet20", metavar="NAME", help=f"{NAMES} (default: %(default)s)")
     add("--weights", metavar="FILE", help="weights to start from; the head is made anew if it has other classes (default: none)")
+    _weights_key_argument(parser)
     _training_arguments(parser, train.Recipe())
     add("--head-only", action="store_true", help="train the head, keep the features")
     add("--out", required=True, metavar="DIR", help="where to write weights.npz, summary.json and report.html")
+    _overwrite_argument(parser)
 
 
 def _train_rts_arguments(parser: Parser) -> None:
     add, recipe = parser.add_argument, train_masker.Recipe()
     add("--model", metavar="NAME", help=f"the network to explain: {NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
     add("--weights", metavar="FILE", help="its weights")
+    _weights_key_argument(parser)
     add("--encoder", metavar="NAME", help="a ResNet of the same classes, the start of the masker (default: the network itself)")
     add("--encoder-weights", metavar="FILE", help="its weights; go with --encoder")
     add("--tune", action="store_true", help="train the encoder too")
@@ -446,8 +563,9 @@ def _train_rts_arguments(parser: Parser) -> None:
         default = getattr(recipe, name)
         add(f"--{name}", type=_weight, default=default, metavar="W", help=f"λ{i} of eq. 8, {meaning} (default: %(default)s)")
     add("--area-power", type=_weight, default=recipe.area_power, metavar="P", help="of the map in its mean (default: %(default)s)")
-    add("--absent", type=float, default=recipe.absent, metavar="P", help="share of maps of another class (default: %(default)s)")
+    add("--absent", type=_number, default=recipe.absent, metavar="P", help="share of maps of another class (default: %(default)s)")
     add("--out", required=True, metavar="DIR", help="where to write masker.npz, summary.json and report.html")
+    _overwrite_argument(parser)
 
 
 def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
@@ -458,7 +576,7 @@ def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
     add("--held-out", metavar="SOURCE", help="images to measure on (default: other scenes for shapes, else a tenth of --images)")
     add("--epochs", type=_positive, default=recipe.epochs, metavar="N", help="passes over the images (default: %(default)s)")
     add("--batch-size", type=_positive, default=recipe.batch_size, metavar="N", help="images a step (default: %(default)s)")
-    add("--learning-rate", type=float, default=recipe.learning_rate, metavar="R", help="its peak (default: %(default)s)")
+    add("--learning-rate", type=_number, default=recipe.learning_rate, metavar="R", help="its peak (default: %(default)s)")
     add("--shift", type=_whole, default=recipe.shift, metavar="N", help="largest random shift in pixels (default: %(default)s)")
     add("--no-mirror", dest="mirror", action="store_false", help="do not mirror images at random: for text and digits")
     add(
@@ -473,6 +591,7 @@ def _training_arguments(parser: Parser, recipe: fit.Recipe) -> None:
 
 
 def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
+    _check_out(arguments, "weights.npz", "summary.json", "report.html", unfinished=CHECKPOINTS)
     sets = _training_sets(arguments, models.image_size(arguments.model), plain=PLAIN)
     start, (images, labels, _) = _start(arguments, sets), sets.held_out
     before = accuracy(start, images, labels) if arguments.weights else None
@@ -487,6 +606,7 @@ def _train_classifier(arguments: argparse.Namespace, command: str) -> None:
 
 
 def _train_rts(arguments: argparse.Namespace, command: str) -> None:
+    _check_out(arguments, "masker.npz", "summary.json", "report.html", unfinished=CHECKPOINTS)
     classifier = _model(arguments)
     name, encoder = _encoder(arguments, classifier)
     start = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
@@ -532,7 +652,7 @@ def _training(
 ) -> None:
     """Train with a bar and checkpoints, then write what `finish` saves, measures and prints, summary and report."""
     recipe = {field.name: getattr(arguments, field.name) for field in fields(kind) if hasattr(arguments, field.name)}
-    with output_directory(arguments.out) as directory, _kept(directory / "checkpoints") as checkpoints:
+    with output_directory(arguments.out) as directory, _kept(directory / CHECKPOINTS) as checkpoints:
         with _progress() as start:
             bar = start("train", arguments.epochs * (len(sets.train.images) // arguments.batch_size))
             kept = fit.Kept(checkpoints, arguments.checkpoint_every, arguments.resume, _advance(bar))
@@ -560,8 +680,10 @@ def _advance(bar: OnStep) -> Callable[[int, float], None]:
 def _start(arguments: argparse.Namespace, sets: TrainingSets) -> models.Network:
     """The network that training starts from."""
     if arguments.weights is None:
+        if arguments.weights_key is not None:
+            raise ValueError("--weights-key goes with --weights")
         return models.build(arguments.model, seed=arguments.seed, num_classes=sets.num_classes, **_normalisation(arguments))
-    model = models.load(arguments.model, arguments.weights, **_normalisation(arguments))
+    model = models.load(arguments.model, arguments.weights, **_weights_options(arguments))
     if num_classes(model, sets.train.images.shape[1:]) == sets.num_classes:
         return model
     return models.with_new_head(model, sets.num_classes, seed=arguments.seed)
@@ -580,13 +702,17 @@ def _kept(checkpoints: Path) -> Iterator[Path]:
 
 def _convert_arguments(parser: Parser) -> None:
     add = parser.add_argument
-    add("file", metavar="FILE", help="torchvision or timm state dict: .pth, .pt (both need torch), .safetensors or .npz")
+    add("file", metavar="FILE", help=WEIGHTS)
+    _weights_key_argument(parser)
     add("--model", required=True, metavar="NAME", help=NAMES)
     add("--out", required=True, metavar="FILE", help="what to write: .safetensors or .npz")
+    _overwrite_argument(parser)
 
 
 def _convert(arguments: argparse.Namespace, command: str) -> None:
-    for line in models.convert_file(arguments.file, arguments.model, arguments.out):
+    if os.path.exists(arguments.out) and not arguments.overwrite:
+        raise ValueError(f"{arguments.out} is there already: --overwrite replaces it, another --out keeps it")
+    for line in models.convert_file(arguments.file, arguments.model, arguments.out, key=arguments.weights_key):
         print(line)
 
 

@@ -2,23 +2,29 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import pickle
+import re
 import tempfile
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 
-from adv2_jax.errors import first_line
+from adv2_jax.errors import first_line, listed
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1  # of summary.json and results.npz
 
 Wanted = Callable[[str], bool]
+StateDicts = Mapping[str, Mapping[str, Any]]  # path to a state dict in its file -> name -> array or tensor
 
 
 def _read_npz(path: Path, wanted: Wanted = lambda name: True) -> dict[str, np.ndarray]:
@@ -37,57 +43,187 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
-def _read_torch(path: Path) -> dict[str, np.ndarray]:
+def _read_torch(path: Path) -> StateDicts:
     try:
         import torch
     except ImportError:
         raise ValueError(f"reading {path.suffix} needs torch: pip install torch, or convert the file elsewhere") from None
-    with warnings.catch_warnings():
+    harmless = [(_Ignored, name) for name in HARMLESS] + [(_IgnoredDict, name) for name in HARMLESS_DICTS]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
         warnings.simplefilter("ignore")  # of old formats; what matters to the user is an error
         try:
-            entries = _unwrapped(torch.load(path, map_location="cpu", weights_only=True))
-        except pickle.UnpicklingError:
-            raise ValueError("it is damaged or holds other objects than tensors, only a state dict is read") from None
-    tensors = {key: value.detach() for key, value in entries.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, EOFError) as error:
+            raise ValueError(_refusal(str(error))) from None
+    state_dicts = _state_dicts(checkpoint)
+    if not state_dicts:
         raise ValueError("it holds no tensors by name, only a state dict is read")
-    halves = (torch.float16, torch.bfloat16)
-    return {key: (value.float() if value.dtype in halves else value).numpy() for key, value in tensors.items()}
+    return state_dicts
 
 
-def _unwrapped(entries: Any) -> Mapping[str, Any]:
-    """The state dict inside a training checkpoint; empty if there is none."""
+class _Ignored:
+    """Take the place of an object beside the weights; nothing of its own class is run."""
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _IgnoredDict:
+    """Take the place of a kind of dict; torch puts items into plain ones only."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        return OrderedDict()
+
+
+# What trainers write beside the weights. torch refuses a whole file for one object that it does not know; objects of these
+# names become the inert ones above, so none of them has to be trusted, or installed.
+HARMLESS = (
+    *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "copyreg._reconstructor", "uuid.UUID", "decimal.Decimal"),
+    *(
+        f"builtins.{name}"
+        for name in ("object", "int", "float", "str", "bool", "tuple", "list", "frozenset", "slice", "range", "Ellipsis")
+    ),
+    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
+    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(f"{module}.Pure{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *("numpy.dtype", "numpy.ndarray"),
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path", "Bytes")),
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+)
+HARMLESS_DICTS = (
+    *("builtins.dict", "collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict"),
+    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
+    *(f"{package}.utilities.data_structures.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
+)
+
+
+def _refusal(message: str) -> str:
+    """Name the object that torch refused, and say how to do without it."""
+    name = re.search(r"GLOBAL (\S+)", message)
+    if name is None:
+        return "it is damaged or holds other objects than tensors, only a state dict is read"
+    return (
+        f"it holds other objects than tensors ({name[1]}), only a state dict is read: write one where the file was made, "
+        "torch.save(checkpoint['state_dict'], FILE), or of a whole network torch.save(network.state_dict(), FILE)"
+    )
+
+
+def _state_dicts(entries: Any, path: str = "") -> StateDicts:
+    """All tensors by name in a checkpoint, by the dotted path to where they are; those of optimisers are no weights."""
     if not isinstance(entries, Mapping):
         return {}
-    inner = [entries[key] for key in NESTED if isinstance(entries.get(key), Mapping)]
-    return _unwrapped(inner[0]) if inner else entries
+    named = {key: value for key, value in entries.items() if isinstance(key, str)}
+    tensors = {key: value for key, value in named.items() if hasattr(value, "detach")}
+    found: StateDicts = {path: tensors} if any(value.is_floating_point() and value.ndim for value in tensors.values()) else {}
+    for key, value in named.items():
+        if not key.startswith("optim"):
+            found = {**found, **_state_dicts(value, f"{path}.{key}" if path else key)}
+    return found
+
+
+def _choose(state_dicts: StateDicts, key: str | None, path: Path) -> Mapping[str, Any]:
+    """The arrays below a name, or those that the writer of the file means to be used."""
+    usual = next(iter(state_dicts)) if len(state_dicts) == 1 else _usual(state_dicts)
+    others = [name for name in state_dicts if name not in ("", usual)]
+    if key is not None:
+        key = key.rstrip(".")
+        every = {f"{outer}.{name}".lstrip("."): array for outer, arrays in state_dicts.items() for name, array in arrays.items()}
+        found = _below(every, key) or _below(state_dicts.get(usual, {}), key)
+        if not found:
+            names = others + list(dict.fromkeys(name.partition(".")[0] for name in state_dicts.get(usual, every)))
+            raise ValueError(f"it holds no weights called {key!r}, but {listed(names, ', ')}")
+        return found
+    if usual not in state_dicts:
+        raise ValueError(f"it holds several state dicts, {listed(others, ', ')}: choose one ({CHOICE})")
+    if others:
+        log.warning("%s: %s is read; there is also %s (%s)", path, usual or "its outer level", listed(others, ", "), CHOICE)
+    return state_dicts[usual]
+
+
+def _usual(state_dicts: StateDicts) -> str:
+    """The path to where training checkpoints keep the weights; empty for the outer level."""
+    path, paths = "", [f"{name}." for name in state_dicts]
+    while inner := [f"{path}{name}." for name in NESTED if any(known.startswith(f"{path}{name}.") for known in paths)]:
+        path = inner[0]
+    return path.removesuffix(".")
+
+
+def _below(arrays: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The arrays whose names begin with a name and a dot, without these."""
+    return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+
+
+def _numpy(array: Any) -> np.ndarray:
+    if isinstance(array, np.ndarray):
+        return array
+    tensor = array.detach()
+    small = tensor.is_floating_point() and tensor.itemsize < 4  # of those NumPy knows one
+    numpy: np.ndarray = (tensor.float() if small else tensor).numpy()
+    return numpy
 
 
 NESTED = ("state_dict", "model_state_dict", "model")  # where training checkpoints keep the weights
-READERS: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {
-    ".npz": _read_npz,
-    ".safetensors": _read_safetensors,
-    ".pth": _read_torch,
-    ".pt": _read_torch,
+CHOICE = "--weights-key NAME, or key= in Python"
+READERS: dict[str, Callable[[Path], StateDicts]] = {
+    ".npz": lambda path: {"": _read_npz(path)},
+    ".safetensors": lambda path: {"": _read_safetensors(path)},
+    **dict.fromkeys((".pth", ".pt", ".th", ".tar", ".ckpt", ".bin"), _read_torch),
 }
+OTHER_FORMATS = {  # by their first bytes
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"\x89HDF": "an HDF5 file",
+    b"version https://git-lfs": "a pointer of Git LFS, not the file itself: git lfs pull fetches it",
+    b"<": "a web page, not weights: download the file itself",
+}
+SHARD = re.compile(r"-\d+-of-\d+\.\w+$|\.index\.json$")
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def _format(path: Path) -> str:
+    """The suffix that a file's contents should have, told by its first bytes, or else by its own suffix."""
+    if SHARD.search(path.name):
+        raise ValueError("it is a part of a checkpoint in several files: join them into one first")
+    with path.open("rb") as file:
+        start = file.read(512)
+        members = zipfile.ZipFile(file).namelist() if zipfile.is_zipfile(file) else []
+    if any(name.endswith(".npy") for name in members):
+        return ".npz"
+    if any(name.endswith("/constants.pkl") for name in members):
+        raise ValueError("it is a TorchScript program, only a state dict is read: torch.save(torch.jit.load(FILE).state_dict(), …)")
+    if any(name.endswith("/data.pkl") for name in members) or start[:2] == b"\x80\x02":
+        return ".pth"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return ".safetensors"
+    for signature, meaning in OTHER_FORMATS.items():
+        if start.startswith(signature):
+            raise ValueError(f"it is {meaning}")
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"suffix {path.suffix!r} is not one of {', '.join(READERS)}, nor does it begin as such files do")
+    return path.suffix.lower()
+
+
+def read_arrays(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.ndarray]:
     """All arrays of a file, by name. Nothing is ever unpickled but plain tensors, by torch, which refuses the rest.
 
     Args:
-        path: `.npz`, `.safetensors`, or, where torch is installed, `.pth` or `.pt`: a state dict, or a training checkpoint that
-            holds one as `state_dict`, `model_state_dict` or `model`. Entries of it that are not tensors are passed over, and half
-            precision becomes float32.
+        path: `.npz`, `.safetensors`, or, where torch is installed, what `torch.save` writes (`.pth`, `.pt`, `.th`, `.pth.tar`,
+            `.ckpt`, `.bin`; the contents decide): a state dict, or a training checkpoint that holds one as `state_dict`,
+            `model_state_dict` or `model`. Entries of it that are not tensors are passed over, and half precision becomes float32.
+        key: which arrays: the dotted path to another state dict of a checkpoint (`state_dict_ema`), or the first names of arrays
+            (`model_ema` of `model_ema.conv1.weight`); is taken off the names.
 
     Raises:
-        ValueError: one line that names the file and what is wrong: missing, another suffix, truncated, pickled objects.
+        ValueError: one line that names the file and what is wrong: missing, another format, truncated, pickled objects, several
+            state dicts of which none is the usual one, or none under `key`.
     """
     path = Path(path)
-    if path.suffix not in READERS:
-        raise ValueError(f"cannot read {path}: suffix {path.suffix!r} is not one of {', '.join(READERS)}")
     with _one_line(path):
-        return READERS[path.suffix](path)
+        return {name: _numpy(array) for name, array in _choose(READERS[_format(path)](path), key, path).items()}
 
 
 def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndarray]:
@@ -148,7 +284,9 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, mode, encoding=None if "b" in mode else "utf-8") as file:
+        text = "b" not in mode
+        errors = "replace" if text else None  # for file names with bytes that are no characters
+        with os.fdopen(handle, mode, encoding="utf-8" if text else None, errors=errors) as file:
             yield file
         umask = os.umask(0)
         os.umask(umask)
@@ -167,7 +305,7 @@ def output_directory(path: str) -> Iterator[Path]:
         ValueError: names the directory and why it cannot be written to.
     """
     directory = Path(path)
-    new = [folder for folder in (directory, *directory.parents) if not folder.exists()]
+    new = [folder for folder in (directory, *directory.parents) if not os.path.exists(folder)]
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=directory).close()
@@ -271,7 +409,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: names the file and what is wrong with it.
     """
-    if Path(path).suffix not in WRITERS:
+    if Path(path).suffix.lower() not in WRITERS:
         raise ValueError(f"cannot write {path}: suffix {Path(path).suffix!r} is not one of {', '.join(WRITERS)}")
     if Path(path).is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
@@ -287,4 +425,4 @@ def write_arrays(path: str | os.PathLike[str], arrays: Mapping[str, np.ndarray])
     """
     check_writable(path)
     with atomic(path) as file:
-        WRITERS[Path(path).suffix](file, arrays)
+        WRITERS[Path(path).suffix.lower()](file, arrays)

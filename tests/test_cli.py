@@ -16,7 +16,7 @@ from flax import nnx
 from adv2_jax import cli, interpreters, models
 from adv2_jax.experiments import train_masker
 from adv2_jax.experiments.tables import by_rows
-from adv2_jax.files import write_arrays
+from adv2_jax.files import write_arrays, write_summary
 from adv2_jax.interpreters import INTERPRETERS
 
 N, K = 6, 3
@@ -662,6 +662,237 @@ def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
     refused(code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty")
     code = cli.main(["transfer", str(tmp_path / "out")])
     refused(code, capsys, f"it was made with model '{coloured[1]}'", tmp_path / "nowhere")
+
+
+PROGRAM = """
+import contextlib, sys
+from adv2_jax import cli
+for command in "", "demo", "attack", "table", "transfer", "train", "train classifier", "train rts", "convert":
+    with contextlib.suppress(SystemExit):
+        sys.exit(cli.main([*command.split(), "--help"]))
+    assert sys.exc_info()[0] is None
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp936", "cp1252", "latin-1"])
+def test_any_encoding_of_the_output_will_do(coloured, tmp_path, encoding):
+    command = [sys.executable, "-c", PROGRAM, "attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "ο")],  # a letter that only one of them has
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    printed = done.stdout.decode(encoding)
+    assert printed.count("usage: adv2") == 9 and "report: " in printed
+    assert "ADV²" in (tmp_path / "ο" / "report.html").read_text(encoding="utf-8")
+
+
+def test_names_that_are_no_characters_do_not_end_a_run(coloured, tmp_path):
+    out = os.fsdecode(os.fsencode(str(tmp_path)) + b"/caf\xe9")
+    try:
+        os.mkdir(out)
+    except OSError:
+        pytest.skip("the file system takes characters only")
+    assert cli.main(["attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2", "--out", out]) == 0
+    assert "report.html" in os.listdir(out)
+
+
+def test_finished_runs_are_not_overwritten_unless_told_to(coloured, tmp_path, capsys):
+    out = tmp_path / "out"
+    words = ["attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2", "--out", str(out)]
+    assert cli.main(words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    assert cli.main([*words, "--seed", "5"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"adv2: {out} holds a finished run (summary.json, results.npz, report.html): ")
+    assert "--overwrite" in error and "another --out" in error and error.count("\n") == 1
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert cli.main([*words, "--seed", "5", "--overwrite"]) == 0
+    assert json.loads((out / "summary.json").read_text())["config"]["seed"] == 5
+    assert cli.main([*words, "--resume"]) == 2
+    assert "nothing to resume" in capsys.readouterr().err
+
+
+def test_overwriting_can_be_resumed(coloured, tmp_path, monkeypatch, capsys):
+    words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
+    assert cli.main(words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_progress", lambda quiet: interrupted_at(30))
+        assert cli.main([*words, "--overwrite"]) == 130
+    for word in ([], ["--overwrite"]):
+        assert cli.main([*words, *word]) == 2
+        assert "holds an unfinished run: go on with it (--resume)" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0
+
+
+def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(network, rts, train_rts, tmp_path, capsys):
+    assert train(network, tmp_path / "out") == 0
+    source, converted = str(network / "weights.npz"), tmp_path / "mine.npz"
+    convert = ["convert", source, "--model", "tiny", "--out", str(converted)]
+    assert cli.main(convert) == 0
+    (tmp_path / "started").mkdir()
+    (tmp_path / "started" / "weights.npz").write_bytes(b"the weights to start from")
+    for again, named in (
+        (lambda *words: train(network, tmp_path / "out", *words), "out"),
+        (lambda *words: train(network, tmp_path / "started", *words), "started"),
+        (lambda *words: cli.main([*convert, *words]), "mine.npz"),
+    ):
+        path = tmp_path / named
+        before = (path / "weights.npz" if path.is_dir() else path).read_bytes()
+        capsys.readouterr()
+        assert again() == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and "--overwrite" in error and "another --out" in error and error.count("\n") == 1
+        assert (path / "weights.npz" if path.is_dir() else path).read_bytes() == before
+        assert again("--overwrite") == 0
+    assert train_rts(rts) == 2
+    assert f"{rts} holds a finished run (masker.npz, summary.json, report.html)" in capsys.readouterr().err
+
+
+def test_a_demo_may_be_made_anew(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "_attack", lambda arguments, command: seen.append(arguments.overwrite))
+    monkeypatch.setattr(cli.report, "gallery", lambda directory: b"")
+    for command in (None, "adv2 demo --out here", "adv2 attack --out here"):
+        if command is not None:
+            write_summary(tmp_path, {"config": {"command": command}})
+        assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert seen == [False, True, False]
+
+
+NUMBERS = {"8/255": 8 / 255, "0.031": 0.031, "1e-3": 1e-3, "4.6/255": 4.6 / 255, "1/2": 0.5}
+
+
+@pytest.mark.parametrize("text", NUMBERS)
+def test_fractions_are_numbers(text):
+    number = NUMBERS[text]
+    words = [
+        "--epsilon",
+        text,
+        "--flow-penalty",
+        text,
+        "--mean",
+        text,
+        "0",
+        "1/3",
+        "--std",
+        text,
+        "1",
+        "1",
+        "--encoder-weight",
+        text,
+    ]
+    found = cli._parser().parse_args(["attack", "--out", "run", *words])
+    assert (found.epsilon, found.penalty, found.mean, found.encoder_weight) == (number, number, [number, 0, 1 / 3], number)
+    words = ["--learning-rate", text, "--absent", text, "--area", text, "--area-power", text]
+    found = cli._parser().parse_args(["train", "rts", "--out", "run", *words])
+    assert (found.learning_rate, found.absent, found.area, found.area_power) == (number,) * 4
+
+
+@pytest.mark.parametrize("flag", ["--epsilon", "--flow-penalty", "--mean", "--std", "--encoder-weight"])
+@pytest.mark.parametrize("text", ["1/0", "0/0", "nan", "inf", "1/nan", "8/255/2", "", "/", "8/", "/255", "-1e999", "8 of 255"])
+def test_what_is_no_number_is_refused(network, tmp_path, capsys, flag, text):
+    more = ["0.5", "0.5"] if flag in ("--mean", "--std") else []
+    words = ["--threat", "linf+flow", f"{flag}={text}"] if not more else [flag, *more, text]
+    refused(attack(network, tmp_path / "out", *words), capsys, "", tmp_path / "out")
+
+
+def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
+    with np.load(network / "weights.npz") as arrays:
+        good = {f"ema.{key}": value for key, value in arrays.items()}
+        copies = good | {f"raw.{key}": -value for key, value in arrays.items()}
+    write_arrays(tmp_path / "copies.npz", copies)
+    words = ["--weights", str(tmp_path / "copies.npz"), "--interpreter", "cam", "--limit", "2"]
+    base = ["attack", "--model", "tiny", *words, "--out", "run", "--weights-key", "ema"]
+    chosen, known = cli._model(cli._parser().parse_args(base)), models.load("tiny", network / "weights.npz")
+    jax.tree.map(np.testing.assert_array_equal, chosen, known)
+    assert attack(network, tmp_path / "out", *words) == 0
+    error = capsys.readouterr().err
+    assert error.startswith(f"adv2: {tmp_path / 'copies.npz'}: left out, 37 in all: raw.") and error.count("\n") == 1
+    assert "as many keys fit under raw (--weights-key NAME" in error
+    converted = [
+        "convert",
+        str(tmp_path / "copies.npz"),
+        "--model",
+        "tiny",
+        "--out",
+        str(tmp_path / "mine.npz"),
+        "--weights-key",
+        "ema",
+    ]
+    assert cli.main(converted) == 0
+    with np.load(tmp_path / "mine.npz") as mine:
+        assert all((mine[key] == good[f"ema.{key}"]).all() for key in mine.files)
+    for bad, expected in (
+        ([*words, "--weights-key", "best"], "it holds no weights called 'best', but ema, raw"),
+        (["--model", f"{own}:network", "--weights-key", "ema"], "--weights-key is for the networks that come with adv2"),
+    ):
+        refused(attack(network, tmp_path / "bad", *bad), capsys, expected, tmp_path / "bad")
+    refused(train(network, tmp_path / "bad", "--weights-key", "ema"), capsys, "--weights-key goes with --weights", tmp_path / "bad")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
+@pytest.mark.parametrize("name", ["jax-cuda12-plugin", "jax_cuda13_plugin", "jax-rocm7-plugin", "libtpu", "numpy-plugin"])
+def test_the_cpu_in_place_of_an_accelerator_is_told(coloured, tmp_path, capsys, monkeypatch, name):
+    plugin = tmp_path / f"{name.replace('-', '_')}-0.7.2.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0.7.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [
+        "attack",
+        *coloured,
+        "--interpreter",
+        "cam",
+        "--steps",
+        "1",
+        "--limit",
+        "1",
+        "--overwrite",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    assert cli.main(words) == 0
+    error = capsys.readouterr().err
+    assert (error.startswith(f"adv2: JAX {jax.__version__} runs on the CPU although {name} 0.7.2 is installed")) == (
+        "numpy" not in name
+    )
+    assert error.count("\n") == ("numpy" not in name)
+    assert cli.main([*words, "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("platforms", "expected"),
+    [("cpu", "adv2: cannot read nowhere.npz: no such file\n"), ("cuda", "adv2: JAX has no device of JAX_PLATFORMS=cuda: ")],
+)
+def test_the_platform_that_is_asked_for_is_taken_or_named(tmp_path, platforms, expected):
+    plugin = tmp_path / "libtpu-1.dist-info"
+    plugin.mkdir()
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 1\n")
+    environment = {**os.environ, "JAX_PLATFORMS": platforms, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    command = [sys.executable, "-m", "adv2_jax", "convert", "nowhere.npz", "--model", "resnet18", "--out", str(tmp_path / "a.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.stderr.startswith("adv2: cannot read") and platforms == "cuda":
+        pytest.skip("there is such a device")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith(expected)
+
+
+@pytest.mark.parametrize("out", ["file", "file/deeper", "dangling", "long" * 100, "/dev/null/x", "holds_batches"])
+def test_directories_that_cannot_be_written_are_refused(coloured, tmp_path, capsys, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "holds_batches").mkdir()
+    (tmp_path / "holds_batches" / "batches").touch()
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["attack", *coloured, "--interpreter", "cam", "--steps", "1", "--limit", "1", "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("adv2: cannot write to ") and error.count("\n") == 1 and out in error
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_module_is_the_command():

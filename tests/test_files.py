@@ -1,10 +1,17 @@
 """Reading never unpickles and says what is wrong; writing is all or nothing."""
 
+import argparse
+import collections
+import datetime
+import decimal
 import os
+import pathlib
 import pickle
 import re
 import sys
 import tracemalloc
+import types
+import zipfile
 
 import numpy as np
 import pytest
@@ -74,8 +81,14 @@ BROKEN = {
     "single.npz": (single, "not a whole .npz archive"),
     "pickled.npz": (pickled, "it holds pickled objects, only plain arrays are read"),
     "folder.npz": (lambda path, archive: path.mkdir(), "directory"),
-    "weights.bin": (lambda path, archive: path.touch(), r"suffix '\.bin' is not one of \.npz, \.safetensors, \.pth, \.pt$"),
+    "weights.h5x": (lambda path, archive: path.touch(), r"suffix '\.h5x' is not one of \.npz, \.safetensors, \.pth, \.pt, .*begin"),
     "weights": (lambda path, archive: path.touch(), "suffix '' is not one of"),
+    "keras.h5": (lambda path, archive: path.write_bytes(b"\x89HDF\r\n"), "it is an HDF5 file"),
+    "packed.pth.tar.gz": (lambda path, archive: path.write_bytes(b"\x1f\x8b\x08"), "compressed by gzip"),
+    "page.pth": (lambda path, archive: path.write_bytes(b"<!DOCTYPE html>"), "it is a web page"),
+    "pointer.npz": (lambda path, archive: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "a pointer of Git LFS"),
+    "model-00001-of-00002.safetensors": (lambda path, archive: path.touch(), "a checkpoint in several files: join them"),
+    "pytorch_model.bin.index.json": (lambda path, archive: path.touch(), "a checkpoint in several files: join them"),
     "garbage.safetensors": (lambda path, archive: path.write_bytes(b"\xff" * 40), "."),
     "missing.safetensors": (lambda path, archive: None, "no such file"),
     "missing.pth": (lambda path, archive: None, "no such file"),
@@ -131,7 +144,173 @@ def test_tensors_are_read_and_the_rest_is_passed_over(tmp_path, nesting):
     assert_same(files.read_arrays(tmp_path / "arrays.pth"), expected)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt"])
+# Contents decide, not names: these are the names under which training checkpoints are distributed.
+@pytest.mark.parametrize(
+    "name", ["net.th", "net.pth.tar", "net.tar", "last.ckpt", "pytorch_model.bin", "NET.PTH", "net", "net.v2", "net.npz"]
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_torch_are_read_under_any_name(tmp_path, name, zipped):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    assert_same(files.read_arrays(tmp_path / name), {"a": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("name", ["ARRAYS.NPZ", "arrays.bin", "arrays"])
+def test_archives_are_read_under_any_name(tmp_path, archive, name):
+    archive.rename(tmp_path / name)
+    assert_same(files.read_arrays(tmp_path / name), ARRAYS)
+
+
+@pytest.mark.parametrize("name", ["ARRAYS.SAFETENSORS", "pytorch_model.bin", "arrays"])
+def test_safetensors_are_read_under_any_name(tmp_path, name):
+    pytest.importorskip("safetensors.numpy").save_file(ARRAYS, tmp_path / name)
+    assert_same(files.read_arrays(tmp_path / name), ARRAYS)
+
+
+def test_upper_case_suffixes_are_written(tmp_path):
+    files.write_arrays(tmp_path / "arrays.NPZ", ARRAYS)
+    assert_same(files.read_arrays(tmp_path / "arrays.NPZ"), ARRAYS)
+
+
+def test_programs_of_torch_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
+        archive.writestr("net/data.pkl", b"")
+        archive.writestr("net/constants.pkl", b"")
+    with pytest.raises(ValueError, match=r"it is a TorchScript program, only a state dict is read: torch\.save"):
+        files.read_arrays(tmp_path / "net.pt")
+
+
+class Settings(argparse.Namespace):
+    """Settings of a kind that nothing but these tests knows."""
+
+
+class Items(dict):
+    """A dict with attributes, as settings often are."""
+
+    def __init__(self, *items):
+        super().__init__(*items, lr=0.1)
+        self.frozen = True
+
+
+BESIDE = {
+    "arguments": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("a")),
+    "numbers": [np.float64(0.5), np.int64(3), np.float32(1), np.bool_(True), np.dtype("f4")],
+    "arrays": {"best": np.arange(3), "names": np.array(["a"]), "state": np.random.default_rng(0).bit_generator.state},
+    "paths": [pathlib.Path("a"), pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("c:/b")],
+    "times": [datetime.datetime(2020, 1, 1), datetime.timedelta(1), datetime.date(2020, 1, 1)],
+    "containers": [
+        collections.defaultdict(list, a=[1]),
+        collections.Counter("aab"),
+        {1, 2},
+        frozenset([3]),
+        types.SimpleNamespace(a=1),
+    ],
+    "numbers of Python": [1 + 2j, 10**30, slice(3), bytes(3), bytearray(3), decimal.Decimal("0.5"), range(3), ...],
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("beside", BESIDE)
+def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path, beside, zipped):
+    torch = pytest.importorskip("torch")
+    checkpoint = {beside: BESIDE[beside], "state_dict": {"a": torch.ones(2), "args": BESIDE[beside]}}
+    torch.save(checkpoint, tmp_path / "arrays.pth", _use_new_zipfile_serialization=zipped)
+    assert_same(files.read_arrays(tmp_path / "arrays.pth"), {"a": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        (Settings, "omegaconf.dictconfig.DictConfig"),
+        (Items, "yacs.config.CfgNode"),
+        (Items, "lightning.fabric.utilities.data_structures.AttributeDict"),
+    ],
+)
+def test_settings_of_trainers_need_not_be_installed(tmp_path, monkeypatch, base, name):
+    torch = pytest.importorskip("torch")
+    module, _, last = name.rpartition(".")
+    kind = type(last, (base,), {"__module__": module})
+    with monkeypatch.context() as patch:  # as if it were installed where the file is written
+        patch.setitem(sys.modules, module.partition(".")[0], types.ModuleType(module))
+        patch.setitem(sys.modules, module, types.SimpleNamespace(**{last: kind}))
+        torch.save({"hyper_parameters": kind(), "state_dict": {"a": torch.ones(2)}}, tmp_path / "last.ckpt")
+    assert_same(files.read_arrays(tmp_path / "last.ckpt"), {"a": np.ones(2, np.float32)})
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("value", "name"), [(Settings(), "test_files.Settings"), (Dangerous(), "_pytest.outcomes."), (os.getcwd, "posix.getcwd")]
+)
+def test_other_objects_are_named(tmp_path, value, name, zipped):
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "args": value}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        ValueError, match=r"holds other objects than tensors \(.*, only a state dict is read: .*state_dict"
+    ) as caught:
+        files.read_arrays(tmp_path / "a.pth")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def checkpoint(torch, *names):
+    """Weights of one number each under dotted names: 0, 1, ..."""
+    found = {}
+    for i, name in enumerate(names):
+        *outer, last = name.split(".")
+        inner = found
+        for part in outer:
+            inner = inner.setdefault(part, {})
+        inner[last] = {"w": torch.full((1,), float(i)), "n": torch.tensor(i)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "read", "others"),
+    [
+        (["state_dict", "state_dict_ema"], None, 0, "state_dict_ema"),
+        (["state_dict_ema", "state_dict"], None, 1, "state_dict_ema"),
+        (["state_dict", "state_dict_ema"], "state_dict_ema", 1, None),
+        (["model", "model_ema"], "model_ema", 1, None),
+        (["model", "ema.model", "ema.shadow"], None, 0, "ema.model, ema.shadow"),
+        (["model", "ema.model"], "ema.model", 1, None),
+        (["params", "params_ema"], "params_ema", 1, None),
+        (["teacher"], None, 0, None),
+        (["student.model"], None, 0, None),
+        (["state_dict", "optimizer.state", "optim"], None, 0, None),
+    ],
+)
+def test_one_of_several_state_dicts(tmp_path, caplog, names, key, read, others):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "arrays.pth"
+    torch.save(checkpoint(torch, *names) | {"epoch": 3, "best": torch.tensor(0.9)}, path)
+    assert files.read_arrays(path, key)["w"] == read
+    said = [f"{path}: {names[read]} is read; there is also {others} (--weights-key NAME, or key= in Python)"] if others else []
+    assert caplog.messages == said
+
+
+def test_several_state_dicts_without_a_usual_name_must_be_chosen_from(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(checkpoint(torch, "student", "teacher"), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=r"it holds several state dicts, student, teacher: choose one \(--weights-key NAME"):
+        files.read_arrays(tmp_path / "a.pth")
+    assert files.read_arrays(tmp_path / "a.pth", "teacher")["w"] == 1
+    with pytest.raises(ValueError, match="it holds no weights called 'ema', but student, teacher"):
+        files.read_arrays(tmp_path / "a.pth", "ema")
+
+
+def test_key_is_the_beginning_of_names_too(tmp_path):
+    write = {"model.a": np.zeros(1), "model_ema.module.a": np.ones(1), "model_ema.n": np.ones(1)}
+    files.write_arrays(tmp_path / "a.npz", write)
+    assert_same(files.read_arrays(tmp_path / "a.npz", "model_ema"), {"module.a": np.ones(1), "n": np.ones(1)})
+    assert_same(files.read_arrays(tmp_path / "a.npz", "model_ema.module"), {"a": np.ones(1)})
+    with pytest.raises(ValueError, match=r"it holds no weights called 'ema', but model, model_ema$"):
+        files.read_arrays(tmp_path / "a.npz", "ema")
+    torch = pytest.importorskip("torch")
+    torch.save({"state_dict": {key: torch.tensor(value) for key, value in write.items()}}, tmp_path / "a.ckpt")
+    assert_same(files.read_arrays(tmp_path / "a.ckpt", "model_ema.module"), {"a": np.ones(1)})
+    assert_same(files.read_arrays(tmp_path / "a.ckpt", "state_dict.model"), {"a": np.zeros(1)})
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".ckpt"])
 def test_without_torch_its_files_are_refused(tmp_path, monkeypatch, suffix):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = tmp_path / f"weights{suffix}"

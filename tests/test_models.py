@@ -398,6 +398,82 @@ def test_one_weight_under_two_names_is_refused(densenet):
         canonical(twice)
 
 
+def under(prefix, arrays):
+    return {prefix + key: array for key, array in arrays.items()}
+
+
+NORMALISER = {"mean": np.zeros(3, np.float32), "std": np.ones((3, 1, 1), np.float32)}
+WRAPPED = {  # how files hold a network: what is beside its weights, the prefix of these, the keys left out, other prefixes
+    "Sequential(normalise, network)": (under("0.", NORMALISER), "1.", 2, []),
+    "attribute of a wrapper": (under("module.normalizer.", NORMALISER), "module.model.", 2, []),
+    "buffers of the network": (NORMALISER, "", 2, []),
+    "projection head": ({"projector.0.weight": np.ones((2, 2), np.float32), "queue": np.ones((2, 9))}, "encoder_q.", 2, []),
+    "weights twice": ("module.attacker.model.", "module.model.", 97, ["module.attacker.model"]),
+    "averaged weights": ("model_ema.module.", "model.", 97, ["model_ema.module"]),
+    "averaged weights without a prefix": ("ema.", "", 97, ["ema"]),
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_weights_are_found_among_other_things(tmp_path, cifar20, caplog, how):
+    network, flat = cifar20
+    beside, prefix, left_out, others = WRAPPED[how]
+    beside = under(beside, {key: array + 1 for key, array in flat.items()}) if isinstance(beside, str) else beside
+    write_arrays(tmp_path / "weights.npz", beside | under(prefix, flat | counters(flat)))
+    loaded = models.load("cifar_resnet20", tmp_path / "weights.npz")
+    jax.tree.map(np.testing.assert_array_equal, loaded, network)
+    (said,) = caplog.messages
+    assert said.startswith(f"{tmp_path / 'weights.npz'}: left out, {left_out} in all: {next(iter(beside))}, ")
+    assert (f"as many keys fit under {', '.join(others)} (--weights-key" in said) == bool(others)
+    assert models.convert_file(tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz")[-2] in said
+
+
+def test_the_largest_set_of_keys_is_taken_wherever_it_stands(cifar20):
+    _, flat = cifar20
+    part = {key: flat[key] for key in list(flat)[:60]}
+    found = canonical(under("first.", part) | under("second.net.", flat), flat)
+    assert (found.arrays, found.prefix, found.left_out, found.others) == (flat, "second.net.", list(under("first.", part)), [])
+
+
+def test_what_is_left_out_is_told_where_something_is_missing(tmp_path, cifar20):
+    _, flat = cifar20
+    renamed = {key.replace("linear.", "head.fc."): array for key, array in flat.items()}
+    write_arrays(tmp_path / "weights.npz", under("model.", renamed))
+    with pytest.raises(
+        ValueError, match=r"linear\.weight expected .* found nothing; model\.head\.fc\.weight expected nothing found \(3, 8\)"
+    ):
+        models.load("cifar_resnet20", tmp_path / "weights.npz")
+
+
+def test_key_says_which_weights(tmp_path, cifar20, caplog):
+    network, flat = cifar20
+    wrong = {key: array + 1 for key, array in flat.items()}
+    write_arrays(tmp_path / "weights.npz", under("model.", wrong) | under("model_ema.module.", flat))
+    loaded = models.load("cifar_resnet20", tmp_path / "weights.npz", key="model_ema.")
+    jax.tree.map(np.testing.assert_array_equal, loaded, network)
+    models.convert_file(tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz", key="model_ema")
+    assert (read_arrays(tmp_path / "out.npz")["conv1.weight"] == flat["conv1.weight"]).all()
+    assert caplog.messages == []
+    with pytest.raises(ValueError, match="it holds no weights called 'ema'"):
+        models.load("cifar_resnet20", tmp_path / "weights.npz", key="ema")
+
+
+def test_a_deeper_network_is_not_cut(tmp_path, cifar20):
+    _, flat = cifar20
+    deeper = flat | {"layer1.3.conv1.weight": flat["layer1.2.conv1.weight"]}
+    with pytest.raises(ValueError, match=r"^1 of 98 keys do not match: layer1\.3\.conv1\.weight expected nothing found"):
+        from_state_dict(cifar20[0], deeper)
+
+
+def test_what_the_file_holds_is_told_beside_what_is_missing(cifar20):
+    other = {f"blocks.{i}.attn.weight": np.zeros((2, 2), np.float32) for i in range(50)}
+    with pytest.raises(ValueError) as caught:
+        from_state_dict(cifar20[0], other)
+    shown = str(caught.value)
+    assert shown.startswith("147 of 147 keys do not match: ")
+    assert shown.count("found nothing") == shown.count("expected nothing found (2, 2)") == 4
+
+
 def test_names_of_the_module_itself_are_no_prefix():
     class Wrapper(nnx.Module):
         def __init__(self):

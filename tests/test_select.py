@@ -107,6 +107,65 @@ def test_a_network_trained_on_another_range_is_refused(low, high, name):
         select(Trained(low, high), extreme(many))
 
 
+class Two(Mean):
+    """Two classes, red and green."""
+
+    def head(self, features):
+        return super().head(features)[:2]
+
+
+def swapped(labels):
+    return 1 - np.array(labels)
+
+
+@pytest.mark.parametrize("labels", [[0, 1], [0, 1, 1], [0, 1] * 12, [0] * 9 + [1] * 14])
+def test_two_classes_in_the_other_order_are_told(labels):
+    n = len(labels)
+    with pytest.raises(ValueError, match=f"none of the {n} images right, but {n} with the two classes swapped: .* order"):
+        select(Two(), coloured(labels, swapped(labels)))
+
+
+def test_a_network_that_is_right_on_one_of_the_swapped_is_refused_too():
+    labels = [0, 1] * 12
+    wrong = swapped(labels)
+    wrong[3] = labels[3]
+    with pytest.raises(ValueError, match="1 of the 24 images right, but 23 with the two classes swapped"):
+        select(Two(), coloured(labels, wrong))
+
+
+@pytest.mark.parametrize(("shift", "word"), [(1, "lower"), (-1, "higher")])
+def test_labels_that_count_from_another_number_are_told(shift, word):
+    labels = np.tile([1], 3).tolist() + [0, 1] * 3 if shift == 1 else [1, 2] * 4 + [2]
+    with pytest.raises(ValueError, match=f"none of the 9 images right, but 9 with labels one {word}: labels must count from 0"):
+        select(Mean(), coloured(labels, np.array(labels) + shift))
+
+
+class Guess(Mean):
+    """Right in [0, 1]; of any other range it takes one class for all."""
+
+    def head(self, features):
+        fits = (features.min() > -0.01) & (features.max() < 1.01)
+        return jnp.where(fits, super().head(features)[jnp.array([1, 0, 2])], jnp.array([2.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2] * 8, [0, 1, 2, 0], [0], [1] * 24, [0] * 20 + [1] * 2])
+def test_wrong_labels_are_not_blamed_on_the_range(labels, caplog):
+    """Classes 0 and 1 are in the other order: a network that guesses class 0 does better, and not well."""
+    image_set = extreme(labels)
+    try:
+        select(Guess(), image_set)
+    except ValueError as error:
+        assert f"none of the {len(labels)} images right" in str(error) and "order" in str(error)
+        assert 2 not in labels
+    else:
+        assert 2 in labels and "order of its classes" in caplog.messages[0]
+
+
+def test_images_of_every_class_are_tried_on_other_ranges():
+    with pytest.raises(ValueError, match=r"50 of 50 images right when they are scaled to 0\.\.255, 25 in .0, 1."):
+        select(Trained(0, 255), extreme([0] * 50 + [1] * 50))
+
+
 def test_a_weak_network_is_not_refused_for_its_range():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (60, 4, 4, 3), np.uint8)

@@ -1,5 +1,7 @@
 """Networks named as `file.py:name`."""
 
+import sys
+
 import pytest
 
 from adv2_jax.models import user
@@ -28,6 +30,15 @@ def network(path=None):
 def needs(path):
     return Net()
 
+class Lazy:
+    def features(self, image, act=None):
+        import at_trace
+        return image * at_trace.SCALE
+
+def lazy():
+    import at_call
+    return at_call.scaled(Lazy())
+
 def leaves():
     raise SystemExit("no weights")
 
@@ -41,6 +52,10 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("mine")
     (path / "net.py").write_text(FILE)
     (path / "beside.py").write_text("SCALE = 5.0")
+    (path / "at_call.py").write_text("import deeper.down\ndef scaled(net):\n    net.scale = deeper.down.SCALE\n    return net")
+    (path / "deeper").mkdir()
+    (path / "deeper" / "down.py").write_text("SCALE = 6.0")
+    (path / "at_trace.py").write_text("SCALE = 7.0")
     (path / "weights.txt").write_text("4.0")
     (path / "broken.py").write_text("import no_such_module")
     return path
@@ -55,6 +70,14 @@ def test_a_name_is_a_network_or_makes_one(folder, name, weights, scale):
     assert user.load(f"{folder}/net.py:{name}", weights).scale == scale
 
 
+def test_modules_beside_the_file_are_found_whenever_they_are_imported(folder, monkeypatch):
+    monkeypatch.setattr("sys.path", list(sys.path))
+    made = user.load(f"{folder}/net.py:lazy")
+    assert (made.scale, made.features(2.0)) == (6, 14)
+    user.load(f"{folder}/net.py:ready")
+    assert sys.path.count(str(folder)) == 1
+
+
 @pytest.mark.parametrize(
     ("reference", "weights", "message"),
     [
@@ -62,7 +85,7 @@ def test_a_name_is_a_network_or_makes_one(folder, name, weights, scale):
         ("net.py:not a name", None, "must be path/to/file.py:name"),
         ("none.py:network", None, "cannot import .*none.py: no such file"),
         ("broken.py:network", None, "cannot import .*broken.py: ModuleNotFoundError: .*no_such_module"),
-        ("net.py:networks", None, "has no 'networks'; it has Net, ready, network, needs, leaves, fails"),
+        ("net.py:networks", None, "has no 'networks'; it has Net, ready, network, needs, Lazy, lazy, leaves, fails"),
         ("net.py:number", None, "neither a network nor a function that makes one, but int"),
         ("net.py:ready", "weights.txt", "is a network with its weights"),
         ("net.py:needs", None, r"needs\(\) failed: TypeError: .*path"),

@@ -22,6 +22,7 @@ from adv2_jax.files import Stream, atomic, read_some, stored, write_streams
 
 Arrays = Mapping[str, NDArray[Any]]
 FOLDER = "batches"
+UNFINISHED = f"{FOLDER}/settings.json"  # is there from the first finished part until the run is over
 MEASURE = "measure/"  # and a name: one number an image
 SECONDS = "measure/seconds"  # of the part
 SHARED = "_steps"  # arrays of such names have no image axis: those of the first part are those of all
@@ -38,7 +39,7 @@ class Part(NamedTuple):
 
 def is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a run that was begun, and is not over."""
-    return (directory / FOLDER / "settings.json").exists()
+    return (directory / UNFINISHED).exists()
 
 
 class Batches:
@@ -53,7 +54,7 @@ class Batches:
     def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
         self.directory, self.parts = directory, parts
         self._folder, self._log = directory / FOLDER, directory / "log.jsonl"
-        self._known = self._folder / "settings.json"
+        self._known = directory / UNFINISHED
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:

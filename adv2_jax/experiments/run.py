@@ -27,7 +27,7 @@ from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
 
-UNRELATED = ("command", "out", "resume", "quiet", "table")  # to the results: may change when a run is resumed
+UNRELATED = ("command", "out", "resume", "overwrite", "quiet", "table")  # to the results: may change when a run is resumed
 
 
 class Outcome(NamedTuple):

@@ -1,7 +1,7 @@
 """Which images are attacked: those the network gets right. And whether the network is used as it was trained."""
 
 import dataclasses
-import math
+import logging
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from adv2_jax.data.sources import check_classes
 from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import Activation, Classifier, Features, Image, Logits
 
+log = logging.getLogger(__name__)
+
 RANGES = {  # scale and shift of the [0, 1] image
     "0..255": (np.full(3, 255.0), np.zeros(3)),
     "-1..1": (np.full(3, 2.0), -np.ones(3)),
@@ -25,7 +27,8 @@ RANGES = {  # scale and shift of the [0, 1] image
     ),
 }
 TRIED = 64  # images that the other ranges are tried on
-CHANCE = 1e-3  # of refusing a network that is indifferent to the range
+CHANCE = 1e-3  # of refusing a network that is indifferent to the range or the order
+DOUBT = "the order of its classes may be another than that of the labels, or the range of its images another than [0, 1]"
 
 
 class Selection(NamedTuple):
@@ -46,7 +49,8 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
 
     Raises:
         ValueError: if the model is not a classifier or cannot take the images, its logits are not finite or are probabilities, it
-            does clearly better on images of another range than [0, 1], a class is out of range, or no image is left.
+            does well, and clearly better, with labels one higher or lower (of two classes: swapped) or on images of another range
+            than [0, 1], a class is out of range, or no image is left. Few that are left are logged as a warning.
     """
     logits = _logits(model, image_set.images, batch_size)
     _check_logits(logits)
@@ -55,9 +59,12 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     labels = predicted if image_set.labels is None else image_set.labels
     image_set, right = image_set._replace(labels=labels), predicted == labels
     if not right.all():
+        _check_order(predicted, labels, logits.shape[-1])
         _check_range(model, image_set, right, batch_size)
     if not right.any():
-        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack")
+        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack; {DOUBT}")
+    if 2 * right.sum() < len(right):
+        log.warning("the network gets %d of the %d images right; %s", right.sum(), len(right), DOUBT)
     index = np.flatnonzero(right).astype(np.int32)[:limit]
     chosen = image_set.take(index)
     positions = index if chosen.positions is None else chosen.positions
@@ -92,22 +99,48 @@ class Rescaled:
         return self.model.head(features)
 
 
+def _check_order(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    """Refuses labels that count classes from another number than the network, or two classes that are swapped."""
+    for shift, word in ((-1, "lower"), (1, "higher")):
+        other = (labels + shift) % num_classes
+        if _does_better(predicted == other, predicted == labels, labels):
+            raise ValueError(
+                f"the network gets {(predicted == labels).sum() or 'none'} of the {len(labels)} images right, but "
+                f"{(predicted == other).sum()} with {'the two classes swapped' if num_classes == 2 else f'labels one {word}'}: "
+                "labels must count from 0, in the order of the network's classes"
+            )
+
+
 def _check_range(model: Classifier, image_set: ImageSet, right: np.ndarray, batch_size: int) -> None:
     """Refuses a network that was trained on another range than [0, 1] and is not told to scale."""
+    some = np.arange(0, len(right), -(-len(right) // TRIED))  # not the first: folders are read a class after the other
+    image_set, right = image_set.take(some), right[some]
     assert image_set.labels is not None
-    images, labels, right = image_set.images[:TRIED], image_set.labels[:TRIED], right[:TRIED]
     for name, (scale, shift) in RANGES.items():
         rescaled = Rescaled(model, jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
-        better = _logits(rescaled, images, batch_size).argmax(-1) == labels
-        gained, lost = int((better & ~right).sum()), int((right & ~better).sum())
-        if _by_chance(gained, lost) < CHANCE or (not right.any() and better.mean() > 0.5):
+        better = _logits(rescaled, image_set.images, batch_size).argmax(-1) == image_set.labels
+        if _does_better(better, right, image_set.labels):
             raise ValueError(
                 f"the network gets {better.sum()} of {len(right)} images right when they are scaled to {name}, "
                 f"{right.sum()} in [0, 1]: features must take images in [0, 1] and scale them inside"
             )
 
 
+def _does_better(other: np.ndarray, right: np.ndarray, labels: np.ndarray) -> bool:
+    """Whether another way to use a network is right more often than the present one, and than one answer for all images is.
+
+    Both count: where labels are wrong, a network does better on images that it cannot read.
+    """
+    from scipy.stats import binomtest  # takes a second: only where it is used
+
+    n, k, chance = len(labels), int(other.sum()), max(np.bincount(labels)) / len(labels)
+    if k <= chance * n or (k < n and binomtest(k, n, chance, alternative="greater").pvalue >= CHANCE):
+        return False
+    return not right.any() or _by_chance(int((other & ~right).sum()), int((right & ~other).sum())) < CHANCE
+
+
 def _by_chance(gained: int, lost: int) -> float:
     """Sign test: the probability of so many gains or more if gains and losses were as likely."""
-    n = gained + lost
-    return sum(math.comb(n, k) for k in range(gained, n + 1)) / 2**n
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained + lost else 1.0

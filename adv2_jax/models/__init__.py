@@ -4,6 +4,7 @@ model = adv2.models.load("resnet50", "resnet50.pth")
 """
 
 import inspect
+import logging
 import os
 from functools import partial
 from importlib import resources
@@ -46,6 +47,8 @@ __all__ = [
     "with_new_head",
 ]
 
+log = logging.getLogger(__name__)
+
 EMBEDDED = "cifar_resnet20"  # kind of the network that comes with the package
 OPTION, ENCODER = "option/", "encoder."  # before the names of a masker's arrays
 Network = CifarResNet | ImageNetResNet | DenseNet
@@ -83,29 +86,35 @@ def build(name: str, *, seed: int = 0, **options: Any) -> Network:
     return MODELS[name](rngs=nnx.Rngs(seed), **options)
 
 
-def load(name: str, path: str | os.PathLike[str], **options: Any) -> Network:
+def load(name: str, path: str | os.PathLike[str], *, key: str | None = None, **options: Any) -> Network:
     """A network with the weights of a torch-style state dict, under the names of torchvision or timm.
+
+    The largest set of keys that fits the network under one prefix is taken. What the file holds beside it is logged as a warning.
 
     Args:
         name: a key of `MODELS`.
-        path: `.npz`, `.safetensors`, or `.pth` or `.pt` where torch is installed. Width, growth and number of classes are read off
-            the file unless given.
+        path: of the file, as for `files.read_arrays`. Width, growth and number of classes are read off it unless given.
+        key: which weights, where a file holds several (`state_dict_ema`, `module.model`), as for `files.read_arrays`.
         **options: as for `build`.
 
     Raises:
         ValueError: for an unknown name, an unreadable file, or weights that do not fit (says which keys, with the expected and
             the found shape).
     """
-    return _read(name, path, options)[0]
+    model, found = _read(name, path, key, options)
+    for line in found.losses():
+        log.warning("%s: %s", path, line)
+    return model
 
 
-def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike[str]) -> list[str]:
+def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike[str], *, key: str | None = None) -> list[str]:
     """Rewrite a file of weights under torchvision's names, once they are known to fit a network.
 
     Args:
         path: as for `load`.
         name: a key of `MODELS`.
         out: `.npz` or `.safetensors`, written atomically.
+        key: as for `load`.
 
     Returns:
         What was found and done, a line each.
@@ -114,7 +123,7 @@ def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike
         ValueError: as for `load`, or `out` has another suffix.
     """
     check_writable(out)
-    model, found = _read(name, path, {})
+    model, found = _read(name, path, key, {})
     arrays = convert.to_state_dict(model)
     write_arrays(out, arrays)
     sizes = (f"{option.replace('_', ' ')} {size}" for option, size in _sizes(name, arrays).items())
@@ -233,14 +242,18 @@ def check_name(name: str) -> None:
         raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}{own}")
 
 
-def _read(name: str, path: str | os.PathLike[str], options: dict[str, Any]) -> tuple[Network, convert.Canonical]:
+def _read(name: str, path: str | os.PathLike[str], key: str | None, options: dict[str, Any]) -> tuple[Network, convert.Canonical]:
     """The network filled with the arrays of a file, and what had to be done to them."""
     check_name(name)
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, key)
+    network: Any = MODELS[name].func
     try:
-        found = convert.canonical(arrays)
-        abstract = nnx.eval_shape(lambda: build(name, **{**_sizes(name, found.arrays), **options}))
-        return convert.from_state_dict(abstract, found.arrays), found
+        sizes = _sizes(name, convert.canonical(arrays, network.SIZES.values()).arrays)
+        abstract = nnx.eval_shape(lambda: build(name, **{**sizes, **options}))
+        expected = convert.shapes(abstract)
+        found = convert.canonical(arrays, expected)
+        fits = not convert.mismatches(expected, {key: array.shape for key, array in found.arrays.items()})
+        return convert.from_state_dict(abstract, found.arrays if fits else arrays), found
     except ValueError as error:
         raise ValueError(f"weights {path} do not fit {name}: {error}") from None
 

@@ -7,7 +7,8 @@ moved. Only the names of the parameters themselves and the layouts differ, and o
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from adv2_jax.files import write_arrays
+from adv2_jax.errors import listed
+from adv2_jax.files import CHOICE, write_arrays
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -25,7 +27,6 @@ TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}  # convolution HWIO -> O
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
 OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files say norm.1, its module norm1
-NAMED = 8  # keys in one message
 
 
 class Canonical(NamedTuple):
@@ -34,65 +35,86 @@ class Canonical(NamedTuple):
     Attributes:
         arrays: by name, as they were.
         prefix: taken off every key, with its last dot; empty for none.
-        passed_over: keys left out, under their old names.
+        passed_over: counters, under their old names.
         renamed: old -> new name, both without the prefix.
+        left_out: keys that are not of the network, under their old names.
+        others: prefixes under which the file holds as many keys of the network.
     """
 
     arrays: dict[str, np.ndarray]
     prefix: str
     passed_over: list[str]
     renamed: dict[str, str]
+    left_out: list[str]
+    others: list[str]
 
     def changes(self) -> list[str]:
         """One line for each thing that was done."""
         renamed = [f"{old} -> {new}" for old, new in self.renamed.items()]
         prefix = [f"taken off every key: {self.prefix}"] if self.prefix else []
-        lists = {"passed over": self.passed_over, "renamed": renamed}
-        return prefix + [f"{what}, {len(keys)} in all: {_listed(keys, ', ', 2)}" for what, keys in lists.items() if keys]
+        return [*prefix, *_counted("passed over", self.passed_over), *_counted("renamed", renamed), *self.losses()]
+
+    def losses(self) -> list[str]:
+        """One line on the keys left out, if there are any."""
+        names = [prefix.removesuffix(".") for prefix in self.others]
+        others = f"; as many keys fit under {listed(names, ', ')} ({CHOICE})" if names else ""
+        return [line + others for line in _counted("left out", self.left_out)]
 
 
-def canonical(arrays: Mapping[str, np.ndarray], own: Collection[str] = tuple(TORCH_ATTRIBUTE.values())) -> Canonical:
+def _counted(what: str, keys: Sequence[str]) -> list[str]:
+    return [f"{what}, {len(keys)} in all: {listed(keys, ', ', 2)}"] if keys else []
+
+
+def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) -> Canonical:
     """A state dict under the names of torchvision, which are those of timm.
 
-    Counters are passed over; names that stand before every key (`module.`, `model.`, `backbone.`, …) are taken off; the layers of
-    old DenseNet files are renamed.
+    Counters are passed over; names that stand before the network's keys (`module.`, `model.`, `backbone.`, …) are taken off; what
+    is not under these names, or is of no module of the network (a normaliser in front, a second copy of the weights), is left
+    out; the layers of old DenseNet files are renamed.
 
     Args:
         arrays: by name.
-        own: first names of the network itself, never taken off.
+        expected: keys of the network, by which the names before them are known; unless given, those before every key are.
 
     Raises:
         ValueError: two keys become one.
     """
     passed_over = [key for key in arrays if key.rpartition(".")[2] in COUNTERS]
-    kept = [key for key in arrays if key.rpartition(".")[2] not in COUNTERS]
-    prefix = _prefix(kept, own)
-    bare = [key.removeprefix(prefix) for key in kept]
-    names = [OLD_DENSE_LAYER.sub(r"\1\2.", key) for key in bare]
-    twice = [name for name, times in Counter(names).items() if times > 1]
+    new = {key: OLD_DENSE_LAYER.sub(r"\1\2.", key) for key in arrays if key.rpartition(".")[2] not in COUNTERS}
+    fits = _fits(new.values(), expected)
+    first = {key.partition(".")[0] for key in expected}
+    prefix = fits[0] if fits else _common(list(new.values()), first or TORCH_ATTRIBUTE.values())
+    own = {key for key in new if not fits or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in first)}
+    bare = {key: name.removeprefix(prefix) for key, name in new.items() if key in own}
+    twice = [name for name, times in Counter(bare.values()).items() if times > 1]
     if twice:
-        raise ValueError(f"found under two names: {_listed(twice)}")
+        raise ValueError(f"found under two names: {listed(twice)}")
     return Canonical(
-        arrays={name: np.asarray(arrays[key]) for name, key in zip(names, kept, strict=True)},
+        arrays={name: np.asarray(arrays[key]) for key, name in bare.items()},
         prefix=prefix,
         passed_over=passed_over,
-        renamed={old: new for old, new in zip(bare, names, strict=True) if old != new},
+        renamed={key.removeprefix(prefix): name for key, name in bare.items() if key != new[key]},
+        left_out=[key for key in new if key not in own],
+        others=fits[1:],
     )
 
 
-def _prefix(keys: Sequence[str], own: Collection[str]) -> str:
+def _fits(names: Iterable[str], expected: Collection[str]) -> list[str]:
+    """The prefixes under which most of the expected keys are found, and more than half; the shortest of several copies first."""
+    dots = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in names)
+    found = Counter(name[:start] for name, starts in dots for start in starts if name[start:] in expected)
+    most = max(found.values(), default=0)
+    fits = [prefix for prefix, count in found.items() if count == most and 2 * count > len(expected)]
+    return sorted(fits, key=lambda prefix: prefix.count("."))
+
+
+def _common(keys: Sequence[str], own: Collection[str]) -> str:
     """All the names, each with its dot, that every key starts with; at least one name remains, and none of `own` is taken."""
     first = {key.partition(".")[0] for key in keys}
     if len(first) != 1 or first & set(own) or not all("." in key for key in keys):
         return ""
     name = f"{first.pop()}."
-    return name + _prefix([key.removeprefix(name) for key in keys], own)
-
-
-def _listed(items: Sequence[str], separator: str = "; ", limit: int = NAMED) -> str:
-    """The first few, and how many more."""
-    more = f" and {len(items) - limit} more" if len(items) > limit else ""
-    return separator.join(items[:limit]) + more
+    return name + _common([key.removeprefix(name) for key in keys], own)
 
 
 def _torch_key(path: tuple[Any, ...]) -> str:
@@ -111,11 +133,11 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 
 
 def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One phrase for every key that is missing, unexpected or of another shape."""
+    """One phrase for every key that is missing, of another shape, or unexpected, these three in turn."""
     missing = [f"{k} expected {s} found nothing" for k, s in expected.items() if k not in found]
     shapes = [f"{k} expected {s} found {found[k]}" for k, s in expected.items() if k in found and found[k] != s]
     extra = [f"{k} expected nothing found {s}" for k, s in found.items() if k not in expected]
-    return missing + shapes + extra
+    return [phrase for phrases in zip_longest(missing, shapes, extra) for phrase in phrases if phrase is not None]
 
 
 def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
@@ -124,7 +146,7 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     Args:
         model: any NNX module whose attribute names are those of the state dict; its leaves may be abstract (`nnx.eval_shape`).
         arrays: convolutions OIHW, linear layers [out, in], BatchNorm weight, bias, running_mean, running_var, under names that
-            `canonical` understands.
+            `canonical` understands, and no others.
 
     Returns:
         A new module of the same structure with float32 leaves.
@@ -134,13 +156,15 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     """
     graph, state = nnx.split(model)
     expected = shapes(model)
-    arrays = canonical(arrays, own={key.partition(".")[0] for key in expected}).arrays
-    wrong = mismatches(expected, {key: array.shape for key, array in arrays.items()})
+    found = canonical(arrays, expected)
+    every = found.arrays | {key: np.asarray(arrays[key]) for key in found.left_out}
+    wrong = mismatches(expected, {key: array.shape for key, array in every.items()})
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(expected.keys() | arrays.keys())} keys do not match: {_listed(wrong)}")
+        raise ValueError(f"{len(wrong)} of {len(expected.keys() | every.keys())} keys do not match: {listed(wrong)}")
+    arrays = found.arrays
     not_finite = [k for k, v in arrays.items() if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())]
     if not_finite:
-        raise ValueError(f"not finite floating-point numbers: {_listed(not_finite, ', ')}")
+        raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
 
     def filled(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
         value = arrays[_torch_key(path)].astype(np.float32)

@@ -54,11 +54,10 @@ def _import(path: str) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.insert(0, str(Path(path).resolve().parent))  # for the modules beside it, as `python file.py` would
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
+    folder = str(Path(path).resolve().parent)
+    if sys.path[:1] != [folder]:
+        sys.path.insert(0, folder)  # as `python file.py` would; stays, for what its functions import when they are called
+    spec.loader.exec_module(module)
     return module
 
 
