@@ -3,7 +3,11 @@
 import io
 import logging
 import os
+import resource
+import struct
 import sys
+import tracemalloc
+import zlib
 
 import numpy as np
 import pytest
@@ -270,6 +274,44 @@ def test_odd_metadata_is_not_the_users_concern(flat):
     assert len(load(flat).images) == 5
 
 
+BROKEN_EXIF = (b"garbage! more garbage", b"Exif\0\0II*\0", b"\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0MM\0*\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize("block", BROKEN_EXIF)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_malformed_exif_turns_nothing(tmp_path, kind, block):
+    options = {"quality": 95} if kind == "jpg" else {"lossless": True} if kind == "webp" else {}
+    write(tmp_path / f"a.{kind}", PIXELS[0], exif=block, **options)
+    write(tmp_path / "plain" / f"a.{kind}", PIXELS[0], **options)
+    np.testing.assert_array_equal(load(tmp_path / "plain").images[0], photos.read_all(tmp_path, [f"a.{kind}"], None)[0])
+
+
+def test_an_orientation_that_is_none_turns_nothing(tmp_path):
+    for value in (0, 9, 65535):
+        np.testing.assert_array_equal(photos.read(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0])
+    write(tmp_path / "b.tiff", PIXELS[0], tiffinfo={0x0112: 3})
+    np.testing.assert_array_equal(photos.read(tmp_path / "b.tiff"), PIXELS[0][::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (2, 40000), (3, 999)], ids=str)
+def test_of_a_strip_the_middle_alone_is_resized(shape):
+    """As if the whole strip had been resized, but for roundings; memory does not grow with its length."""
+    strip = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    tracemalloc.start()  # sees what NumPy holds
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # and this what Pillow held, in KiB
+    large, mask = photos.fit(strip, 224), photos.fit(strip[..., 0] // 128, 224, nearest=True)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # whole: 1 to 5 GB
+    tracemalloc.stop()
+    assert large.shape == (224, 224, 3) and mask.shape == (224, 224) and set(np.unique(mask)) <= {0, 1}
+    side = round(16 * 256 / 224)
+    width, height = (round(side * n / min(shape)) for n in shape[::-1])
+    left, top = (width - 16) // 2, (height - 16) // 2
+    whole = np.asarray(Image.fromarray(strip).resize((width, height), Image.Resampling.BILINEAR))[top : top + 16, left : left + 16]
+    assert np.abs(photos.fit(strip, 16).astype(int) - whole).max() <= 2  # Pillow rounds each of its two passes, boxes to float32
+    assert photos.fit(strip, 1).shape == (1, 1, 3)
+
+
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
@@ -303,6 +345,46 @@ def test_palettes_are_looked_up(tmp_path):
     hidden = np.asarray(_palette()) == 0
     assert (see_through[hidden] == 255).all() and hidden.any()
     np.testing.assert_array_equal(see_through[~hidden], plain[~hidden])
+
+
+TWELVE = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)
+
+
+def _png16(path, numbers):
+    """A 16-bit PNG in colour, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, bands = numbers.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm", "swapped.tiff", "rgb.png", "rgba.png", "la.png"])
+def test_twelve_bits_in_sixteen_are_refused(tmp_path, name):
+    opaque = np.full_like(TWELVE, 65535)
+    colours = {"rgb": [TWELVE] * 3, "rgba": [TWELVE] * 3 + [opaque], "la": [TWELVE, opaque]}
+    stem = name.split(".")[0]
+    for numbers in (TWELVE, 16 * TWELVE):
+        if stem in colours:
+            scale = numbers.max() // 4095
+            _png16(tmp_path / name, np.stack([band if band is opaque else scale * band for band in colours[stem]], -1))
+        else:
+            write(tmp_path / name, numbers.astype(">u2") if stem == "swapped" else numbers)
+        if numbers is TWELVE:
+            refused(f"the 16-bit images of {tmp_path} hold no number above 4095, of 65535, and would be black: multiply", tmp_path)
+    assert np.abs(load(tmp_path).images[0] - np.linspace(0, 255, 64).reshape(8, 8, 1)).max() <= 1
+
+
+def test_one_bright_image_vouches_for_its_set(tmp_path):
+    write(tmp_path / "a.png", TWELVE)
+    write(tmp_path / "b.png", TWELVE * 16)
+    assert len(load(tmp_path).images) == 2
+    write(tmp_path / "black" / "a.png", 0 * TWELVE)
+    write(tmp_path / "black" / "eight.png", PIXELS[0])
+    assert len(load(tmp_path / "black").images) == 2
 
 
 def _frames(path, count):
