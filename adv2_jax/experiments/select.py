@@ -57,7 +57,8 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     if not right.all():
         _check_range(model, image_set, right, batch_size)
     if not right.any():
-        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack")
+        advice = f"; {image_set.advice}" if image_set.advice else ""
+        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack{advice}")
     index = np.flatnonzero(right).astype(np.int32)[:limit]
     chosen = image_set.take(index)
     positions = index if chosen.positions is None else chosen.positions
