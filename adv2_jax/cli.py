@@ -44,7 +44,7 @@ from adv2_jax.types import Classifier
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 WEIGHTS = "state dict under the names of torchvision or timm: .npz, .safetensors, or what torch wrote (.pth, .pth.tar, .ckpt, ...)"
-SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
+SOURCES = "shapes, shapes:N, FILE.npz, FILE.npz/SPLIT, a folder, or tfds:name/split"
 TARGET_MAP = (
     "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
     "target_maps take the place of benign (default: %(default)s)"
@@ -289,7 +289,7 @@ def _source_arguments(parser: Parser) -> None:
     add("--images", default="shapes", metavar="SOURCE", help=f"{SOURCES} (default: %(default)s)")
     add("--size", type=_positive, metavar="N", help="crop images to N x N (default: folders and tfds to what the network wants)")
     add("--labels", metavar="FILE.csv", help="file name, class, and optional target class of the images of a flat folder")
-    add("--classes", metavar="FILE.txt", help="one class a line, in the network's order; names of sub-folders")
+    add("--classes", metavar="FILE.txt", help="one class a line, in the network's order; names of sub-folders, numbers too")
     add("--sample", type=_positive, metavar="N", help="read only N images, drawn from the seed (default: all)")
 
 
@@ -398,6 +398,8 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
     if not arguments.quiet:
         _print(by_rows(TITLE, COLUMNS, outcome.rows, spread=False))
         print(f"{outcome.left_out} of {len(subject.images.images)} images left out: the network gets them wrong")
+        if outcome.left_out and subject.images.advice:
+            print(subject.images.advice)
         if outcome.failed:
             names = ", ".join(map(str, outcome.failed[:8])) + (" and others" if len(outcome.failed) > 8 else "")
             print(f"{len(outcome.failed)} failed, the network gives numbers that are not finite on them: {names}")

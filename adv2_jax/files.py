@@ -226,6 +226,17 @@ def read_arrays(path: str | os.PathLike[str], key: str | None = None) -> dict[st
         return {name: _numpy(array) for name, array in _choose(READERS[_format(path)](path), key, path).items()}
 
 
+def array_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays of an `.npz`.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = Path(path)
+    with _one_line(path), zipfile.ZipFile(path) as archive:
+        return [entry.removesuffix(".npy") for entry in archive.namelist()]
+
+
 def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndarray]:
     """The arrays of an `.npz` whose names are wanted; the others are not read.
 
