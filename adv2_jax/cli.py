@@ -58,6 +58,7 @@ COLUMNS = {
     "gradient_evaluations": "gradients",
     "seconds": "seconds",
 }
+LONGEST = 2000  # characters of a message
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "60"]
 
 
@@ -96,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_devices()
             arguments.run(arguments, shlex.join(["adv2", *words]))
     except (ValueError, OSError) as error:
-        print(f"adv2: {' '.join(str(error).splitlines())}", file=sys.stderr)  # file names may hold line breaks
+        print(f"adv2: {_line(str(error))}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"adv2: out of memory: {_line(str(error)) or 'what was asked for is too large'}", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -109,12 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _line(text: str) -> str:
+    """A text as one line that a terminal can show: names in it may hold anything, and be of any length."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} … {shown[-LONGEST // 2 :]}"
+
+
 class OneLine(logging.Formatter):
-    """A warning as a line of the command's own; file names may hold line breaks."""
+    """A warning as a line of the command's own."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return f"adv2: {' '.join(record.getMessage().splitlines())}"
+        return f"adv2: {_line(record.getMessage())}"
 
 
 @contextlib.contextmanager
@@ -432,8 +442,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
         able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
         found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
         sheets.append(by_model(f"The same images shown to {name}", found["models"]))
-    add(finished, **found)
-    report.write(finished.directory)
+    add(finished, report.write, **found)
     if not arguments.quiet:
         for sheet in sheets:
             _print(sheet)
