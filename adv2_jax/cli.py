@@ -442,7 +442,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
         able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
         found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
         sheets.append(by_model(f"The same images shown to {name}", found["models"]))
-    add(finished, report.write, **found)
+    add(finished, publish=report.write, **found)
     if not arguments.quiet:
         for sheet in sheets:
             _print(sheet)

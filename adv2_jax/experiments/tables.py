@@ -114,7 +114,7 @@ def make_table(
     else:
         finished = load_run(place)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
-        add(finished, publish, transfer=summary["transfer"])
+        add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
     shown: dict[str, Any] = {key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary}
     with atomic(directory / "table.md", "w") as file:

@@ -165,7 +165,7 @@ def _mean(values: ArrayLike) -> float | None:
     return mean(numbers[np.isfinite(numbers)])
 
 
-def add(run: Run, publish: Callable[[Path], object], **found: Any) -> None:
+def add(run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **found: Any) -> None:
     """Add what was found to the summary of a run, and publish it. A run that cannot be published stays as it was."""
     summary = run.directory / "summary.json"
     before = summary.read_bytes()
