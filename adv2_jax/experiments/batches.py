@@ -168,6 +168,10 @@ class Batches:
                 if name.startswith(MEASURE):
                     continue
                 having = [i for i, header in enumerate(headers) if name in header][: 1 if name.endswith(SHARED) else None]
+                for i in having:
+                    held, kind = headers[i][name]
+                    if not held or (held[1:], kind) != (shape[1:], dtype):
+                        raise ValueError(f"cannot read {paths[i]}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}")
                 n = sum(headers[i][name][0][0] for i in having)
                 yield f"{interpreter}/{name}", Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name))
 

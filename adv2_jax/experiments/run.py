@@ -106,7 +106,7 @@ def run(
         with intact(directory) if resume else nullcontext():  # what was kept of the run before may be damaged
             rows, differences, failed = _rows(jobs, names, kept, settings, task.target_map)
             lost = whole.get("names", selection.indices)[failed].tolist()
-            kept.write_results(whole)
+        kept.write_results(whole)
         write_summary(
             directory,
             {
