@@ -303,9 +303,11 @@ def _source_arguments(parser: Parser) -> None:
     add("--sample", type=_positive, metavar="N", help="read only N images, drawn from the seed (default: all)")
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, below: int = 2**31) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if len(text) > 10 or int(text) >= below:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below {below}")
     return int(text)
 
 
@@ -331,9 +333,7 @@ def _divisor(text: str) -> float:
 
 
 def _seed(text: str) -> int:
-    if _whole(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below 2**32")
-    return int(text)
+    return _whole(text, 2**32)
 
 
 def _positive(text: str) -> int:

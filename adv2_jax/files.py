@@ -234,7 +234,7 @@ def array_names(path: str | os.PathLike[str]) -> list[str]:
         ValueError: as `read_arrays`.
     """
     path = Path(path)
-    with intact(path), zipfile.ZipFile(path) as archive:
+    with intact(path), _archive(path) as archive:
         return [entry.removesuffix(".npy") for entry in archive.namelist()]
 
 

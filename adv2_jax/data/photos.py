@@ -105,7 +105,7 @@ def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np
     """
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with _bombs_refused():
+        with _bombs_refused(), _silenced():
             decoded = list(pool.map(lambda name: _decode(folder / name, size), names))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -178,6 +178,24 @@ def _bombs_refused() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", _pillow().DecompressionBombWarning)
         yield
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing goes to stderr: libtiff writes there what it finds wrong, past Python, and raises besides."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def _pillow() -> Any:

@@ -15,6 +15,8 @@ from adv2_jax.files import array_names, read_some
 
 __all__ = ["ImageSet", "check_classes", "load", "sizes_vary"]
 
+LARGEST = 4096  # side in pixels that images are brought to
+MOST = 100_000  # embedded scenes at a time, in 1.6 GB
 HELD_OUT_SEED = 1  # the embedded network is trained on the scenes of seed 0
 ARRAYS = ("images", "labels", "targets", "target_maps", "masks")
 NPZ = re.compile(r"(.+\.npz)(?:/(\w+))?", re.DOTALL)  # file, and a set in it
@@ -54,9 +56,9 @@ def load(
     Raises:
         ValueError: one line that names the source, what is wrong and what is allowed.
     """
-    for name, value in (("size", size), ("sample", sample)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value, most in (("size", size, LARGEST), ("sample", sample, float("inf"))):
+        if value is not None and not 1 <= value <= most:
+            raise ValueError(f"{name} must be at least 1{'' if most == float('inf') else f' and at most {most}'}, got {value}")
     table = None if labels is None else Path(labels)
     try:
         listed = None if classes is None else read_classes(classes)
@@ -168,6 +170,8 @@ def _shapes(source: str) -> ImageSet:
     _, _, count = source.partition(":")
     if source != "shapes" and not (count.isdecimal() and int(count) > 0):
         raise ValueError(f"images {source!r}: the number after 'shapes:' must be a whole number above 0")
+    if len(count) > len(str(MOST)) or int(count or 0) > MOST:
+        raise ValueError(f"images {source!r}: the number after 'shapes:' must be at most {MOST}")
     scenes = shapes.generate(int(count or 200), seed=HELD_OUT_SEED)
     return ImageSet(scenes.images, scenes.labels, masks=scenes.masks, classes=shapes.CLASSES)
 
