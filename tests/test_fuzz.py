@@ -53,11 +53,11 @@ class Mean:
 
     def head(self, features):
         return 10 * features.mean(axis=(0, 1))
-"""
-NET = """
-from fuzzed_network import Mean
 
 ready = Mean()
+"""
+NET = """
+from fuzzed_network import Mean, ready  # one object in all runs: nothing is compiled twice
 
 def network(weights=None):
     return ready
@@ -505,7 +505,7 @@ def masker(rng: random.Random, place: Path, base: Base) -> Case:
 
 
 def network(rng: random.Random, place: Path, base: Base) -> Case:
-    text = rng.choice(SNIPPETS) if rng.random() < 0.6 else scribbled(rng, NETWORK + NET.replace("from fuzzed_network import Mean", ""))
+    text = rng.choice(SNIPPETS) if rng.random() < 0.6 else scribbled(rng, NETWORK + NET.partition("\n\n")[2])
     (place / "mine.py").write_bytes(text if isinstance(text, bytes) else text.encode())
     name = rng.choice(("ready", "network", "network", "network", "Mean", "nothing", "a b", "", "é", "jax"))
     weights = rng.choice(([], [], [], ["--weights", f"{base.folder}/masker.npz"], ["--weights", "none.npz"], ["--mean", "0", "0", "0"]))
@@ -706,6 +706,7 @@ def test_bad_input(i, base, capfd, monkeypatch):
         with monkeypatch.context() as patch:
             patch.chdir(place)
             patch.setattr(tempfile, "tempdir", str(scratch))
+            patch.setattr(sys, "path", [*sys.path])  # a network's file adds its folder
             try:
                 with warnings.catch_warnings(record=True) as warned:
                     warnings.simplefilter("always")
