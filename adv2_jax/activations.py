@@ -2,7 +2,8 @@
 
 `relu_h`, `relu_curved` and `relu_sigmoid` are exactly ReLU in the forward pass; only a derivative is replaced (ADV² §3.2, Fig. 3).
 The replacement is a JVP rule, `tangent = phi'(z) * dz`, and is itself differentiated like any other function, so forward mode,
-reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too.
+reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too. All factors are computed
+in float32 or wider, since z² overflows float16 at 256, and take the type of z afterwards, which a JVP rule must keep.
 
 Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
 """
@@ -12,7 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.nn import relu
 
-from adv2_jax.options import shared
+from adv2_jax.options import bind, shared
+from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation
 
 __all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
@@ -40,7 +42,8 @@ def relu_h(z: Array, tau: Array | float = TAU) -> Array:
 @relu_h.defjvp
 def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents  # tau is an option: nothing is differentiated with respect to it
-    return relu_h(z, tau), (z * jax.lax.rsqrt(z**2 + tau) + (z < 0)) * dz
+    wide = at_least_float32(z)
+    return relu_h(z, tau), (wide * jax.lax.rsqrt(wide**2 + tau) + (z < 0)).astype(jnp.result_type(z)) * dz
 
 
 @shared
@@ -54,16 +57,22 @@ def relu_sigmoid(beta: float = 1.0) -> Activation:
         An activation, any shape to the same shape; equal options give the same object.
     """
 
-    @jax.custom_jvp
-    def activation(z: Array) -> Array:
-        return jnp.maximum(z, 0)
+    return bind(_relu_sigmoid, beta=beta)
 
-    @activation.defjvp
-    def _jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-        (z,), (dz,) = primals, tangents
-        return activation(z), jax.nn.sigmoid(beta * z) * dz
 
-    return activation
+def _relu_sigmoid(z: Array, *, beta: float) -> Array:
+    return _relu_with_sigmoid(z, beta)
+
+
+@jax.custom_jvp
+def _relu_with_sigmoid(z: Array, beta: Array) -> Array:
+    return jnp.maximum(z, 0)
+
+
+@_relu_with_sigmoid.defjvp
+def _relu_with_sigmoid_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (z, beta), (dz, _) = primals, tangents
+    return _relu_with_sigmoid(z, beta), jax.nn.sigmoid(beta * at_least_float32(z)).astype(jnp.result_type(z)) * dz
 
 
 @jax.custom_jvp
@@ -98,7 +107,7 @@ def _step(z: Array, tau: Array) -> Array:
 @_step.defjvp
 def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents
-    return _step(z, tau), 0.5 * tau * jax.lax.rsqrt(z**2 + tau) ** 3 * dz
+    return _step(z, tau), (0.5 * tau * jax.lax.rsqrt(at_least_float32(z) ** 2 + tau) ** 3).astype(jnp.result_type(z)) * dz
 
 
 @shared
@@ -112,7 +121,8 @@ def softplus(beta: float = 1.0) -> Activation:
         An activation, any shape to the same shape; equal options give the same object.
     """
 
-    def activation(z: Array) -> Array:
-        return jax.nn.softplus(beta * z) / beta
+    return bind(_softplus, beta=beta)
 
-    return activation
+
+def _softplus(z: Array, *, beta: float) -> Array:
+    return (jax.nn.softplus(beta * at_least_float32(z)) / beta).astype(jnp.result_type(z))

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adv2_jax import losses, threats
-from adv2_jax.classifier import num_classes
+from adv2_jax.classifier import Architecture, architecture, logits_of, num_classes, static_leaves
 from adv2_jax.cost import multiply_adds
 from adv2_jax.descent import (
     Driver,
@@ -32,7 +32,7 @@ from adv2_jax.descent import (
     solve,
     step,
 )
-from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver
+from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
 from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
@@ -124,6 +124,7 @@ def attack(
     _check_batch_size(batch_size)
     benign = check_images(images)
     problems = _problems(model, benign, targets, target_maps, plan.interpreter)
+    model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(_unit(image))
     n = len(benign)
@@ -178,7 +179,9 @@ def explain(
     inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
-    faces = (interpreter.explain, interpreter.solver) if isinstance(interpreter, Interpreter) else (interpreter, None)
+    interpreter = interpreter if isinstance(interpreter, Interpreter) else of_function(interpreter)
+    check_interpreter(model, x.shape[1:], interpreter)
+    model, faces = static_leaves(model), (interpreter.explain, interpreter.solver)
     parts = [_seen(model, x, c, *faces, driver) for x, c in batches(inputs, batch_size)]
     logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
     _check_failed(~finite((logits, maps)), all_may_fail)
@@ -187,8 +190,30 @@ def explain(
 
 def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
     """h, w of the maps that an interpreter draws of images of a shape [H, W, 3]; nothing is computed."""
+    return _map_shape(architecture(model), tuple(shape), interpreter.explain)
+
+
+@lru_cache(maxsize=64)
+def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) -> tuple[int, ...]:
     image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
-    return jax.eval_shape(interpreter.explain, model, image, label).shape
+    return jax.eval_shape(explain, known.model(), image, label).shape
+
+
+def check_interpreter(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
+    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3].
+
+    Raises:
+        ValueError: if it cannot, or its maps have fewer than four entries (`no_map` has none).
+    """
+    if interpreter.check is not None:
+        interpreter.check(model, shape)
+    drawn = map_shape(model, shape, interpreter)
+    if 0 < math.prod(drawn) < 4:  # a map of one entry, scaled by its own minimum and maximum, is always 0
+        raise ValueError(
+            f"{interpreter.name} draws maps {list(drawn)} of images {list(shape)}: fewer than 2 x 2 entries show nothing; "
+            "use larger images, or a network whose last features are finer"
+        )
+    return drawn
 
 
 def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
@@ -198,14 +223,12 @@ def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape:
     scoring for keep-best where the steps' own maps are not the explained ones; one decimal. Nothing is computed. A network
     without convolutions and dots is charged one for each step.
     """
-    leaves, structure = jax.tree.flatten(model)
-    kinds = tuple((leaf.shape, leaf.dtype) for leaf in map(jnp.asarray, leaves))
-    return _gradient_evaluations(structure, kinds, plan, threat, shape)
+    return _gradient_evaluations(architecture(model), plan, threat, tuple(shape))
 
 
 @lru_cache(maxsize=256)  # a run asks once a batch
-def _gradient_evaluations(structure: Any, kinds: tuple[Any, ...], plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
-    model = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*kind) for kind in kinds])
+def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
+    model = known.model()
     image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
     interpreter, solver = plan.interpreter, _solver(plan)
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
@@ -295,7 +318,7 @@ def _problems(
     t = _classes("targets", targets, model, x)
     if interpreter is None:
         return Problem(to_float(x), t, np.zeros((len(x), 1, 1), np.float32))
-    expected = (len(x), *map_shape(model, x.shape[1:], interpreter))
+    expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
@@ -415,14 +438,14 @@ def _descend_batch(
         return states, info._replace(map_l1=drawn)
 
     warm, joint = Options(threat), joint_options(plan, threat)
-    states = jax.vmap(lambda problem: init(problem, warm))(problems)
+    states = _start(problems, None, (), warm)
     picture(states.params)
     states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
     curves = [info]
     if plan.warm_steps:
         picture(states.params)
     memory = _solved(model, _images(problems, states.params, threat, True), problems.target, _solver(plan), driver)
-    states = jax.vmap(lambda problem, *start: init(problem, joint, *start))(problems, states.params, memory)
+    states = _start(problems, states.params, memory, joint)
     numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
     looks = snapshot_steps(plan)
     for span in pairwise(_cuts(plan, pictured > 0)):
@@ -441,9 +464,15 @@ def _descend_batch(
     return params, states.params, whole, np.stack(snapshots, axis=1) if snapshots else np.zeros((0, 0, *shape), np.uint8)
 
 
+@partial(jax.jit, static_argnames="options")
+def _start(problems: Problem, params: Params, memory: tuple[Any, ...], options: Options) -> State:
+    return jax.vmap(lambda problem, *start: init(problem, options, *start))(problems, params, memory)
+
+
 def _tabulate(n: int, *plans: Plan) -> Numbers:
     """Schedules as numbers: no retrace for another schedule."""
-    return Numbers(*(jax.vmap(plan(n))(jnp.arange(n)) for plan in plans))
+    with jax.transfer_guard("allow"):  # optax computes with numbers of the host
+        return Numbers(*(jax.device_get(jax.vmap(plan(n))(jnp.arange(n))) for plan in plans))
 
 
 def joint_options(plan: Preset, threat: Threat) -> Options:
@@ -520,4 +549,4 @@ def _explain_one(
 ) -> tuple[Logits, Map]:
     m = interpreter(model, image, label) if solver is None else solver.read(*memory)
     # float32, whatever the network computes in: NumPy knows no bfloat16
-    return model.head(model.features(image)).astype(jnp.float32), m.astype(jnp.float32)
+    return logits_of(model, image).astype(jnp.float32), m.astype(jnp.float32)

@@ -44,7 +44,7 @@ from adv2_jax.types import Classifier
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 WEIGHTS = "state dict under the names of torchvision or timm: .npz, .safetensors, or what torch wrote (.pth, .pth.tar, .ckpt, ...)"
-SOURCES = "shapes, shapes:N, FILE.npz, a folder, or tfds:name/split"
+SOURCES = "shapes, shapes:N, FILE.npz, FILE.npz/SPLIT, a folder, or tfds:name/split"
 TARGET_MAP = (
     "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
     "target_maps take the place of benign (default: %(default)s)"
@@ -58,6 +58,7 @@ COLUMNS = {
     "gradient_evaluations": "gradients",
     "seconds": "seconds",
 }
+LONGEST = 2000  # characters of a message
 DEMO = ["attack", "--images", "shapes:20", "--limit", "8", "--batch-size", "8", "--epsilon", "0.063", "--steps", "60"]
 
 
@@ -96,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_devices()
             arguments.run(arguments, shlex.join(["adv2", *words]))
     except (ValueError, OSError) as error:
-        print(f"adv2: {' '.join(str(error).splitlines())}", file=sys.stderr)  # file names may hold line breaks
+        print(f"adv2: {_line(str(error))}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"adv2: out of memory: {_line(str(error)) or 'what was asked for is too large'}", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
@@ -109,12 +113,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _line(text: str) -> str:
+    """A text as one line that a terminal can show: names in it may hold anything, and be of any length."""
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} … {shown[-LONGEST // 2 :]}"
+
+
 class OneLine(logging.Formatter):
-    """A warning as a line of the command's own; file names may hold line breaks."""
+    """A warning as a line of the command's own."""
 
     def format(self, record: logging.LogRecord) -> str:
         """The line."""
-        return f"adv2: {' '.join(record.getMessage().splitlines())}"
+        return f"adv2: {_line(record.getMessage())}"
 
 
 @contextlib.contextmanager
@@ -289,13 +299,15 @@ def _source_arguments(parser: Parser) -> None:
     add("--images", default="shapes", metavar="SOURCE", help=f"{SOURCES} (default: %(default)s)")
     add("--size", type=_positive, metavar="N", help="crop images to N x N (default: folders and tfds to what the network wants)")
     add("--labels", metavar="FILE.csv", help="file name, class, and optional target class of the images of a flat folder")
-    add("--classes", metavar="FILE.txt", help="one class a line, in the network's order; names of sub-folders")
+    add("--classes", metavar="FILE.txt", help="one class a line, in the network's order; names of sub-folders, numbers too")
     add("--sample", type=_positive, metavar="N", help="read only N images, drawn from the seed (default: all)")
 
 
-def _whole(text: str) -> int:
+def _whole(text: str, below: int = 2**31) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    if len(text) > 10 or int(text) >= below:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below {below}")
     return int(text)
 
 
@@ -321,9 +333,7 @@ def _divisor(text: str) -> float:
 
 
 def _seed(text: str) -> int:
-    if _whole(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below 2**32")
-    return int(text)
+    return _whole(text, 2**32)
 
 
 def _positive(text: str) -> int:
@@ -398,6 +408,8 @@ def _attack(arguments: argparse.Namespace, command: str) -> None:
     if not arguments.quiet:
         _print(by_rows(TITLE, COLUMNS, outcome.rows, spread=False))
         print(f"{outcome.left_out} of {len(subject.images.images)} images left out: the network gets them wrong")
+        if outcome.left_out and subject.images.advice:
+            print(subject.images.advice)
         if outcome.failed:
             names = ", ".join(map(str, outcome.failed[:8])) + (" and others" if len(outcome.failed) > 8 else "")
             print(f"{len(outcome.failed)} failed, the network gives numbers that are not finite on them: {names}")
@@ -430,8 +442,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
         able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
         found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
         sheets.append(by_model(f"The same images shown to {name}", found["models"]))
-    add(finished, **found)
-    report.write(finished.directory)
+    add(finished, publish=report.write, **found)
     if not arguments.quiet:
         for sheet in sheets:
             _print(sheet)

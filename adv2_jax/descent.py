@@ -10,7 +10,7 @@ that make it under other threat models. Where a map is itself the end of a desce
 
 import operator
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ import optax
 from jax import Array
 
 from adv2_jax import losses
+from adv2_jax.classifier import logits_of
 from adv2_jax.interpreters import Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
@@ -147,7 +148,7 @@ def joint_loss(
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
     rest: Sequence[Any] = memory
     if options.surrogate is None:
-        logits, m = model.head(model.features(x)), problem.target_map
+        logits, m = logits_of(model, x), problem.target_map
     else:
         logits, m, *rest = options.surrogate(model, x, problem.target, numbers.tau, *memory)
     memory, penalties = tuple(rest[: len(memory)]), rest[len(memory) :]
@@ -274,8 +275,12 @@ def descend(
 
 def solve(model: Classifier, images: Array, labels: Array, solver: Solver, *, driver: Driver = "auto") -> Any:
     """The memory of a solver at the end of its steps, for a batch: [B, H, W, 3], [B] -> leading axis [B]."""
-    start = jax.vmap(solver.init)(images)
-    return drive(model, _step_to_map(solver), (images, labels), start, np.arange(solver.steps), driver=driver)[0]
+    return drive(model, _step_to_map(solver), (images, labels), _start(images, solver), np.arange(solver.steps), driver=driver)[0]
+
+
+@partial(jax.jit, static_argnames="solver")
+def _start(images: Array, solver: Solver) -> Any:
+    return jax.vmap(solver.init)(images)
 
 
 def drive(
@@ -314,16 +319,16 @@ def drive(
     one, loop = _programs(structure, step)
     start, stop = span or (0, len(jax.tree.leaves(schedule)[0]))
     if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states, infos = loop(leaves, problems, states, schedule, np.int32(start), np.int32(stop))
+        states, infos = loop(leaves, problems, states, *jax.device_put((schedule, np.int32(start), np.int32(stop))))
         if on_step:
             jax.block_until_ready(states)
             on_step(stop - start)
-        return states, jax.tree.map(lambda values: values[:, start:stop], infos)
+        return states, jax.tree.map(lambda values: values[:, start:stop], jax.device_get(infos))
     reports = []
     for i in range(start, stop):
-        states, info = one(leaves, problems, states, jax.tree.map(operator.itemgetter(i), schedule))
+        states, info = one(leaves, problems, states, jax.device_put(jax.tree.map(operator.itemgetter(i), schedule)))
         reports.append(info)
         if on_step:
             jax.block_until_ready(info)
             on_step(1)
-    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *reports)
+    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *jax.device_get(reports))

@@ -7,7 +7,11 @@ NAMED = 8  # items in one message
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says; its type where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    try:
+        lines = str(error).splitlines()
+    except Exception:  # of a class of the user's
+        lines = []
+    return next((line for line in lines if line.strip()), type(error).__name__)
 
 
 def listed(items: Sequence[str], separator: str = "; ", limit: int = NAMED) -> str:

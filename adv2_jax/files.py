@@ -25,14 +25,15 @@ SCHEMA = 1  # of summary.json and results.npz
 
 Wanted = Callable[[str], bool]
 StateDicts = Mapping[str, Mapping[str, Any]]  # path to a state dict in its file -> name -> array or tensor
+Headers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shapes and types by name
+
+EXPANSION, SMALL = 10, 2**26  # an .npz may unpack to ten times its bytes, or to 64 MiB: what holds memory to the size of the file
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _read_npz(path: Path, wanted: Wanted = lambda name: True) -> dict[str, np.ndarray]:
-    with path.open("rb") as file:
-        if not zipfile.is_zipfile(file):
-            raise ValueError("not a whole .npz archive")
-    with np.load(path, allow_pickle=False) as archive:
-        return {key: archive[key] for key in archive.files if wanted(key)}
+    with _archive(path) as archive:
+        return {name: _whole(archive, member) for name, member in _members(archive, path, wanted).items()}
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -222,8 +223,19 @@ def read_arrays(path: str | os.PathLike[str], key: str | None = None) -> dict[st
             state dicts of which none is the usual one, or none under `key`.
     """
     path = Path(path)
-    with _one_line(path):
+    with intact(path):
         return {name: _numpy(array) for name, array in _choose(READERS[_format(path)](path), key, path).items()}
+
+
+def array_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the arrays of an `.npz`.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = Path(path)
+    with intact(path), _archive(path) as archive:
+        return [entry.removesuffix(".npy") for entry in archive.namelist()]
 
 
 def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndarray]:
@@ -233,7 +245,7 @@ def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndar
         ValueError: as `read_arrays`.
     """
     path = Path(path)
-    with _one_line(path):
+    with intact(path):
         return _read_npz(path, wanted)
 
 
@@ -244,37 +256,93 @@ def read_pictures(path: str | os.PathLike[str], n: int) -> dict[str, np.ndarray]
         ValueError: as `read_arrays`.
     """
     path = Path(path)
-    with _one_line(path), zipfile.ZipFile(path) as archive:
-        return {entry.removesuffix(".npy"): _first(archive, entry, n) for entry in archive.namelist()}
+    with intact(path), _archive(path) as archive:
+        return {name: _first(archive, member, n) for name, member in _members(archive, path).items()}
 
 
-def _first(archive: zipfile.ZipFile, entry: str, n: int) -> np.ndarray:
+class Member(NamedTuple):
+    """An array in an `.npz`: where it is, its shape, type and order."""
+
+    entry: zipfile.ZipInfo
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    order: Literal["C", "F"]
+
+
+@contextlib.contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    with path.open("rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise ValueError("not a whole .npz archive")
+        with zipfile.ZipFile(file) as archive:
+            yield archive
+
+
+def _members(archive: zipfile.ZipFile, path: Path, wanted: Wanted = lambda name: True) -> dict[str, Member]:
+    """The arrays of an archive by name, which together must not be much larger than its file."""
+    entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+    entries = {name: entry for name, entry in entries.items() if wanted(name)}
+    packed, unpacked = path.stat().st_size, sum(entry.file_size for entry in entries.values())
+    if unpacked > max(SMALL, EXPANSION * packed):
+        raise ValueError(f"its {packed} bytes unpack to {unpacked}, over {EXPANSION} times as many: save it without compression")
+    return {name: _member(archive, name, entry) for name, entry in entries.items()}
+
+
+def _member(archive: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -> Member:
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # NumPy writes no other, which unpack without bounds
+        raise ValueError(f"{name!r} is compressed in another way than NumPy's")
     with archive.open(entry) as member:
         shape, dtype, order = _header(member)
-        if len(shape) > 2 and order == "C":
-            shape = (min(n, shape[0]), *shape[1:])
-        values = np.frombuffer(member.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape, order=order)
-    return values[:n] if len(shape) > 2 else values
+        if (told := math.prod(shape) * dtype.itemsize) != (held := entry.file_size - member.tell()):
+            raise ValueError(f"{name!r} holds {held} bytes, an array of {dtype} {list(shape)} takes {told}")
+    return Member(entry, shape, dtype, order)
+
+
+def _whole(archive: zipfile.ZipFile, member: Member) -> np.ndarray:
+    with archive.open(member.entry) as file:
+        values: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return values
+
+
+def _first(archive: zipfile.ZipFile, member: Member, n: int) -> np.ndarray:
+    _, shape, dtype, order = member
+    if len(shape) < 3:
+        return _whole(archive, member)
+    if order == "F":
+        return _whole(archive, member)[:n]
+    shape = (min(n, shape[0]), *shape[1:])
+    with archive.open(member.entry) as file:
+        _header(file)
+        return np.frombuffer(file.read(math.prod(shape) * dtype.itemsize), dtype).reshape(shape)
 
 
 def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], Literal["C", "F"]]:
-    np.lib.format.read_magic(member)
-    shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
+    version = np.lib.format.read_magic(member)
+    if version not in HEADERS:
+        raise ValueError(f"version {version} of NumPy's format is not read")
+    shape, fortran, dtype = HEADERS[version](member)
     if dtype.hasobject:
         raise ValueError("without allow_pickle there are no objects")  # NumPy's word, which becomes ours
+    if min(shape, default=0) < 0:
+        raise ValueError(f"it tells of an array {list(shape)}")
     return shape, dtype, "F" if fortran else "C"
 
 
 @contextlib.contextmanager
-def _one_line(path: Path) -> Iterator[None]:
-    """Whatever a reader raises as one line that names the file."""
+def intact(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file, or what adv2 wrote into a folder, is read as one line that names it."""
     if not path.exists():
         raise ValueError(f"cannot read {path}: no such file")
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy and zipfile warn of damage, too
+            yield
     except Exception as error:  # zipfile, zlib, numpy, safetensors and torch each raise their own on a damaged file
-        pickled = "allow_pickle" in str(error)
-        reason = "it holds pickled objects, only plain arrays are read" if pickled else first_line(error)
+        reason = first_line(error)
+        if "allow_pickle" in reason:
+            reason = "it holds pickled objects, only plain arrays are read"
+        if isinstance(error, LookupError | TypeError | AttributeError):  # of our own readers
+            reason = f"it is not as adv2 writes it ({type(error).__name__}: {reason})"
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
@@ -341,8 +409,11 @@ def read_summary(directory: Path) -> dict[str, Any]:
     path = directory / "summary.json"
     if not path.exists():
         raise ValueError(f"{directory} holds no finished run: there is no summary.json")
-    with _one_line(path):
+    with intact(path):
         summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary, dict):
+            raise ValueError(f"it holds no object, but {type(summary).__name__}")
+        json.dumps(summary, allow_nan=False)  # infinite numbers could not be written again
     check_schema(summary, path)
     return summary
 
@@ -378,14 +449,15 @@ def write_streams(path: str | os.PathLike[str], streams: Iterable[tuple[str, Str
                     member.write(np.asarray(block, dtype).tobytes())
 
 
-def stored(path: str | os.PathLike[str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-    """Shape and type of each array of an `.npz`; their values are not read."""
-    found = {}
-    with zipfile.ZipFile(path) as archive:
-        for entry in archive.namelist():
-            with archive.open(entry) as member:
-                found[entry.removesuffix(".npy")] = _header(member)[:2]
-    return found
+def stored(path: str | os.PathLike[str]) -> Headers:
+    """Shape and type of each array of an `.npz`; their values are not read.
+
+    Raises:
+        ValueError: as `read_arrays`.
+    """
+    path = Path(path)
+    with intact(path), _archive(path) as archive:
+        return {name: (member.shape, member.dtype) for name, member in _members(archive, path).items()}
 
 
 def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:

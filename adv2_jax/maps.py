@@ -1,9 +1,12 @@
 """Operations on attribution maps [h, w], all safe to differentiate twice."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Map
 
 
@@ -14,17 +17,18 @@ def min_max(raw: Array) -> Map:
     value, so the rule does not depend on the scale of the map.
 
     Args:
-        raw: [h, w], any range.
+        raw: [h, w], any range and floating-point type.
 
     Returns:
-        [h, w] in [0, 1].
+        [h, w] in [0, 1], float32 or wider; with NaN in it if the raw map is not finite, so that it can be seen.
     """
+    raw = at_least_float32(raw)
     low, high = raw.min(), raw.max()
     span = high - low
     resolution = 4 * jnp.finfo(raw.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
-    varies = span > resolution
+    constant = jnp.isfinite(span) & (span <= resolution)
     # the inner `where` keeps 0/0 out of the branch that the outer one discards: its gradient would be NaN
-    return jnp.where(varies, (raw - low) / jnp.where(varies, span, 1), 0)
+    return jnp.where(constant, 0, (raw - low) / jnp.where(constant, 1, span))
 
 
 def channel_max(gradient: Array) -> Array:
@@ -66,13 +70,15 @@ def blur(values: Array, sigma: float) -> Array:
         values: [H, W, ...].
         sigma: standard deviation in pixels, > 0.
     """
-    rows, columns = (_gaussian(n, sigma) for n in values.shape[:2])
+    values = at_least_float32(values)
+    rows, columns = (_gaussian(n, sigma, values.dtype) for n in values.shape[:2])
     return jnp.einsum("ih,jw,hw...->ij...", rows, columns, values)
 
 
-def _gaussian(n: int, sigma: float) -> Array:
+def _gaussian(n: int, sigma: float, dtype: Any) -> Array:
     """Matrix [n, n] that blurs n values; each row sums to 1."""
-    distance = jnp.arange(n)[:, None] - jnp.arange(n)
+    place = jnp.arange(n, dtype=dtype)  # or a network would be given float64 images where JAX knows them
+    distance = place[:, None] - place[None]
     return jax.nn.softmax(-0.5 * (distance / sigma) ** 2, axis=-1)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import optax
 
@@ -19,36 +19,62 @@ from adv2_jax.interpreters import (
     rts_interpreter,
     smooth_grad_interpreter,
 )
+from adv2_jax.options import shown
 from adv2_jax.threats import PIXEL, Threat
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
 
 
-def constant(value: float) -> Plan:
+class Course(NamedTuple):
+    """How a number runs over the joint steps, whatever their count n: called with n it gives the optax schedule.
+
+    Attributes:
+        shape: "constant"; "ramp", a straight line; "decay", half a cosine; "geometric", a constant factor a step.
+        first, last: its values at steps 0 and n.
+    """
+
+    shape: str
+    first: float
+    last: float
+
+    def __call__(self, n: int) -> optax.Schedule:
+        """The schedule over n steps."""
+        first, last, n = self.first, self.last, max(n, 1)
+        match self.shape:
+            case "ramp":
+                return optax.linear_schedule(first, last, n)
+            case "decay":
+                return optax.cosine_decay_schedule(first, n, last / first)
+            case "geometric":
+                return optax.exponential_decay(first, n, last / first)
+        return optax.constant_schedule(first)
+
+
+def constant(value: float) -> Course:
     """The same value at every step."""
-    return lambda n: optax.constant_schedule(value)
+    return Course("constant", value, value)
 
 
-def ramp(first: float, last: float) -> Plan:
+def ramp(first: float, last: float) -> Course:
     """A straight line from `first` to `last`."""
-    return lambda n: optax.linear_schedule(first, last, max(n, 1))
+    return Course("ramp", first, last)
 
 
-def decay(first: float, last: float) -> Plan:
+def decay(first: float, last: float) -> Course:
     """Half a cosine from `first` down to `last`."""
-    return lambda n: optax.cosine_decay_schedule(first, max(n, 1), last / first)
+    return Course("decay", first, last)
 
 
-def geometric(first: float, last: float) -> Plan:
+def geometric(first: float, last: float) -> Course:
     """A constant factor a step, from `first` to `last`."""
-    return lambda n: optax.exponential_decay(first, max(n, 1), last / first)
+    return Course("geometric", first, last)
 
 
 _TAU = constant(TAU)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preset:
     """The numbers of one attack.
 
@@ -85,6 +111,9 @@ class Preset:
     keep_every: int = 0
     reset: bool = True
     warm_step_size: float = PIXEL
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def paper_grad_balance(n: int) -> optax.Schedule:

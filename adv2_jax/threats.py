@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jax.scipy.ndimage import map_coordinates
 
-from adv2_jax.options import shared
+from adv2_jax.options import bind, shared, shown
 from adv2_jax.types import Image
 
 Params = Any
@@ -70,6 +70,9 @@ class Threat(NamedTuple):
     round: Callable[[Image, Params, Image], Image] = nearest
     check: Callable[[np.ndarray], None] = any_image
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 @shared
 def linf(epsilon: float = 8 / 255) -> Threat:
@@ -84,18 +87,20 @@ def linf(epsilon: float = 8 / 255) -> Threat:
     """
     _check_radius(epsilon, epsilon <= 1, "lie in [1/255, 1]")
 
-    def project(delta: Array, image: Image) -> Array:
-        low, high = jnp.maximum(-epsilon, -image), jnp.minimum(epsilon, 1 - image)
-        return optax.projections.projection_box(delta, low, high)
+    return Threat("linf", jnp.zeros_like, _add, bind(_into_box, epsilon=epsilon), round=bind(_round_in_box, epsilon=epsilon))
 
-    def round(x: Image, params: Params, image: Image) -> Image:
-        xp = x.__array_namespace__()
-        # half-way errors of the products below: without it the bound of an image on the 8-bit grid might fall a level short
-        slack = 2048 * xp.finfo(x.dtype).eps
-        low, high = xp.ceil((image - epsilon) * 255 - slack), xp.floor((image + epsilon) * 255 + slack)
-        return xp.clip(xp.round(x * 255), xp.maximum(low, 0), xp.minimum(high, 255)) / 255
 
-    return Threat("linf", jnp.zeros_like, _add, project, round=round)
+def _into_box(delta: Array, image: Image, *, epsilon: float) -> Array:
+    low, high = jnp.maximum(-epsilon, -image), jnp.minimum(epsilon, 1 - image)
+    return optax.projections.projection_box(delta, low, high)
+
+
+def _round_in_box(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
+    xp = x.__array_namespace__()
+    # half-way errors of the products below: without it the bound of an image on the 8-bit grid might fall a level short
+    slack = 2048 * xp.finfo(x.dtype).eps
+    low, high = xp.ceil((image - epsilon) * 255 - slack), xp.floor((image + epsilon) * 255 + slack)
+    return xp.clip(xp.round(x * 255), xp.maximum(low, 0), xp.minimum(high, 255)) / 255
 
 
 def _check_radius(epsilon: float, holds: bool, allowed: str) -> None:
@@ -122,36 +127,41 @@ def l2(epsilon: float = 0.5) -> Threat:
     """
     _check_radius(epsilon, epsilon < float("inf"), "be a finite number, 1/255 or more")
 
-    def project(delta: Array, image: Image) -> Array:
-        return optax.projections.projection_l2_ball(optax.projections.projection_box(delta, -image, 1 - image), epsilon)
+    functions = {"project": _into_ball, "steepest": _along_gradient, "round": _round_in_ball, "check": _check_near_grid}
+    return Threat("l2", jnp.zeros_like, _add, **{field: bind(f, epsilon=epsilon) for field, f in functions.items()})
 
-    def steepest() -> optax.GradientTransformation:
-        return optax.chain(optax.normalize_by_update_norm(), optax.scale(epsilon / 4 / PIXEL))
 
-    def round(x: Image, params: Params, image: Image) -> Image:
-        xp = x.__array_namespace__()
+def _into_ball(delta: Array, image: Image, *, epsilon: float) -> Array:
+    return optax.projections.projection_l2_ball(optax.projections.projection_box(delta, -image, 1 - image), epsilon)
 
-        def shrunk(share: Any) -> tuple[Image, Any]:
-            rounded = nearest(image + share * (x - image), params, image)
-            return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (1 - 8 * xp.finfo(x.dtype).eps)
 
-        whole, fits = shrunk(1)
-        low, high = xp.zeros_like(x[0, 0, 0]), xp.ones_like(x[0, 0, 0])
-        for _ in range(HALVINGS):  # each value of the rounded change grows with the share, so its norm does
-            middle = (low + high) / 2
-            inside = shrunk(middle)[1]
-            low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
-        return xp.where(fits, whole, shrunk(low)[0])
+def _along_gradient(*, epsilon: float) -> optax.GradientTransformation:
+    return optax.chain(optax.normalize_by_update_norm(), optax.scale(epsilon / 4 / PIXEL))
 
-    def check(image: np.ndarray) -> None:
-        distance = np.linalg.norm(np.round(image * 255) / 255 - image)
-        if distance > epsilon:
-            raise ValueError(
-                f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, more than epsilon = {epsilon}: "
-                "give 8-bit images or a larger epsilon"
-            )
 
-    return Threat("l2", jnp.zeros_like, _add, project, steepest=steepest, round=round, check=check)
+def _round_in_ball(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
+    xp = x.__array_namespace__()
+
+    def shrunk(share: Any) -> tuple[Image, Any]:
+        rounded = nearest(image + share * (x - image), params, image)
+        return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (1 - 8 * xp.finfo(x.dtype).eps)
+
+    whole, fits = shrunk(1)
+    low, high = xp.zeros_like(x[0, 0, 0]), xp.ones_like(x[0, 0, 0])
+    for _ in range(HALVINGS):  # each value of the rounded change grows with the share, so its norm does
+        middle = (low + high) / 2
+        inside = shrunk(middle)[1]
+        low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
+    return xp.where(fits, whole, shrunk(low)[0])
+
+
+def _check_near_grid(image: np.ndarray, *, epsilon: float) -> None:
+    distance = np.linalg.norm(np.round(image * 255) / 255 - image)
+    if distance > epsilon:
+        raise ValueError(
+            f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, more than epsilon = {epsilon}: "
+            "give 8-bit images or a larger epsilon"
+        )
 
 
 @shared
@@ -171,19 +181,40 @@ def flow(penalty: float = 5e-4) -> Threat:
     if not 0 <= penalty < float("inf"):
         raise ValueError(f"penalty = {penalty} must be a finite number, 0 or more")
 
-    def init(image: Image) -> Array:
-        return jnp.zeros((*image.shape[:2], 2), image.dtype)
-
     return Threat(
         "flow",
-        init,
-        apply=lambda params, image: warp(image, params),
-        project=lambda params, image: params,
-        penalty=lambda params: penalty * flow_penalty(params),
-        steepest=lambda: optax.chain(optax.scale_by_sign(), optax.scale(0.02 / PIXEL)),
-        optimiser=lambda: optax.chain(optax.scale_by_amsgrad(), optax.scale(0.01 / PIXEL)),
-        displacement=lambda params: params,
+        _no_flow,
+        apply=_warped,
+        project=_as_it_is,
+        penalty=bind(_weighted_penalty, weight=penalty),
+        steepest=_sign_of_flow,
+        optimiser=_adam_of_flow,
+        displacement=_as_it_is,
     )
+
+
+def _no_flow(image: Image) -> Array:
+    return jnp.zeros((*image.shape[:2], 2), image.dtype)
+
+
+def _warped(flow: Array, image: Image) -> Image:
+    return warp(image, flow)
+
+
+def _as_it_is(flow: Array, image: Any = None) -> Array:
+    return flow
+
+
+def _weighted_penalty(flow: Array, *, weight: float) -> Array:
+    return weight * flow_penalty(flow)
+
+
+def _sign_of_flow() -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_sign(), optax.scale(0.02 / PIXEL))
+
+
+def _adam_of_flow() -> optax.GradientTransformation:
+    return optax.chain(optax.scale_by_amsgrad(), optax.scale(0.01 / PIXEL))
 
 
 class Moved(NamedTuple):
@@ -205,31 +236,42 @@ def linf_flow(epsilon: float = 8 / 255, penalty: float = 5e-4) -> Threat:
         ValueError: as these two.
     """
     ball, moving = linf(epsilon), flow(penalty)
-
-    def apply(params: Moved, image: Image) -> Image:
-        return _clipped(ball.apply(params.delta, moving.apply(params.flow, image)))
-
-    def project(params: Moved, image: Image) -> Moved:
-        return params._replace(delta=ball.project(params.delta, moving.apply(params.flow, image)))
-
-    def round(x: Image, params: Moved, image: Image) -> Image:
-        return ball.round(x, params.delta, x.__array_namespace__().asarray(moving.apply(params.flow, image)))
-
-    def each(flow: Transformation | None, delta: Transformation) -> Transformation:
-        assert flow is not None
-        return lambda: optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
-
     return Threat(
         "linf+flow",
-        lambda image: Moved(moving.init(image), ball.init(image)),
-        apply,
-        project,
-        penalty=lambda params: moving.penalty(params.flow),
-        steepest=each(moving.steepest, ball.steepest),
-        optimiser=each(moving.optimiser, ball.steepest),
-        displacement=lambda params: params.flow,
-        round=round,
+        _no_move,
+        bind(_moved, ball=ball),
+        bind(_move_into_box, ball=ball),
+        penalty=bind(_of_flow, function=moving.penalty),
+        steepest=bind(_partition, flow=moving.steepest, delta=ball.steepest),
+        optimiser=bind(_partition, flow=moving.optimiser, delta=ball.steepest),
+        displacement=bind(_of_flow, function=moving.displacement),
+        round=bind(_round_moved, ball=ball),
     )
+
+
+def _no_move(image: Image) -> Moved:
+    return Moved(_no_flow(image), jnp.zeros_like(image))
+
+
+def _moved(params: Moved, image: Image, *, ball: Threat) -> Image:
+    return _clipped(ball.apply(params.delta, warp(image, params.flow)))
+
+
+def _move_into_box(params: Moved, image: Image, *, ball: Threat) -> Moved:
+    return params._replace(delta=ball.project(params.delta, warp(image, params.flow)))
+
+
+def _round_moved(x: Image, params: Moved, image: Image, *, ball: Threat) -> Image:
+    moved = jax.jit(warp)(*jax.device_put((image, params.flow)))
+    return ball.round(x, params.delta, x.__array_namespace__().asarray(moved))
+
+
+def _of_flow(params: Moved, *, function: Callable[[Array], Array]) -> Array:
+    return function(params.flow)
+
+
+def _partition(*, flow: Transformation, delta: Transformation) -> optax.GradientTransformation:
+    return optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
 
 
 THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "flow": flow, "linf+flow": linf_flow}

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from flax import nnx
 
 from adv2_jax import models
 from adv2_jax.activations import relu
+
+# before jax 0.8 it is experimental
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 jax.config.update("jax_disable_most_optimizations", True)  # most programs run once: compiling them well does not pay
 
@@ -189,7 +193,7 @@ def pixels():
 @pytest.fixture
 def double():
     """Runs a test in float64, where central differences are good to nine digits."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

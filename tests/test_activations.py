@@ -87,6 +87,32 @@ def test_derivatives_are_the_closed_forms_in_every_mode(name, order):
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize("name", CASES)
+def test_half_precision_keeps_its_type_and_the_derivatives(name, order, dtype):
+    """Options are float32 arrays here, as in an attack: they must not widen what they meet. float16 cannot square 300."""
+    activation, closed = CASES[name]
+    if isinstance(activation, partial):
+        activation = partial(activation.func, **{key: jnp.float32(value) for key, value in activation.keywords.items()})
+    z = jnp.asarray([*Z, -300, 300], dtype)
+    modes = itertools.product((jax.grad, forward), repeat=order)
+    found = [jax.vmap(reduce(lambda f, mode: mode(f), chain, activation))(z) for chain in modes]
+    exact = closed[order](np.asarray(z, float).clip(-30, 30))  # where NumPy's exp does not overflow; the same but for the value
+    exact = np.where(abs(z) > 30, np.maximum(z, 0), exact) if order == 0 else exact
+    for values in found:
+        assert values.dtype == dtype
+        # a few roundings of the result's type
+        np.testing.assert_allclose(values.astype(float), exact, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("factory", [relu_sigmoid, softplus])
+def test_a_typed_option_widens_nothing(factory, dtype):
+    z = jnp.asarray(0.5, jnp.bfloat16)
+    assert factory(dtype(1))(z).dtype == jax.grad(factory(dtype(1)))(z).dtype == jnp.bfloat16
+
+
 @pytest.mark.parametrize("name", STRAIGHT)
 def test_forward_pass_is_exactly_relu(name):
     z = jnp.asarray(np.random.default_rng(0).standard_normal((5, 7)), jnp.float32)

@@ -11,7 +11,7 @@ import adv2_jax
 
 ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
-    {"types", "options", "errors", "names"},
+    {"types", "options", "errors", "names", "precision", "cost"},
     {"activations", "maps", "losses", "files"},
     {"classifier", "blending"},
     {"interpreters", "threats", "models", "data", "metrics"},

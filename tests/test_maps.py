@@ -48,6 +48,23 @@ def test_rounding_noise_on_a_large_number_is_a_constant_map():
     np.testing.assert_array_equal(maps.min_max(noisy), np.zeros((2, 2)))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("share", ["one", "all"])
+def test_a_map_that_is_not_finite_is_not_taken_for_a_constant_one(raw, bad, share):
+    broken = jnp.full((6, 8), bad) if share == "all" else jnp.asarray(raw, jnp.float32).at[2, 3].set(bad)
+    assert np.isnan(maps.min_max(broken)).any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_a_half_precision_map_is_scaled_in_float32(dtype):
+    """3 % of the largest value is 4 eps of bfloat16, but no rounding noise of a map that is computed in float32."""
+    raw = jnp.asarray([[1.0, 1.015625], [1.0078125, 1.0]], dtype)
+    m = maps.min_max(raw)
+    assert m.dtype == np.float32
+    np.testing.assert_array_equal(m, [[0, 1], [0.5, 0]])
+    assert jax.grad(lambda raw: maps.min_max(raw)[1, 0])(raw).dtype == dtype
+
+
 def test_small_structure_on_a_large_number_is_a_map():
     np.testing.assert_allclose(maps.min_max(jnp.array([[1000.0, 1000.25], [1000.5, 1001.0]])), [[0, 0.25], [0.5, 1]])
 

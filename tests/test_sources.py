@@ -3,14 +3,22 @@
 import io
 import logging
 import os
+import resource
+import struct
 import sys
+import time
+import tracemalloc
+import unicodedata
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from adv2_jax.data import ImageSet, load, photos, shapes, sizes_vary
+from adv2_jax.data.labels import ClassList, read_classes, read_labels
 from adv2_jax.data.sources import check_classes
+from adv2_jax.experiments.train import training_sets
 from adv2_jax.files import write_arrays
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -84,6 +92,103 @@ def test_folders_that_are_numbers_are_the_labels(tmp_path):
         check_classes(images, 10)
 
 
+ORDER = sorted(map(str, range(12)))  # as text: 0, 1, 10, 11, 2
+
+
+@pytest.fixture
+def twelve(tmp_path):
+    """Class folders 0 .. 11, one image each."""
+    for name in ORDER:
+        write(tmp_path / "photos" / name / "a.png")
+    return tmp_path / "photos"
+
+
+def by_folder(images):
+    return {name.split("/")[0]: int(label) for name, label in zip(images.names, images.labels, strict=True)}
+
+
+@pytest.mark.parametrize("line", ["{}", "{:0>3}", "{} thing", "n{:0>8} {}"], ids=str)
+def test_a_class_file_that_names_numbers_gives_their_order(twelve, tmp_path, line):
+    images = load(twelve, classes=text(tmp_path / "c.txt", *(line.format(name, name) for name in ORDER)))
+    assert by_folder(images) == {name: ORDER.index(name) for name in ORDER}
+
+
+def test_a_class_file_of_other_names_leaves_numbers_as_they_are(twelve, tmp_path):
+    names = [f"thing{chr(97 + i)}" for i in range(12)]
+    assert by_folder(load(twelve, classes=text(tmp_path / "c.txt", *names))) == {name: int(name) for name in ORDER}
+    refused("class 11 is out of range: ", twelve, classes=text(tmp_path / "c.txt", *names[:11]))
+    refused("class '11' is in no line of", twelve, classes=text(tmp_path / "c.txt", *map(str, range(11)), "background"))
+
+
+def test_numbers_that_imagefolder_would_sort_otherwise_come_with_advice(twelve, tmp_path):
+    images = load(twelve)
+    assert by_folder(images) == {name: int(name) for name in ORDER}
+    assert "give the order with --classes FILE" in images.advice
+    with pytest.raises(
+        ValueError, match=r"label 11 of image 3 is out of range: the network has 11 classes, 0..10; the class folders"
+    ):
+        check_classes(images, 11)
+    for folder in ("0", "01", "02"):
+        write(tmp_path / "padded" / folder / "a.png")
+    assert load(tmp_path / "padded").advice is None  # both orders are one
+    for folder in ("3", "17"):
+        write(tmp_path / "gaps" / folder / "a.png")
+    assert by_folder(load(tmp_path / "gaps")) == {"3": 3, "17": 17} and load(tmp_path / "gaps").advice
+    assert load(twelve, classes=text(tmp_path / "c.txt", *ORDER)).advice is None
+
+
+def test_folders_of_one_class_are_refused(tmp_path):
+    for folder in ("one/7", "one/007", "two/caf\u00e9", "two/cafe\u0301"):
+        write(tmp_path / folder / "a.png")
+    refused("class folders '007' and '7' of", tmp_path / "one")
+    refused("class folders 'cafe\\u0301' and 'caf\\xe9' of", tmp_path / "two")
+
+
+def test_accents_are_one_name_however_they_are_encoded(tmp_path):
+    composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
+    for own, other in ((composed, apart), (apart, composed)):
+        base = tmp_path / str(len(own))
+        write(base / own / "a.png")
+        write(base / "zoo" / "a.png")
+        assert load(base).classes == (composed, "zoo")
+        assert load(base, classes=text(tmp_path / "c.txt", "zoo", other)).labels.tolist() == [1, 0]
+        write(base / "flat" / f"{own}.png")
+        for name in (f"{other}.png", other, f"{other.upper()}.PNG"):
+            images = load(base / "flat", labels=text(tmp_path / "l.csv", f"{name},{other}"), classes=tmp_path / "c.txt")
+            assert images.names.tolist() == [f"{own}.png"] and images.labels.tolist() == [1]
+    write(tmp_path / "both" / f"{composed}.png")
+    write(tmp_path / "both" / f"{apart}.png")
+    refused("may be any of 'cafe\\u0301.png', 'caf\\xe9.png'", tmp_path / "both", labels=text(tmp_path / "l.csv", f"{apart}.png,0"))
+    assert len(load(tmp_path / "both").images) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "names"),
+    [
+        (["1 euro", "2 euro", "3D printer"], ["1 euro", "2 euro", "3D printer"]),
+        (["1 euro", "2 pence", "3D printer"], ["1 euro", "2 pence", "3D printer"]),
+        (["3D printer", "scissors"], ["3D printer", "scissors"]),
+        (["4x4 car", "mp3 player", "n95 mask"], ["4x4 car", "mp3 player", "n95 mask"]),
+        (["7 up", "cola"], ["7 up", "cola"]),
+        (["0 cat", "1 dog", "10 eel"], ["cat", "dog", "eel"]),
+        (["c0 reading", "c1 writing a letter"], ["reading", "writing a letter"]),
+        (["n01440764\ttench, Tinca tinca", "3D printer"], ["tench, Tinca tinca", "3D printer"]),
+        (["2CV", "911"], ["2CV", "911"]),
+    ],
+    ids=str,
+)
+def test_what_is_an_identifier(tmp_path, lines, names):
+    assert list(read_classes(text(tmp_path / "c.txt", *lines)).names) == names
+
+
+def test_repeated_lines_matter_where_they_are_named(folders, tmp_path):
+    """ImageNet's list has two cranes."""
+    classes = text(tmp_path / "c.txt", "crane", "cat", "dog", "eel", "crane")
+    assert load(folders, classes=classes).labels.tolist() == [1, 1, 2, 3]
+    write(folders / "crane" / "a.png")
+    refused("class 'crane' may be any of lines 1, 5 of", folders, classes=classes)
+
+
 def test_a_class_file_gives_the_order(folders, tmp_path):
     classes = text(tmp_path / "classes.txt", "n07 dog", "cat", "n08", "an eel", "n09 eel")
     images = load(folders, classes=classes)
@@ -141,6 +246,57 @@ def test_what_people_did_not_put_there_is_passed_over(flat, folders):
     assert len(load(folders).images) == 4
 
 
+LEFT_BEHIND = ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"]
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_folders_that_systems_leave_are_no_classes(folders, flat, name):
+    for parent in (folders, folders / "cat"):
+        write(parent / name / "thumb.png")
+    for i in range(4):
+        (flat / f"{i}.png").unlink()
+    (folders / "Icon\r").write_bytes(b"")
+    images = load(folders)
+    assert images.classes == ("cat", "dog", "eel") and len(images.images) == 4
+
+
+def test_class_folders_without_an_image_are_refused_by_name(folders, tmp_path):
+    for i in range(7):
+        (folders / f"empty{i}").mkdir()
+    (folders / "empty0" / ".DS_Store").write_bytes(b"")
+    refused(f"class folders of {folders} hold no images: empty0, empty1, empty2, empty3, empty4, …", folders)
+    for i in range(1, 7):
+        (folders / f"empty{i}").rmdir()
+    refused(f"class folders of {folders} hold no images: empty0", folders, classes=text(tmp_path / "c.txt", "cat", "dog", "eel"))
+    with pytest.raises(ValueError, match="hold no images: empty0"):
+        training_sets(str(folders))
+
+
+def test_names_that_cannot_be_printed(tmp_path):
+    """Bytes that are no UTF-8, line breaks, links in a circle."""
+    with open(os.fsencode(tmp_path) + b"/caf\xe9.png", "wb") as file:
+        Image.fromarray(PIXELS[0]).save(file, "PNG")
+    assert load(tmp_path).names.tolist() == ["caf\ufffd.png"]
+    write(tmp_path / "a\nb.png")
+    assert len(load(tmp_path, labels=text(tmp_path / "l.csv", '"a\nb.png",1')).images) == 1
+    (tmp_path / "l.csv").unlink()
+    text(tmp_path / "c\nd.txt")
+    refused("c d.txt is not an image", tmp_path)
+    (tmp_path / "c\nd.txt").unlink()
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    refused("loop.png: Too many levels of symbolic links", tmp_path, labels=text(tmp_path / "l.csv", "loop,1"))
+
+
+def test_folders_and_files_that_may_not_be_read(flat, monkeypatch):
+    def no(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "photos")
+
+    monkeypatch.setattr(photos._pillow(), "open", no)
+    refused(f"cannot read {flat / '0.png'}: Permission denied", flat)
+    monkeypatch.setattr(type(flat), "iterdir", no)
+    refused("cannot read photos: Permission denied", flat)
+
+
 def test_other_files_are_refused_by_name(flat, folders, tmp_path):
     write(tmp_path / "one" / "a.png")
     text(tmp_path / "one" / "readme.txt")
@@ -178,6 +334,86 @@ def test_labels_may_be_names_and_the_header_may_be_missing(flat, tmp_path):
     assert images.names.tolist() == ["0.png", "2.png"]
     assert images.labels.tolist() == [0, 1] and images.targets is None
     assert images.classes == ("cat", "eel")
+
+
+@pytest.mark.parametrize(
+    "name", ["a0.png", "a0", "photos/a0.png", "./a0", "/data/photos/a0.png", "data\\photos\\a0.png", "A0.PNG", "A0"]
+)
+def test_a_file_may_be_named_in_other_ways(tmp_path, name):
+    write(tmp_path / "photos" / "a0.png", PIXELS[1])
+    write(tmp_path / "photos" / "b.1.JPG", PIXELS[2])
+    images = load(tmp_path / "photos", labels=text(tmp_path / "l.csv", "image_id,dx", f"{name},1", "b.1,2"))
+    assert images.names.tolist() == ["a0.png", "b.1.JPG"] and images.labels.tolist() == [1, 2]
+    for other in ("test/a0.png", "a0.jpg", "a", "png", "photos", "b"):
+        refused(
+            f"line 2: no image {other!r} in the folder", tmp_path / "photos", labels=text(tmp_path / "l.csv", "id,dx", f"{other},1")
+        )
+
+
+def test_a_name_must_fit_one_file(tmp_path):
+    for name in ("a.png", "a.jpg", "A.bmp", "b.png", "b.png.jpg"):
+        write(tmp_path / "photos" / name)
+    text(tmp_path / "photos" / "b.txt")
+    refused("line 1: 'a' may be any of 'a.jpg', 'a.png'", tmp_path / "photos", labels=text(tmp_path / "l.csv", "a,1"))
+    refused("line 2: 'b' for the second time", tmp_path / "photos", labels=text(tmp_path / "l.csv", "b.png,1", "b,1"))
+    images = load(tmp_path / "photos", labels=text(tmp_path / "l.csv", "a.png,1", "A,2", "b.png,3", "b.png.jpg,4"))
+    assert dict(zip(images.names.tolist(), images.labels.tolist(), strict=True)) == {
+        "a.png": 1,
+        "A.bmp": 2,
+        "b.png": 3,
+        "b.png.jpg": 4,
+    }
+
+
+@pytest.mark.parametrize(
+    "first", ["missing.heic,1", "missing,1", "missing,-1", "missing,1.0", "missing,nan", "missing,", "missing,dog"]
+)
+def test_a_first_line_with_a_class_is_no_header(flat, tmp_path, first):
+    table, classes = text(tmp_path / "l.csv", first, "1.png,0"), text(tmp_path / "c.txt", "n1 cat", "n2 dog")
+    refused("line 1: no image 'missing", flat, labels=table, classes=classes)
+
+
+def test_a_first_line_for_a_file_is_no_header(flat, tmp_path):
+    classes = text(tmp_path / "c.txt", "cat", "dog")
+    refused("line 1: class 'cta' is in no line", flat, labels=text(tmp_path / "l.csv", "0,cta", "1,cat"), classes=classes)
+    refused("line 1: 1 columns, expected 2 or 3", flat, labels=text(tmp_path / "l.csv", "file", "1,0"))
+
+
+def test_numbers_in_a_table_are_names_where_the_class_file_has_them(flat, tmp_path):
+    classes = text(tmp_path / "c.txt", *ORDER)
+    images = load(flat, labels=text(tmp_path / "l.csv", "0.png,10", "1.png,2", "2.png,011"), classes=classes)
+    assert images.labels.tolist() == [2, 4, 3]
+    refused("line 1: class '12' is in no line", flat, labels=text(tmp_path / "l.csv", "0.png,12,10"), classes=classes)
+
+
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_other_separators_are_named(flat, tmp_path, mark):
+    table = text(tmp_path / "l.csv", f"file{mark}class", f"0.png{mark}1")
+    refused("line 1: 1 columns, expected 2 or 3: file name, class", flat, labels=table)
+    refused(f"commas separate columns, not {mark!r}", flat, labels=table)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_other_encodings_are_named(flat, folders, tmp_path, encoding):
+    (tmp_path / "l.csv").write_text("0.png,1\n", encoding=encoding)
+    refused("l.csv: it is not a UTF-8 text but, it seems, UTF-16; save it as UTF-8", flat, classes=tmp_path / "l.csv")
+    (tmp_path / "l.csv").write_text("caf\u00e9,1\n", encoding="latin-1")
+    refused("l.csv: it is not a UTF-8 text", flat, classes=tmp_path / "l.csv")
+
+
+def test_line_ends_of_every_system_and_no_others(tmp_path):
+    for end in ("\n", "\r\n", "\r"):
+        (tmp_path / "c.txt").write_bytes(end.join(["a\u2028b", "c\x0cd", "e"]).encode())
+        assert read_classes(tmp_path / "c.txt").lines == ("a\u2028b", "c\x0cd", "e")
+
+
+def test_a_long_table_takes_seconds(tmp_path):
+    classes = ClassList("c.txt", tuple(f"n{i:08} thing {i}" for i in range(1000)))
+    files = [f"{i}.png" for i in range(20000)]
+    table = text(tmp_path / "l.csv", "id,class", *(f"{i},thing {i % 1000}" for i in range(20000)))
+    start = time.process_time()
+    assert len(read_labels(table, tmp_path, files, classes).names) == 20000
+    assert time.process_time() - start < 3  # a million lines in less than a minute or two; 0.4 s here
 
 
 BAD_LABELS = {
@@ -270,6 +506,44 @@ def test_odd_metadata_is_not_the_users_concern(flat):
     assert len(load(flat).images) == 5
 
 
+BROKEN_EXIF = (b"garbage! more garbage", b"Exif\0\0II*\0", b"\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0MM\0*\xff\xff\xff\xff")
+
+
+@pytest.mark.parametrize("block", BROKEN_EXIF)
+@pytest.mark.parametrize("kind", ["jpg", "png", "webp"])
+def test_malformed_exif_turns_nothing(tmp_path, kind, block):
+    options = {"quality": 95} if kind == "jpg" else {"lossless": True} if kind == "webp" else {}
+    write(tmp_path / f"a.{kind}", PIXELS[0], exif=block, **options)
+    write(tmp_path / "plain" / f"a.{kind}", PIXELS[0], **options)
+    np.testing.assert_array_equal(load(tmp_path / "plain").images[0], photos.read_all(tmp_path, [f"a.{kind}"], None)[0])
+
+
+def test_an_orientation_that_is_none_turns_nothing(tmp_path):
+    for value in (0, 9, 65535):
+        np.testing.assert_array_equal(photos.read(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0])
+    write(tmp_path / "b.tiff", PIXELS[0], tiffinfo={0x0112: 3})
+    np.testing.assert_array_equal(photos.read(tmp_path / "b.tiff"), PIXELS[0][::-1, ::-1])
+
+
+@pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (2, 40000), (3, 999)], ids=str)
+def test_of_a_strip_the_middle_alone_is_resized(shape):
+    """As if the whole strip had been resized, but for roundings; memory does not grow with its length."""
+    strip = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    tracemalloc.start()  # sees what NumPy holds
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # and this what Pillow held, in KiB
+    large, mask = photos.fit(strip, 224), photos.fit(strip[..., 0] // 128, 224, nearest=True)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # whole: 1 to 5 GB
+    tracemalloc.stop()
+    assert large.shape == (224, 224, 3) and mask.shape == (224, 224) and set(np.unique(mask)) <= {0, 1}
+    side = round(16 * 256 / 224)
+    width, height = (round(side * n / min(shape)) for n in shape[::-1])
+    left, top = (width - 16) // 2, (height - 16) // 2
+    whole = np.asarray(Image.fromarray(strip).resize((width, height), Image.Resampling.BILINEAR))[top : top + 16, left : left + 16]
+    assert np.abs(photos.fit(strip, 16).astype(int) - whole).max() <= 2  # Pillow rounds each of its two passes, boxes to float32
+    assert photos.fit(strip, 1).shape == (1, 1, 3)
+
+
 GREY = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
@@ -303,6 +577,46 @@ def test_palettes_are_looked_up(tmp_path):
     hidden = np.asarray(_palette()) == 0
     assert (see_through[hidden] == 255).all() and hidden.any()
     np.testing.assert_array_equal(see_through[~hidden], plain[~hidden])
+
+
+TWELVE = np.linspace(0, 4095, 64).reshape(8, 8).astype(np.uint16)
+
+
+def _png16(path, numbers):
+    """A 16-bit PNG in colour, which Pillow cannot write."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, bands = numbers.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm", "swapped.tiff", "rgb.png", "rgba.png", "la.png"])
+def test_twelve_bits_in_sixteen_are_refused(tmp_path, name):
+    opaque = np.full_like(TWELVE, 65535)
+    colours = {"rgb": [TWELVE] * 3, "rgba": [TWELVE] * 3 + [opaque], "la": [TWELVE, opaque]}
+    stem = name.split(".")[0]
+    for numbers in (TWELVE, 16 * TWELVE):
+        if stem in colours:
+            scale = numbers.max() // 4095
+            _png16(tmp_path / name, np.stack([band if band is opaque else scale * band for band in colours[stem]], -1))
+        else:
+            write(tmp_path / name, numbers.astype(">u2") if stem == "swapped" else numbers)
+        if numbers is TWELVE:
+            refused(f"the 16-bit images of {tmp_path} hold no number above 4095, of 65535, and would be black: multiply", tmp_path)
+    assert np.abs(load(tmp_path).images[0] - np.linspace(0, 255, 64).reshape(8, 8, 1)).max() <= 1
+
+
+def test_one_bright_image_vouches_for_its_set(tmp_path):
+    write(tmp_path / "a.png", TWELVE)
+    write(tmp_path / "b.png", TWELVE * 16)
+    assert len(load(tmp_path).images) == 2
+    write(tmp_path / "black" / "a.png", 0 * TWELVE)
+    write(tmp_path / "black" / "eight.png", PIXELS[0])
+    assert len(load(tmp_path / "black").images) == 2
 
 
 def _frames(path, count):
@@ -415,6 +729,45 @@ def test_classes_name_those_of_arrays(tmp_path):
     write_arrays(tmp_path / "a.npz", {"images": PIXELS, "labels": np.array([0, 1, 0, 1, 0, 1])})
     images = load(tmp_path / "a.npz", classes=text(tmp_path / "c.txt", "n1 cat", "n2 dog"))
     assert images.labels.tolist() == [0, 1, 0, 1, 0, 1] and images.classes == ("cat", "dog")
+
+
+@pytest.fixture
+def several(tmp_path):
+    """Files of several sets, as MedMNIST and Keras write them."""
+    grey, labels = PIXELS[..., 0], np.arange(6, dtype=np.uint8) % 3
+    med = {"train_images": grey[:4], "train_labels": labels[:4, None], "test_images": PIXELS[4:], "test_labels": labels[4:, None]}
+    np.savez(tmp_path / "med.npz", **med)
+    np.savez(tmp_path / "keras.npz", x_train=grey[:4, ..., None], y_train=labels[:4], x_test=grey[4:], y_test=labels[4:])
+    np.savez(tmp_path / "one.npz", val_images=grey, val_labels=labels)
+    return tmp_path
+
+
+def test_one_of_several_sets_in_a_file(several):
+    grey = np.repeat(PIXELS[..., :1], 3, -1)
+    for source, pixels, labels in (
+        ("med.npz/train", grey[:4], [0, 1, 2, 0]),
+        ("med.npz/test", PIXELS[4:], [1, 2]),
+        ("keras.npz/train", grey[:4], [0, 1, 2, 0]),
+        ("keras.npz/test", grey[4:], [1, 2]),
+        ("one.npz", grey, [0, 1, 2, 0, 1, 2]),
+    ):
+        images = load(several / source)
+        np.testing.assert_array_equal(images.images, pixels)
+        assert images.labels.tolist() == labels and images.labels.dtype == np.int32
+    assert not sizes_vary(several / "med.npz/test")
+    assert len(load(several / "med.npz/train", sample=2, size=4).images) == 2
+
+
+def test_files_of_several_sets_are_refused_once(several):
+    refused(f"med.npz holds the sets train, test: name one, {several}/med.npz/test", several / "med.npz")
+    refused("med.npz has no set 'val'; it holds train, test", several / "med.npz/val")
+    refused("cannot read", several / "none.npz/test")
+    np.savez(several / "many.npz", test_images=PIXELS, test_labels=np.zeros((6, 14), np.uint8))
+    refused("many.npz/test: labels must be integers [6], one an image, got uint8 [6, 14]", several / "many.npz/test")
+    np.savez(several / "solid.npz", test_images=np.zeros((2, 8, 8, 8), np.uint8), test_labels=np.zeros((2, 1), np.uint8))
+    refused("images must be [N, H, W, 3], got [2, 8, 8, 8]", several / "solid.npz/test")
+    np.savez(several / "half.npz", test_images=PIXELS)
+    refused("half.npz lacks images and labels; it holds test_images", several / "half.npz")
 
 
 def test_which_sources_have_images_of_any_size(tmp_path):

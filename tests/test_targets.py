@@ -1,9 +1,9 @@
-"""Target maps: patches that are figures, and images of the right class."""
+"""Target maps: patches that are figures, and images of the right class. Random streams of the seed."""
 
 import numpy as np
 import pytest
 
-from adv2_jax.data import targets
+from adv2_jax.data import shapes, targets
 
 SIZES = [(7, 7), (8, 8), (14, 10), (32, 32), (56, 56)]
 
@@ -62,3 +62,20 @@ def test_donors_have_the_target_class_and_do_not_depend_on_who_else_is_attacked(
 def test_a_class_without_images_is_named():
     with pytest.raises(ValueError, match=r"^no image of target class 3 \(cat\) among the 10 images read: it has no map to show$"):
         targets.donors(LABELS, np.array([3]), np.array([0]), classes=("ant", "bee", "cow", "cat"))
+
+
+def test_every_use_of_a_seed_has_a_stream_of_its_own(monkeypatch):
+    """Scene i of the embedded set, the target class, the donor and the patch of image i begin with different numbers."""
+    made, default_rng = [], np.random.default_rng
+
+    def noted(entropy):
+        made.append(tuple(np.random.SeedSequence(entropy).generate_state(4)))
+        return default_rng(entropy)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    shapes.generate(2, seed=1, size=32)
+    targets.random_targets(np.zeros(2, int), 10, seed=1)
+    targets.donors(LABELS, np.array([0, 0]), np.array([0, 1]), seed=1)
+    for index in (0, 1):
+        targets.patch((4, 4), seed=1, index=index)
+    assert len(made) == len(set(made)) == 8

@@ -19,6 +19,7 @@ class ImageSet(NamedTuple):
         positions: int32 [N], places of the images in their source, of which only a sample may have been read.
         classes_from: who says how many classes there are and in which order, for messages: "photos has 3 class folders".
             None: nobody, any network with a class for each label will do.
+        advice: what to do if the network gets many images wrong, in one line, where the labels may have been read as nobody meant.
     """
 
     images: np.ndarray
@@ -30,6 +31,7 @@ class ImageSet(NamedTuple):
     names: np.ndarray | None = None
     positions: np.ndarray | None = None
     classes_from: str | None = None
+    advice: str | None = None
 
     def take(self, index: np.ndarray) -> "ImageSet":
         """The images at `index` [M] (integers, or booleans [N])."""
@@ -48,7 +50,22 @@ def check_classes(image_set: ImageSet, num_classes: int) -> None:
         raise ValueError(f"{image_set.classes_from}, the network {num_classes} classes: {advice}")
     for name, values in (("label", image_set.labels), ("target", image_set.targets)):
         if values is not None and values.max() >= num_classes:
-            i = values.argmax()
-            raise ValueError(
-                f"{name} {values[i]} of image {i} is out of range: the network has {num_classes} classes, 0..{num_classes - 1}"
-            )
+            i = int(np.argmax(values))
+            allowed = f"the network has {num_classes} classes, 0..{num_classes - 1}"
+            advice = f"; {image_set.advice}" if image_set.advice else ""
+            raise ValueError(f"{name} {values[i]} of image {i} is out of range: {allowed}{advice}")
+
+
+def as_classes(name: str, values: np.ndarray, n: int) -> np.ndarray:
+    """Classes of n images as int32 [n].
+
+    Raises:
+        ValueError: they are no integers [n], or one is negative or beyond int32.
+    """
+    if values.dtype.kind not in "iu" or values.shape != (n,):
+        raise ValueError(f"{name} must be integers [{n}], one an image, got {values.dtype} {list(values.shape)}")
+    if values.min() < 0:
+        raise ValueError(f"{name} must be 0 or more, got {values.min()} at image {np.argmin(values)}")
+    if values.max() > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must be below 2**31, got {values.max()} at image {np.argmax(values)}")
+    return values.astype(np.int32)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow hands some others to programs outside
 SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+STRIP = 8  # times as long as wide: of a longer image only the middle is resized, so that memory does not grow with the length
+DARK = 1 << 12  # of 1 << 16: what 12-bit numbers reach
 
 
 def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.ndarray:
@@ -42,17 +44,22 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     if size is None or (height, width) == (size, size):
         return pixels
     pillow = _pillow()
-    filtered = pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR
+    image, filtered = pillow.fromarray(pixels), pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR
     side, short = round(size * 256 / 224), min(height, width)
-    resized = pillow.fromarray(pixels).resize((round(side * width / short), round(side * height / short)), filtered)
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    across, down = round(side * width / short), round(side * height / short)
+    left, top = (across - size) // 2, (down - size) // 2
+    crop = (left, top, left + size, top + size)
+    if max(height, width) <= STRIP * short:
+        return np.asarray(image.resize((across, down), filtered).crop(crop))
+    box = np.minimum(np.multiply(crop, [width / across, height / down] * 2), [width, height] * 2)
+    return np.asarray(image.resize((size, size), filtered, tuple(box)))  # the same but for the last digit
 
 
 def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.uint8]:
     """An image file, upright and in RGB, at the size the network wants (see `fit`).
 
-    EXIF rotation is applied, colour profiles are not; transparent pixels lie over white; 16-bit greyscale is divided by 257.
+    EXIF rotation is applied if it can be read, colour profiles are not; transparent pixels lie over white; 16-bit greyscale is
+    divided by 257.
 
     Args:
         path: of a single image in one of `FORMATS`.
@@ -64,10 +71,17 @@ def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.ui
     Raises:
         ValueError: one line that names the file: damaged, no image, too large, several frames, numbers that are no brightness.
     """
+    return _decode(path, size)[0]
+
+
+def _decode(path: str | os.PathLike[str], size: int | None) -> tuple[NDArray[np.uint8], int | None]:
+    """An image as `read` gives it, and the largest number of the file if its numbers have 16 bits."""
     pillow = _pillow()
     try:
         with pillow.open(path, formats=FORMATS) as image:
-            return fit(np.asarray(to_rgb(_upright(image))), size)
+            wide = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
+            upright = _upright(image)
+            return fit(np.asarray(to_rgb(upright)), size), _largest(upright) if wide else None
     except pillow.UnidentifiedImageError:
         raise ValueError(f"cannot read {path}: damaged, or not an image ({', '.join(FORMATS)})") from None
     except Exception as error:  # every decoder raises its own on a damaged file
@@ -75,18 +89,33 @@ def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.ui
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
+def _largest(image: "Image.Image") -> int:
+    """The largest of the 16-bit numbers of a file; of colours an upper bound, as Pillow keeps their upper eight bits alone."""
+    bands = zip(image.getbands(), image.split(), strict=True)
+    top = max(int(np.max(np.asarray(band))) for name, band in bands if name != "A")
+    return top if image.mode.startswith("I") or top == 0 else top << 8 | 255
+
+
 def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np.uint8]:
     """The images [N, H, W, 3] at `names` below a folder, decoded side by side.
 
     Raises:
-        ValueError: as `read`, or images differ in size and none is asked for.
+        ValueError: as `read`; images differ in size and none is asked for; all 16-bit images together use less than a sixteenth of
+            their range, as 12-bit numbers do: they would be black.
     """
-    pool = ThreadPoolExecutor()
+    pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        with _bombs_refused():
-            return stack(zip(names, pool.map(lambda name: read(folder / name, size), names), strict=True))
+        with _bombs_refused(), _silenced():
+            decoded = list(pool.map(lambda name: _decode(folder / name, size), names))
     finally:
         pool.shutdown(cancel_futures=True)
+    largest = max((peak for _, peak in decoded if peak is not None), default=0)
+    if 0 < largest < DARK:
+        raise ValueError(
+            f"the 16-bit images of {folder} hold no number above {largest}, of 65535, and would be black: "
+            "multiply them to the full range (12-bit numbers by 16), or save them with 8 bits"
+        )
+    return stack(zip(names, (pixels for pixels, _ in decoded), strict=True))
 
 
 def stack(named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
@@ -136,7 +165,9 @@ def _upright(image: "Image.Image") -> "Image.Image":
     frames = getattr(image, "n_frames", 1)
     if frames > 1 and image.format != "MPO":  # a phone's JPEG, with its previews as further frames
         raise ValueError(f"it holds {frames} frames; single images are read")
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # what is damaged is found here
+    with contextlib.suppress(Exception):  # malformed EXIF says nothing: other programs show such images as they are stored
+        ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
@@ -147,6 +178,24 @@ def _bombs_refused() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", _pillow().DecompressionBombWarning)
         yield
+
+
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """Nothing goes to stderr: libtiff writes there what it finds wrong, past Python, and raises besides."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
 
 
 def _pillow() -> Any:

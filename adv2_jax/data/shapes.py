@@ -143,8 +143,8 @@ def _polygon(corners: Points) -> Distance:
     def distance(z: Points) -> Floats:
         spans = (a.imag > z.imag) != (b.imag > z.imag)
         ahead = ((z - a) * (b - a).conj()).imag * (b - a).imag > 0
-        inside = np.logical_xor.reduce(spans & ahead)
-        return np.where(inside, -1, 1) * outline(z)
+        crossed = np.count_nonzero(spans & ahead, axis=0)
+        return np.where(crossed % 2, -1, 1) * outline(z)
 
     return distance
 
@@ -279,7 +279,7 @@ def _interpolation(n: int, k: int) -> Floats:
 
 
 def _unit(field: Floats) -> Floats:
-    low, high = field.min(), field.max()
+    low, high = np.min(field), np.max(field)
     return (field - low) / (high - low)
 
 

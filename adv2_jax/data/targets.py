@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 TARGET_MAPS = ("benign", "image", "patch")
-DONOR, PATCH = 1, 2  # streams of the seed; that of the target classes has no number
+DONOR, PATCH, TARGET = 1, 2, 3  # streams of the seed; never 0, which NumPy takes for none: the stream of the embedded scenes
 
 
 def random_targets(labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None) -> np.ndarray:
@@ -27,7 +27,7 @@ def random_targets(labels: np.ndarray, num_classes: int, *, seed: int = 0, indic
     if num_classes < 2:
         raise ValueError(f"num_classes = {num_classes} must be at least 2 for a target other than the label")
     where = np.arange(len(labels)) if indices is None else indices
-    shifts = [np.random.default_rng([seed, int(i)]).integers(1, num_classes) for i in where]
+    shifts = [np.random.default_rng([seed, int(i), TARGET]).integers(1, num_classes) for i in where]
     return ((np.asarray(labels) + np.array(shifts, int)) % num_classes).astype(np.int32)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from adv2_jax.experiments.checkpoints import changes
 from adv2_jax.experiments.measures import mean
-from adv2_jax.files import Stream, atomic, read_some, stored, write_streams
+from adv2_jax.files import Stream, atomic, intact, read_some, stored, write_streams
 
 Arrays = Mapping[str, NDArray[Any]]
 FOLDER = "batches"
@@ -72,10 +72,13 @@ class Batches:
             )
         if not resume:
             return
-        if changed := changes(json.loads(self._known.read_text(encoding="utf-8")), self._settings):
+        with intact(self._known):
+            was = dict(json.loads(self._known.read_text(encoding="utf-8")))
+        if changed := changes(was, self._settings):
             raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
+        lines = [self._line(part) for part in self.parts if self.has(part)]
         with self._writing(self._log), atomic(self._log, "w") as log:  # the last line may be missing or cut short
-            log.writelines(self._line(part) for part in self.parts if self.has(part))
+            log.writelines(lines)
 
     def has(self, part: Part) -> bool:
         """Whether a part is finished."""
@@ -137,13 +140,20 @@ class Batches:
         return self._folder / f"{part.interpreter}.{part.attack}" / f"{part.batch:05d}.npz"
 
     def _measures(self, part: Part) -> dict[str, NDArray[Any]]:
-        found = read_some(self._path(part), lambda name: name.startswith(MEASURE))
+        path = self._path(part)
+        found = read_some(path, lambda name: name.startswith(MEASURE))
+        with intact(path):
+            for name, values in found.items():
+                shape = (1,) if name == SECONDS else found[f"{MEASURE}asr"].shape
+                if values.shape != shape or len(shape) != 1 or values.dtype.kind not in "bf":
+                    raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
         return {name.removeprefix(MEASURE): values for name, values in found.items()}
 
     def _line(self, part: Part) -> str:
         found = self._measures(part)
-        good = ~found["failed"]
-        numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {"seconds": mean(found["seconds"])}
+        with intact(self._path(part)):
+            good = ~found["failed"]
+            numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {"seconds": mean(found["seconds"])}
         head = {"batch": part.batch, "interpreter": part.interpreter, "attack": part.attack, "n": int(good.sum())}
         rounded = {name: None if value is None else round(value, 6) for name, value in numbers.items()}
         return json.dumps(head | {"failed": int((~good).sum())} | rounded) + "\n"
@@ -158,6 +168,10 @@ class Batches:
                 if name.startswith(MEASURE):
                     continue
                 having = [i for i, header in enumerate(headers) if name in header][: 1 if name.endswith(SHARED) else None]
+                for i in having:
+                    held, kind = headers[i][name]
+                    if not held or (held[1:], kind) != (shape[1:], dtype):
+                        raise ValueError(f"cannot read {paths[i]}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}")
                 n = sum(headers[i][name][0][0] for i in having)
                 yield f"{interpreter}/{name}", Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name))
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from adv2_jax.experiments.measures import Row, paired, row
 from adv2_jax.experiments.parts import Job, attack_batch
 from adv2_jax.experiments.select import Selection, select
 from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
-from adv2_jax.files import write_summary
+from adv2_jax.files import intact, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
 from adv2_jax.presets import Preset, resolve
@@ -101,9 +102,10 @@ def run(
     kept.begin(resume=resume)
     try:
         _attack_all(model, task, jobs, settings, kept, progress)
-        rows, differences, failed = _rows(jobs, names, kept, settings, task.target_map)
         whole = _whole(task, selection)
-        lost = whole.get("names", selection.indices)[failed].tolist()
+        with intact(directory) if resume else nullcontext():  # what was kept of the run before may be damaged
+            rows, differences, failed = _rows(jobs, names, kept, settings, task.target_map)
+            lost = whole.get("names", selection.indices)[failed].tolist()
         kept.write_results(whole)
         write_summary(
             directory,
@@ -118,7 +120,8 @@ def run(
                 "paired": differences,
             },
         )
-        publish(directory)
+        with intact(directory) if resume else nullcontext():
+            publish(directory)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(kept.kept()) from None
     except OSError as error:  # of the summary, or of what is published

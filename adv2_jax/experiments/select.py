@@ -62,7 +62,8 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
         _check_order(predicted, labels, logits.shape[-1])
         _check_range(model, image_set, right, batch_size)
     if not right.any():
-        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack; {DOUBT}")
+        advice = image_set.advice or DOUBT
+        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack; {advice}")
     if 2 * right.sum() < len(right):
         log.warning("the network gets %d of the %d images right; %s", right.sum(), len(right), DOUBT)
     index = np.flatnonzero(right).astype(np.int32)[:limit]
@@ -92,7 +93,7 @@ class Rescaled:
 
     def features(self, image: Image, act: Activation = relu) -> Features:
         """As the network's, of scale * image + shift."""
-        return self.model.features(self.scale * image + self.shift, act=act)
+        return self.model.features(self.scale[None, None] * image + self.shift[None, None], act=act)
 
     def head(self, features: Features) -> Logits:
         """As the network's."""

@@ -11,7 +11,7 @@ from adv2_jax.experiments.measures import Row
 from adv2_jax.experiments.run import Progress, environment, fingerprints, identity, run
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.transfer import add, load_run, transfer_matrix
-from adv2_jax.files import atomic, read_summary, write_summary
+from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.names import attack_name
 from adv2_jax.types import Classifier
 
@@ -109,12 +109,12 @@ def make_table(
         run(model, image_set, settings, place, limit=limit, config=config, resume=unfinished, progress=progress, publish=publish)
     summary = read_summary(place)
     if table.columns:
-        sheet = by_rows(table.title, table.columns, summary["rows"])
+        with intact(place / "summary.json"):
+            sheet = by_rows(table.title, table.columns, summary["rows"])
     else:
         finished = load_run(place)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
-        add(finished, transfer=summary["transfer"])
-        publish(place)
+        add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
     shown: dict[str, Any] = {key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary}
     with atomic(directory / "table.md", "w") as file:
@@ -129,7 +129,9 @@ def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
     if is_unfinished(directory) or not (directory / "summary.json").exists():
         return False
     summary = read_summary(directory)
-    if changed := changes(identity(summary["config"], summary["fingerprints"]), asked):
+    with intact(directory / "summary.json"):
+        was = identity(summary["config"], summary["fingerprints"])
+    if changed := changes(was, asked):
         raise ValueError(f"{directory} holds a run with other settings: {changed}")
     return True
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adv2_jax.attack import explain, map_shape
+from adv2_jax.attack import check_interpreter, explain
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import Selection
 from adv2_jax.interpreters import Interpreter
@@ -98,6 +98,6 @@ def check_own_maps(model: Classifier, task: Task, interpreters: Sequence[Interpr
     """
     own = task.images.target_maps
     for interpreter in interpreters:
-        expected = [len(task.targets), *map_shape(model, task.images.images.shape[1:], interpreter)]
+        expected = [len(task.targets), *check_interpreter(model, task.images.images.shape[1:], interpreter)]
         if own is not None and list(own.shape) != expected:
             raise ValueError(f"target_maps must be {expected} for {interpreter.name}, got {list(own.shape)}")

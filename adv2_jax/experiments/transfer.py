@@ -3,7 +3,7 @@
 Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of images is held at a time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ from adv2_jax.attack import explain
 from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.measures import Row, mean
 from adv2_jax.experiments.statistics import intervals
-from adv2_jax.files import read_some, read_summary, write_summary
+from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
 from adv2_jax.interpreters import Interpreter
+from adv2_jax.names import ATTACKS
 from adv2_jax.presets import resolve
 from adv2_jax.types import Classifier
 
@@ -39,7 +40,8 @@ class Run(NamedTuple):
 
     def array(self, name: str) -> np.ndarray:
         """An array of the results."""
-        return read_some(self.directory / "results.npz", name.__eq__)[name]
+        with intact(path := self.directory / "results.npz"):
+            return read_some(path, name.__eq__)[name]
 
     def images(self, source: str, interpreter: str) -> np.ndarray:
         """uint8 [N, H, W, 3] of a source; plain PGD as it was set against an interpreter, by its budget."""
@@ -57,13 +59,30 @@ def load_run(directory: Path) -> Run:
         ValueError: names the directory and what is wrong with it.
     """
     summary = read_summary(directory)
-    names = dict.fromkeys(row["interpreter"] for row in summary.get("rows", []))
+    with intact(directory / "summary.json"):
+        names = dict.fromkeys(row["interpreter"] for row in summary.get("rows", []))
     if not names:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
-    plans = {name: resolve(summary["config"].get("preset", "default"), name) for name in names}
-    interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
-    own = read_some(directory / "results.npz", {"labels", "targets"}.__contains__)
+    with intact(directory / "summary.json"):
+        plans = {name: resolve(summary["config"].get("preset", "default"), name) for name in names}
+        interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
+    with intact(path := directory / "results.npz"):
+        _check_arrays(stored(path), interpreters)
+        own = read_some(path, {"labels", "targets"}.__contains__)
     return Run(directory, summary, interpreters, own["labels"], own["targets"])
+
+
+def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:
+    """Refuse results without the arrays that are looked at, or of which one does not go with the images."""
+    n, *size, channels = found["images"][0]
+    pictures = ["images", *(f"{name}/{attack}/images" for name in interpreters for attack in ATTACKS)]
+    maps = [f"{name}/target_maps" for name in interpreters]
+    for names, kinds, shape in ((pictures, "u", (n, *size, 3)), (["labels", "targets"], "i", (n,)), (maps, "f", (n, None, None))):
+        for name in names:
+            held, dtype = found[name]
+            fits = len(held) == len(shape) and all(b in (a, None) for a, b in zip(held, shape, strict=True))
+            if not (fits and dtype.kind in kinds and min(held) > 0):
+                raise ValueError(f"{name} is {dtype} {list(held)}")
 
 
 def check_network(run: Run, model: Classifier) -> None:
@@ -72,9 +91,9 @@ def check_network(run: Run, model: Classifier) -> None:
     Raises:
         ValueError: says what the run was made with.
     """
-    made = run.summary.get("fingerprints", {}).get("network")
+    with intact(run.directory / "summary.json"):
+        made, config = run.summary.get("fingerprints", {}).get("network"), dict(run.summary.get("config", {}))
     if made not in (None, found := tree_fingerprint(model)):
-        config = run.summary.get("config", {})
         raise ValueError(
             f"the network holds {found}, that of {run.directory} held {made}: it was made with model {config.get('model')!r}, "
             f"weights {config.get('weights')!r}, masker {config.get('masker')!r}"
@@ -146,6 +165,15 @@ def _mean(values: ArrayLike) -> float | None:
     return mean(numbers[np.isfinite(numbers)])
 
 
-def add(run: Run, **found: Any) -> None:
-    """Add what was found to the summary of a run."""
+def add(run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **found: Any) -> None:
+    """Add what was found to the summary of a run, and publish it. A run that cannot be published stays as it was."""
+    summary = run.directory / "summary.json"
+    before = summary.read_bytes()
     write_summary(run.directory, run.summary | found)
+    try:
+        with intact(run.directory):
+            publish(run.directory)
+    except BaseException:
+        with atomic(summary) as file:
+            file.write(before)
+        raise

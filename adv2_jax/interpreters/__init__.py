@@ -17,8 +17,8 @@ import jax
 from jax import Array
 
 from adv2_jax.activations import relu_curved, relu_h
-from adv2_jax.classifier import num_classes
-from adv2_jax.interpreters.cam import cam, cam_with_logits, grad_cam, grad_cam_with_logits
+from adv2_jax.classifier import logits_of
+from adv2_jax.interpreters.cam import cam, cam_with_logits, check_pooling, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
 from adv2_jax.interpreters.mask import (
     OBJECTIVE,
@@ -32,8 +32,8 @@ from adv2_jax.interpreters.mask import (
     step_mask,
     unrolled,
 )
-from adv2_jax.interpreters.rts import MaskWeights, head_loss, mean_loss, rts
-from adv2_jax.options import shared
+from adv2_jax.interpreters.rts import MaskWeights, check_masker, head_loss, mean_loss, rts
+from adv2_jax.options import bind, shared, shown
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
 
 __all__ = [
@@ -78,6 +78,9 @@ class Solver(NamedTuple):
     read: Callable[[Any], Map]
     steps: int
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 class Interpreter(NamedTuple):
     """The two faces of an interpreter.
@@ -91,6 +94,7 @@ class Interpreter(NamedTuple):
             by the pass that differentiates it.
         solver: `explain` step by step, for an interpreter that is itself a descent. Its surrogate carries a memory: it takes one
             after `tau`, and returns the next one after the map.
+        check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
     """
 
     name: str
@@ -98,18 +102,28 @@ class Interpreter(NamedTuple):
     surrogate: Surrogate
     faithful: bool = True
     solver: Solver | None = None
+    check: Callable[[Classifier, tuple[int, ...]], None] | None = None
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 @shared
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    return Interpreter("cam", cam, lambda model, image, label, tau: cam_with_logits(model, image, label))
+    return Interpreter("cam", cam, bind(_no_tau, draw=cam_with_logits), check=check_pooling)
 
 
 @shared
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    return Interpreter("grad_cam", grad_cam, lambda model, image, label, tau: grad_cam_with_logits(model, image, label))
+    return Interpreter("grad_cam", grad_cam, bind(_no_tau, draw=grad_cam_with_logits))
+
+
+def _no_tau(
+    model: Classifier, image: Image, label: Label, tau: Array, *, draw: Callable[..., tuple[Logits, Map]]
+) -> tuple[Logits, Map]:
+    return draw(model, image, label)
 
 
 @shared
@@ -122,11 +136,11 @@ def grad_interpreter(*, pool: int | None = None) -> Interpreter:
     Returns:
         An interpreter; equal options give the same object.
     """
+    return Interpreter("grad", bind(grad, pool=pool), bind(_curved_grad, pool=pool))
 
-    def surrogate(model: Classifier, image: Image, label: Label, tau: Array) -> tuple[Logits, Map]:
-        return grad_with_logits(model, image, label, act=lambda z: relu_curved(z, tau), pool=pool)
 
-    return Interpreter("grad", _grad(pool), surrogate)
+def _curved_grad(model: Classifier, image: Image, label: Label, tau: Array, *, pool: int | None) -> tuple[Logits, Map]:
+    return grad_with_logits(model, image, label, act=lambda z: relu_curved(z, tau), pool=pool)
 
 
 @shared
@@ -142,13 +156,15 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None =
     Returns:
         An interpreter; equal options give the same object.
     """
+    return Interpreter("grad", bind(grad, pool=pool), bind(_smooth_grad, act=act, pool=pool), faithful=False)
 
-    def surrogate(model: Classifier, image: Image, label: Label, tau: Array) -> tuple[Logits, Map]:
-        smooth = (lambda z: relu_h(z, tau)) if act is None else act
-        # the forward pass is the same for both terms, and XLA merges it
-        return model.head(model.features(image)), grad(model, image, label, act=smooth, pool=pool)
 
-    return Interpreter("grad", _grad(pool), surrogate, faithful=False)
+def _smooth_grad(
+    model: Classifier, image: Image, label: Label, tau: Array, *, act: Activation | None, pool: int | None
+) -> tuple[Logits, Map]:
+    smooth = (lambda z: relu_h(z, tau)) if act is None else act
+    # the forward pass is the same for both terms, and XLA merges it
+    return logits_of(model, image), grad(model, image, label, act=smooth, pool=pool)
 
 
 @shared
@@ -172,19 +188,21 @@ def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) 
         raise ValueError(f"encoder_loss {encoder_loss!r} is not one of {', '.join(ENCODER_LOSSES)}")
     if not 0 <= encoder_weight < float("inf"):
         raise ValueError(f"encoder_weight = {encoder_weight} must be finite and not negative")
+    surrogate = bind(_rts_with_penalty, encoder_loss=encoder_loss, encoder_weight=encoder_weight)
+    needs_means = encoder_loss == "mean" and encoder_weight > 0
+    return Interpreter("rts", _rts, surrogate, check=bind(check_masker, needs_means=needs_means))
+
+
+def _rts(model: Any, image: Image, label: Label) -> Map:
+    return rts(model.masker, image, label)
+
+
+def _rts_with_penalty(
+    model: Any, image: Image, label: Label, tau: Array, *, encoder_loss: str, encoder_weight: float
+) -> tuple[Logits, Map, *tuple[Array, ...]]:
+    seen = logits_of(model, image), rts(model.masker, image, label)
     penalty = ENCODER_LOSSES[encoder_loss]
-
-    def explain(model: Any, image: Image, label: Label) -> Map:
-        if not hasattr(model, "masker"):
-            raise ValueError(f"rts needs a masker: its model is a models.Masked(classifier, masker), not a {type(model).__name__}")
-        model.masker.check(num_classes(model, image.shape), image.shape)
-        return rts(model.masker, image, label)
-
-    def surrogate(model: Any, image: Image, label: Label, tau: Array) -> tuple[Logits, Map, *tuple[Array, ...]]:
-        seen = model.head(model.features(image)), rts(model.masker, image, label)
-        return (*seen, encoder_weight * penalty(model.masker, image, label)) if encoder_weight else seen
-
-    return Interpreter("rts", explain, surrogate)
+    return (*seen, encoder_weight * penalty(model.masker, image, label)) if encoder_weight else seen
 
 
 ENCODER_LOSSES = {"head": head_loss, "mean": mean_loss}
@@ -227,29 +245,36 @@ def mask_interpreter(
         if value < 0:
             raise ValueError(f"{name} = {value} must be 0 or more")
 
-    def step(model: Classifier, image: Image, label: Label, memory: Memory) -> Memory:
-        return step_mask(model, image, label, memory, descent)
-
-    def explain(model: Classifier, image: Image, label: Label) -> Map:
-        return mask(model, image, label, size=size, steps=steps, learning_rate=learning_rate, objective=objective)
-
-    def surrogate(model: Classifier, image: Image, label: Label, tau: Array, memory: Memory) -> tuple[Logits, Map, Memory]:
-        for _ in range(free):
-            memory = step(model, image, label, memory)
-        memory = jax.lax.stop_gradient(memory)
-        if hypergradient == "unrolled":
-            m = unrolled(model, image, label, memory, descent, lambda z: relu_curved(z, tau), ahead)
-        else:
-            m = implicit(model, image, label, memory.map, descent, lambda z: relu_curved(z, tau))
-        return model.head(model.features(image)), m, memory
-
-    solver = Solver(lambda image: start_mask(image, descent), step, lambda memory: memory.map, steps)
+    explain = bind(mask, size=size, steps=steps, learning_rate=learning_rate, objective=objective)
+    surrogate = bind(_mask_ahead, descent=descent, free=free, ahead=ahead, hypergradient=hypergradient)
+    solver = Solver(bind(start_mask, descent=descent), bind(step_mask, descent=descent), _map_of, steps)
     return Interpreter("mask", explain, surrogate, faithful=False, solver=solver)
 
 
-@shared
-def _grad(pool: int | None) -> Explain:
-    return lambda model, image, label: grad(model, image, label, pool=pool)
+def _map_of(memory: Memory) -> Map:
+    return memory.map
+
+
+def _mask_ahead(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    tau: Array,
+    memory: Memory,
+    *,
+    descent: Descent,
+    free: int,
+    ahead: int,
+    hypergradient: str,
+) -> tuple[Logits, Map, Memory]:
+    for _ in range(free):
+        memory = step_mask(model, image, label, memory, descent)
+    memory = jax.lax.stop_gradient(memory)
+    if hypergradient == "unrolled":
+        m = unrolled(model, image, label, memory, descent, lambda z: relu_curved(z, tau), ahead)
+    else:
+        m = implicit(model, image, label, memory.map, descent, lambda z: relu_curved(z, tau))
+    return logits_of(model, image), m, memory
 
 
 INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
@@ -259,3 +284,13 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "rts": rts_interpreter,
     "mask": mask_interpreter,
 }
+
+
+def of_function(explain: Explain) -> Interpreter:
+    """The interpreter of this package that explains by a function, and so its checks, or one that has nothing but the function."""
+    known = (factory() for factory in INTERPRETERS.values())
+    return next((own for own in known if own.explain == explain), Interpreter(shown(explain), explain, _not_to_be_attacked))
+
+
+def _not_to_be_attacked(*arguments: Any) -> tuple[Logits, Map]:
+    raise ValueError("a function explains; to be attacked it needs a surrogate, in an Interpreter")

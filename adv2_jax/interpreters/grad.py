@@ -7,6 +7,7 @@ from jax import Array
 
 from adv2_jax import maps
 from adv2_jax.activations import relu
+from adv2_jax.classifier import logits_of
 from adv2_jax.losses import log_odds
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
 
@@ -30,7 +31,7 @@ def input_gradient(
     """
 
     def class_score(x: Image) -> tuple[Array, Logits]:
-        logits = model.head(model.features(x, act=act))
+        logits = logits_of(model, x, act)
         return score(logits, label), logits
 
     return jax.grad(class_score, has_aux=True)(image)

@@ -15,9 +15,11 @@ from jax.scipy.sparse.linalg import cg
 
 from adv2_jax.activations import relu
 from adv2_jax.blending import blend
+from adv2_jax.classifier import logits_of
 from adv2_jax.interpreters.grad import Score
 from adv2_jax.losses import log_odds
 from adv2_jax.maps import blur
+from adv2_jax.options import shown
 from adv2_jax.types import Activation, Classifier, Image, Label, Map
 
 
@@ -49,6 +51,9 @@ class MaskObjective(NamedTuple):
     game: str = "deletion"
     score: Score | None = None
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 OBJECTIVE = MaskObjective()
 
@@ -79,6 +84,9 @@ class Descent(NamedTuple):
     steps: int = 50
     learning_rate: float = 0.2
     objective: MaskObjective = OBJECTIVE
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 class Memory(NamedTuple):
@@ -210,7 +218,7 @@ def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: 
     """
     game = GAMES[objective.game]
     blurred = blur(image, objective.blur * min(image.shape[:2]))
-    logits = model.head(model.features(blend(image, game.kept(a), blurred), act=act))
+    logits = logits_of(model, blend(image, game.kept(a), blurred), act)
     if objective.score is None:
         presence = jax.nn.softplus(game.sign * log_odds(logits, label))
     else:
@@ -222,7 +230,7 @@ def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: 
 
 def variation(a: Map, beta: float) -> Array:
     """TV_β: |difference|^β summed over vertical and horizontal neighbours, an entry of the map: [h, w] -> [] >= 0."""
-    return sum((jnp.sum(jnp.abs(jnp.diff(a, axis=axis)) ** beta) for axis in (0, 1)), jnp.zeros(())) / a.size
+    return sum((jnp.sum(jnp.abs(jnp.diff(a, axis=axis)) ** beta) for axis in (0, 1)), jnp.zeros((), a.dtype)) / a.size
 
 
 def unrolled(model: Classifier, image: Image, label: Label, memory: Memory, descent: Descent, act: Activation, steps: int) -> Map:
@@ -275,7 +283,9 @@ def implicit(
         return jnp.where(free, jax.grad(mask_loss, argnums=3)(model, x, label, b, descent.objective, act), 0)
 
     def damped_hessian(v: Map) -> Map:
-        curved = jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v, 0),))[1]
+        # of a vector of size 1: what an attack with a large λ asks for would overflow the float16 of a network
+        size = jnp.maximum(jnp.abs(v).max(), jnp.finfo(v.dtype).tiny)
+        curved = size * jax.jvp(lambda b: slope(still, b), (a,), (jnp.where(free, v / size, 0),))[1]
         return jnp.where(free, curved + damping * v, v)
 
     here = slope(image, a)

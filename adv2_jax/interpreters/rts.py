@@ -1,14 +1,17 @@
 """RTS: a trained network, the masker, draws the map (ADV² §3.4; Dabkowski & Gal 2017)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adv2_jax.blending import blend
+from adv2_jax.classifier import logits_of, num_classes
 from adv2_jax.losses import cross_entropy
 from adv2_jax.maps import total_variation
+from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Classifier, Image, Label, Map, Masker
 
 
@@ -36,7 +39,7 @@ def rts(masker: Masker, image: Image, label: Label) -> Map:
     Returns:
         [h, w] in [0, 1], not scaled: an image that does not show c has a map near zero.
     """
-    return masker(image, label)
+    return at_least_float32(masker(image, label))
 
 
 def mask_loss(model: Classifier, image: Image, label: Label, mask: Map, alternative: Image, weights: MaskWeights) -> Array:
@@ -65,13 +68,12 @@ def size_loss(mask: Map, weights: MaskWeights) -> Array:
 
 def log_probability(model: Classifier, image: Image, label: Label) -> Array:
     """log f_c(x), finite also where f_c rounds to 0."""
-    return jax.nn.log_softmax(model.head(model.features(image)))[label]
+    return jax.nn.log_softmax(logits_of(model, image))[label]
 
 
 def head_loss(masker: Masker, image: Image, label: Label) -> Array:
     """ℓ_enc as the released code has it: the cross-entropy of the encoder's own head towards class t, [] >= 0."""
-    encoder = masker.encoder
-    return cross_entropy(encoder.head(encoder.features(image)), label)
+    return cross_entropy(logits_of(masker.encoder, image), label)
 
 
 def mean_loss(masker: Masker, image: Image, label: Label) -> Array:
@@ -80,5 +82,26 @@ def mean_loss(masker: Masker, image: Image, label: Label) -> Array:
     The mean square over channels of the difference between the last features, averaged over positions, and their mean over the
     training images of class t, in units of the mean square of the latter.
     """
-    pooled, mean = masker.encoder.features(image).mean(axis=(0, 1)), masker.means[...][label]
+    pooled = at_least_float32(masker.encoder.features(image)).mean(axis=(0, 1))
+    mean = masker.means[...][label]
     return jnp.mean((pooled - mean) ** 2) / jnp.mean(mean**2)
+
+
+def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = False) -> None:
+    """Refuse a model without a masker, or whose masker is not made for its classes and for images of a shape [H, W, 3].
+
+    Args:
+        model: a `models.Masked`, a classifier and its masker.
+        shape: of the images.
+        needs_means: whether `mean_loss` will be asked for, which divides by them.
+
+    Raises:
+        ValueError: says what is missing, or what the masker was made for.
+    """
+    if not hasattr(model, "masker"):
+        raise ValueError(f"rts needs a masker: its model is a models.Masked(classifier, masker), not a {type(model).__name__}")
+    model.masker.check(num_classes(model, shape), shape)
+    if needs_means and not np.any(jax.device_get(model.masker.means[...]), axis=-1).all():
+        raise ValueError(
+            "the masker has no mean features of some classes, which encoder_loss 'mean' needs: train it, or use 'head'"
+        )

@@ -27,7 +27,8 @@ def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
     """(image - mean) / std a channel."""
-    return (image - jnp.asarray(mean, image.dtype)) / jnp.asarray(std, image.dtype)
+    shift, scale = (jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,)) for values in (mean, std))
+    return (image - shift) / scale
 
 
 def stem_pool(x: Array) -> Array:

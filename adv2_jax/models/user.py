@@ -65,9 +65,12 @@ def _attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
     """f(*arguments); whatever goes wrong is told in one line."""
     try:
         return f(*arguments)
-    except (Exception, SystemExit) as error:
-        kind = "" if isinstance(error, ValueError) or not str(error) else f"{type(error).__name__}: "
-        raise ValueError(f"{failure}: {kind}{first_line(error)}") from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        reason, kind = first_line(error), type(error).__name__
+        known = isinstance(error, ValueError) or reason == kind
+        raise ValueError(f"{failure}: {reason if known else f'{kind}: {reason}'}") from error
 
 
 def _public(module: ModuleType) -> list[str]:
