@@ -497,6 +497,19 @@ def test_folders_are_attacked_like_arrays(network, folders, tmp_path):
     )
 
 
+def test_wrong_images_of_numbered_folders_come_with_advice(network, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    with np.load(network / "images.npz") as arrays:
+        for i, (pixels, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
+            folder = tmp_path / "photos" / str(max(label, 1))  # class 0 lies in the wrong folder
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels).save(folder / f"{i}.png")
+    assert attack(network, tmp_path / "out", "--interpreter", "cam", "--size", "8", images=tmp_path / "photos") == 0
+    assert (
+        "images left out: the network gets them wrong\nthe class folders were taken by their numbers; " in capsys.readouterr().out
+    )
+
+
 def test_folders_are_cropped_to_what_the_network_was_trained_on(network, folders, tmp_path):
     assert attack(network, tmp_path / "out", "--interpreter", "cam", images=folders[1]) == 0
     with np.load(tmp_path / "out" / "results.npz") as results:

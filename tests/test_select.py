@@ -39,8 +39,10 @@ def test_images_the_network_gets_wrong_are_left_out_and_counted():
 
 
 def test_nothing_right_is_refused():
-    with pytest.raises(ValueError, match="none of the 2 images right"):
+    with pytest.raises(ValueError, match=r"none of the 2 images right: nothing to attack$"):
         select(Mean(), coloured([0, 1], [1, 0]))
+    with pytest.raises(ValueError, match=r"none of the 2 images right: nothing to attack; sort the classes$"):
+        select(Mean(), coloured([0, 1], [1, 0])._replace(advice="sort the classes"))
 
 
 def test_a_network_that_cannot_take_the_images_is_refused():
