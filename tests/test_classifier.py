@@ -468,7 +468,7 @@ def test_cam_wants_pooling_and_a_linear_layer(head, given):
 
 
 def test_the_attack_on_cam_wants_it_too():
-    with pytest.raises(ValueError, match="^cam needs a head"):
+    with pytest.raises(ValueError, match=r"^cam needs a head"):
         attack(Headed("flat", nnx.Rngs(0)), np.zeros((1, *SHAPE)), [0], np.zeros((1, 8, 8)), interpreter="cam")
 
 
