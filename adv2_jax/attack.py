@@ -162,7 +162,7 @@ def explain(
         images: uint8 [N, H, W, 3] or floating point in [0, 1].
         labels: integers [N], the classes to explain.
         interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image function (model, image, label) ->
-            map, which `jit` knows again only if it is the same object.
+            map, which `jit` knows again only if it is the same object (or compares by value, as `options.bind` makes them).
         batch_size: images at a time.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see `descent.drive`).
         all_may_fail: return also where no image has finite logits and a finite map, instead of refusing the network.

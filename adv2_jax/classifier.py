@@ -63,7 +63,7 @@ def static_leaves(model: Any) -> Any:
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     rest = tuple(Array if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)  # by its type too: 1, 1.0 and True are equal
     if not _is_hashable(structure):
-        raise ValueError(f"what {type(model).__name__} declares static must be hashable: a tuple for a list, no array")
+        raise ValueError(f"what {type(model).__name__} declares static must be hashable, no array")
     if not _is_hashable(rest):
         path, leaf = next(
             (path, leaf) for path, leaf in jax.tree.leaves_with_path(model) if not _is_array(leaf) and not _is_hashable(leaf)

@@ -201,7 +201,7 @@ def _step_to_map(solver: Solver) -> Step:
     return step
 
 
-@lru_cache
+@lru_cache(maxsize=32)  # an entry holds all that was compiled for one architecture and one step
 def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The jitted drivers of a batch for one architecture: one step, and a loop over [n] steps.
 

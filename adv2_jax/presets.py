@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import optax
 
@@ -26,7 +26,8 @@ T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
 
 
-class Course(NamedTuple):
+@dataclass(frozen=True)
+class Course:
     """How a number runs over the joint steps, whatever their count n: called with n it gives the optax schedule.
 
     Attributes:

@@ -127,7 +127,12 @@ def l2(epsilon: float = 0.5) -> Threat:
     """
     _check_radius(epsilon, epsilon < float("inf"), "be a finite number, 1/255 or more")
 
-    functions = {"project": _into_ball, "steepest": _along_gradient, "round": _round_in_ball, "check": _check_near_grid}
+    functions: dict[str, Callable[..., Any]] = {
+        "project": _into_ball,
+        "steepest": _along_gradient,
+        "round": _round_in_ball,
+        "check": _check_near_grid,
+    }
     return Threat("l2", jnp.zeros_like, _add, **{field: bind(f, epsilon=epsilon) for field, f in functions.items()})
 
 
