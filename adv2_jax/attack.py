@@ -123,7 +123,7 @@ def attack(
     plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
     benign = check_images(images)
-    problems = _problems(model, benign, targets, target_maps, plan.interpreter)
+    problems = _problems(model, benign, targets, target_maps, plan.interpreter, all_may_fail)
     model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(_unit(image))
@@ -313,6 +313,7 @@ def _problems(
     targets: ArrayLike,
     target_maps: ArrayLike | None,
     interpreter: Interpreter | None,
+    all_may_fail: bool,
 ) -> Problem:
     """The caller's arrays, checked and brought to one form; they stay on the host until their batch is attacked."""
     t = _classes("targets", targets, model, x)
@@ -323,7 +324,7 @@ def _problems(
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
-    if not len(given) or not ((given >= 0) & (given <= 1)).all():
+    if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
     return Problem(to_float(x), t, maps)
 

@@ -23,7 +23,9 @@ def min_max(raw: Array) -> Map:
         [h, w] in [0, 1], float32 or wider; with NaN in it if the raw map is not finite, so that it can be seen.
     """
     raw = at_least_float32(raw)
-    low, high = raw.min(), raw.max()
+    # by place: JAX's gradient of min compares all entries with the minimum, which XLA may compute anew with other rounding, so
+    # that none is equal and the gradient is 0/0
+    low, high = raw.reshape(-1)[raw.argmin()], raw.reshape(-1)[raw.argmax()]
     span = high - low
     resolution = 4 * jnp.finfo(raw.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
     constant = jnp.isfinite(span) & (span <= resolution)
@@ -33,7 +35,9 @@ def min_max(raw: Array) -> Map:
 
 def channel_max(gradient: Array) -> Array:
     """Largest absolute value over colour channels: [H, W, C] -> [H, W] (ADV² eq. 5)."""
-    return jnp.abs(gradient).max(axis=-1)
+    size = jnp.abs(gradient)
+    largest = jnp.arange(size.shape[-1]) == size.argmax(axis=-1, keepdims=True)  # by place, as in `min_max`
+    return jnp.where(largest, size, 0).sum(axis=-1)
 
 
 def pool(raw: Array, size: int | None = None) -> Array:

@@ -256,12 +256,12 @@ def resolve(
     if not isinstance(interpreter, str):
         preset = replace(preset, interpreter=interpreter)
     for key, value in (("warm_steps", warm_steps), ("steps", steps)):
-        if value is not None and value < 0:
-            raise ValueError(f"{key} = {value} must be 0 or more")
+        if value is not None and (value != int(value) or value < 0):
+            raise ValueError(f"{key} = {value} must be a whole number, 0 or more")
     return replace(
         preset,
-        warm_steps=preset.warm_steps if warm_steps is None else warm_steps,
-        steps=preset.steps if steps is None else steps,
+        warm_steps=preset.warm_steps if warm_steps is None else int(warm_steps),
+        steps=preset.steps if steps is None else int(steps),
     )
 
 

@@ -355,8 +355,9 @@ WRONG = {
     "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default"),
     "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
     "batch size": ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
-    "steps": ({"steps": -1}, "steps = -1 must be 0 or more"),
-    "warm steps": ({"warm_steps": -5}, "warm_steps = -5 must be 0 or more"),
+    "steps": ({"steps": -1}, "steps = -1 must be a whole number, 0 or more"),
+    "half a step": ({"steps": 2.5}, "steps = 2.5 must be a whole number, 0 or more"),
+    "warm steps": ({"warm_steps": -5}, "warm_steps = -5 must be a whole number, 0 or more"),
 }
 
 

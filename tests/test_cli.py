@@ -44,9 +44,10 @@ def attack(network, out, *words, images=None):
 def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
     assert attack(network, tmp_path / "out", "--interpreter", "mask", "--limit", "2") == 0
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
-    mask = interpreters.mask_interpreter()
-    spent = 1 + mask.solver.steps + 3 * mask.cost + mask.solver.steps + 1  # to start from, joint steps, and scored once
-    assert [row["gradient_evaluations"] for row in rows] == [spent, spent]
+    solver = interpreters.mask_interpreter().solver
+    spent = 1 + solver.steps + 3 * 5 + solver.steps + 0.4  # to start from, joint steps, scored once: a third of a gradient or so
+    assert rows[1]["gradient_evaluations"] == pytest.approx(spent, rel=0.05)  # a tiny network: blurs count beside convolutions
+    assert rows[0]["gradient_evaluations"] == round(rows[1]["gradient_evaluations"])  # PGD's steps are whole
 
 
 def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
@@ -84,7 +85,9 @@ def test_attack_writes_the_contract(network, tmp_path, capsys):
         "seconds",
     }
     assert all(row.keys() >= keys for row in summary["rows"])
-    assert all(row["n"] == 4 and row["gradient_evaluations"] == 4 for row in summary["rows"])
+    cost = {"cam": 4, "grad": 7}  # a step of the warm start, and three: a gradient of a gradient is two
+    for row in summary["rows"]:
+        assert row["n"] == 4 and row["gradient_evaluations"] == pytest.approx(cost[row["interpreter"]], rel=0.05)
     with np.load(out / "results.npz") as results:
         assert results["images"].shape == results["grad/adv2/images"].shape == (4, 8, 8, 3)
         assert results["grad/adv2/images"].dtype == np.uint8
@@ -117,7 +120,7 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("threat", "epsilon", "penalty"), [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 0.031, 5e-4), ("linf", 0.031, None)]
+    ("threat", "epsilon", "penalty"), [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 8 / 255, 5e-4), ("linf", 8 / 255, None)]
 )
 def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
     assert attack(network, tmp_path / "out", "--interpreter", "cam", "--limit", "2", "--threat", threat, "--preset", "paper") == 0
@@ -181,9 +184,9 @@ BAD_WORDS = {
     "'nan' is not a finite number": ["--mean", "0", "nan", "0"],
     "do not fit cifar_resnet56": ["--model", "cifar_resnet56"],
     "no such file": ["--weights", "/nowhere/w.npz"],
-    "epsilon = 2.0 must lie in (0, 1]": ["--epsilon", "2"],
-    "epsilon = nan must lie in (0, 1]": ["--epsilon", "nan"],
-    "epsilon = 0.0 must be a finite number above 0": ["--threat", "l2", "--epsilon", "0"],
+    "epsilon = 2.0 must lie in [1/255, 1]": ["--epsilon", "2"],
+    "epsilon = nan must lie in [1/255, 1]": ["--epsilon", "nan"],
+    "epsilon = 0.0 must be a finite number, 1/255 or more": ["--threat", "l2", "--epsilon", "0"],
     "penalty = -1.0 must be a finite number, 0 or more": ["--threat", "linf+flow", "--flow-penalty", "-1"],
     "--epsilon is not for --threat flow": ["--threat", "flow", "--epsilon", "0.1"],
     "--flow-penalty is not for --threat l2": ["--threat", "l2", "--flow-penalty", "0.1"],

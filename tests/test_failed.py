@@ -129,7 +129,10 @@ def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
 
 def test_the_command_line_says_which_image_failed(images, tmp_path, capsys):
     (tmp_path / "net.py").write_text(NETWORK, encoding="utf-8")
-    np.savez(tmp_path / "set.npz", images=images)
+    x = images / 255
+    spread = np.maximum(x.std((1, 2, 3), keepdims=True), 0.01)
+    labels = np.maximum((x - x.mean((1, 2, 3), keepdims=True)) / spread, 0).mean((1, 2)).argmax(-1)
+    np.savez(tmp_path / "set.npz", images=images, labels=labels)
     words = ["--model", f"{tmp_path / 'net.py'}:network", "--images", str(tmp_path / "set.npz"), "--interpreter", "cam"]
     assert cli.main(["attack", *words, "--steps", "2", "--out", str(tmp_path / "out")]) == 0
     assert "1 failed, the network gives numbers that are not finite on them: 1\n" in capsys.readouterr().out

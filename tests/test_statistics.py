@@ -70,7 +70,8 @@ def test_less_than_two_values_have_no_interval(numbers):
 
 def test_pairs_are_compared_image_by_image():
     level = np.linspace(0, 1, 20)  # images differ much more than the attacks do
-    pgd, adv2 = ({"map_l1": level + shift, "map_iou75": level} for shift in (0.0, -0.01))
+    sound = np.zeros(20, bool)
+    pgd, adv2 = ({"map_l1": level + shift, "map_iou75": level, "failed": sound} for shift in (0.0, -0.01))
     l1, iou = paired(pgd, adv2, seed=0)
     assert l1["difference"] == pytest.approx(-0.01) and l1["n"] == 20
     assert l1["ci"] == pytest.approx([-0.01, -0.01]) and iou["ci"] == [0.0, 0.0]
