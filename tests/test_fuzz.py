@@ -6,6 +6,7 @@ Input i depends on (SEED, i) only, so that one that fails is found again by its 
     ADV2_FUZZ=10000 python -m pytest "tests/test_fuzz.py::test_bad_input[4711]"
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -734,3 +735,70 @@ def test_bad_input(i, base, capfd, monkeypatch):
             assert not [name for name in after.keys() - before.keys() if Path(name).name.startswith(".")], about
         size = sum(len(data or b"") for data in before.values())
         assert grown < CONSTANT + 10 * size + PIXEL * case.pixels, f"{grown / MIB:.0f} MiB for a file of {size} bytes, {about}"
+
+
+# Ctrl-C
+
+
+class Moments:
+    """The moments at which a run may be interrupted: after a step, and before and after a file takes its place."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, at: int | None = None):
+        self.at, self.seen = at, 0
+        replace = os.replace
+
+        def replaced(*paths):
+            self.pass_by()
+            replace(*paths)
+            self.pass_by()
+
+        @contextlib.contextmanager
+        def progress(quiet):
+            yield lambda title, steps, **more: lambda new: self.pass_by()
+
+        patch.setattr(os, "replace", replaced)
+        patch.setattr(cli, "_progress", progress)
+
+    def pass_by(self) -> None:
+        self.seen += 1
+        if self.seen == self.at:
+            raise KeyboardInterrupt
+
+
+def interruptible(base: Base, out: str) -> list[str]:
+    words = ["attack", "--model", f"{base.folder}/net.py:network", "--images", f"{base.folder}/images.npz", "--out", out]
+    return [*words, "--interpreter", "cam", "--batch-size", "1", "--limit", "2", "--warm-steps", "1", "--steps", "2"]
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+    """How often a run may be interrupted, and what it leaves if it is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        moments = Moments(patch)
+        assert cli.main(interruptible(base, str(base.folder / "whole"))) == 0
+    return moments.seen, tree(base.folder / "whole")
+
+
+@pytest.mark.parametrize("i", range(max(COUNT // 30, 1)))
+def test_interrupts(i, base, whole, tmp_path, capfd, monkeypatch):
+    """Interrupted twice at random moments, a run says what is kept, and goes on from it to the same bytes."""
+    rng, (moments, expected) = random.Random(f"{SEED} {i}"), whole
+    out, resume = tmp_path / "out", []
+    for at in (rng.randrange(1, moments + 1), rng.randrange(1, moments + 1)):
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            Moments(patch, at)
+            code = cli.main([*interruptible(base, str(out)), *resume])
+        err, parts = capfd.readouterr().err, sorted(out.rglob("0*.npz"))
+        about = f"interrupts {i} of seed {SEED}, moment {at}: exit code {code}, stderr {err!r}, {sorted(tree(out))}"
+        if code == 0:  # the rest of a run has fewer moments
+            break
+        kept = f"; {len(parts)} of 4 parts are kept, --resume goes on from them" if parts else ""
+        assert (code, err) == (130, f"adv2: interrupted{kept}\n"), about
+        assert not [name for name in tree(out) if Path(name).name.startswith(".")], about
+        assert parts or not out.exists(), about
+        resume = ["--resume"] if parts else []
+    else:
+        assert cli.main([*interruptible(base, str(out)), *resume]) == 0, about
+    found = tree(out)
+    assert found.keys() == expected.keys() and found["results.npz"] == expected["results.npz"], about
