@@ -76,8 +76,11 @@ class Batches:
             was = dict(json.loads(self._known.read_text(encoding="utf-8")))
         if changed := changes(was, self._settings):
             raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
+
+    def write_log(self) -> None:
+        """Write the log of a run that is gone on with anew: its last line may be missing or cut short."""
         lines = [self._line(part) for part in self.parts if self.has(part)]
-        with self._writing(self._log), atomic(self._log, "w") as log:  # the last line may be missing or cut short
+        with self._writing(self._log), atomic(self._log, "w") as log:
             log.writelines(lines)
 
     def has(self, part: Part) -> bool:
@@ -131,10 +134,13 @@ class Batches:
         self._known.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def kept(self) -> str:
-        """How to go on, for whoever is interrupted; empty if nothing is finished."""
+    def leave(self) -> str:
+        """Say how to go on, for whoever is interrupted; remove what was begun, and say nothing, if no part is finished."""
         n = sum(map(self.has, self.parts))
-        return f"; {n} of {len(self.parts)} parts are kept, --resume goes on from them" if n else ""
+        if n == 0:
+            self.remove()
+            return ""
+        return f"; {n} of {len(self.parts)} parts are kept, --resume goes on from them"
 
     def _path(self, part: Part) -> Path:
         return self._folder / f"{part.interpreter}.{part.attack}" / f"{part.batch:05d}.npz"
@@ -181,10 +187,7 @@ class Batches:
         try:
             yield
         except OSError as error:
-            kept = self.kept()
-            if not kept:
-                self.remove()
-            raise ValueError(f"cannot write {path}: {error.strerror}{kept}") from None
+            raise ValueError(f"cannot write {path}: {error.strerror}{self.leave()}") from None
 
 
 def _blocks(paths: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:

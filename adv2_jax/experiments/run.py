@@ -101,6 +101,8 @@ def run(
     )
     kept.begin(resume=resume)
     try:
+        if resume:
+            kept.write_log()
         _attack_all(model, task, jobs, settings, kept, progress)
         whole = _whole(task, selection)
         with intact(directory) if resume else nullcontext():  # what was kept of the run before may be damaged
@@ -123,9 +125,9 @@ def run(
         with intact(directory) if resume else nullcontext():
             publish(directory)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(kept.kept()) from None
+        raise KeyboardInterrupt(kept.leave()) from None
     except OSError as error:  # of the summary, or of what is published
-        raise ValueError(f"cannot write to {directory}: {error.strerror}{kept.kept()}") from None
+        raise ValueError(f"cannot write to {directory}: {error.strerror}{kept.leave()}") from None
     kept.remove()
     return Outcome(rows, differences, selection.left_out, lost)
 
