@@ -228,29 +228,38 @@ def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape:
 
 @lru_cache(maxsize=256)  # a run asks once a batch
 def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
-    model = known.model()
-    image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
     interpreter, solver = plan.interpreter, _solver(plan)
-    drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
-    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32)), Numbers(*[np.float32(1)] * 3)
-
-    def work(options: Options, *memory: Any) -> int:
-        def one(model: Classifier, problem: Problem, memory: tuple[Any, ...]) -> Any:
-            return step(model, problem, init(problem, options, None, memory), numbers, options)
-
-        return multiply_adds(one, model, problem, memory)
-
-    unit = work(Options(threat))
+    unit = _work_of_step(known, Options(threat), None, shape)
     if not unit:
         return float(plan.warm_steps + plan.steps)
+    spent = plan.warm_steps * unit + plan.steps * _work_of_step(known, joint_options(plan, threat), interpreter, shape)
+    model, image, label = _abstract(known, shape)
     memory = () if solver is None else (jax.eval_shape(solver.init, image),)
-    spent = plan.warm_steps * unit + plan.steps * work(joint_options(plan, threat), *memory)
     solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, *memory)
     if _scores_apart(plan):
         assert interpreter is not None
         looking = multiply_adds(partial(_explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
         spent += math.ceil(plan.steps / plan.keep_every) * (solving + looking)
     return round((spent + solving) / unit, 1)
+
+
+@lru_cache(maxsize=256)  # every plan is compared with the same step of plain PGD
+def _work_of_step(known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one step on one image."""
+    model, image, label = _abstract(known, shape)
+    solver = None if interpreter is None else interpreter.solver
+    drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
+    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32)), Numbers(*[np.float32(1)] * 3)
+
+    def one(model: Classifier, problem: Problem, memory: tuple[Any, ...]) -> Any:
+        return step(model, problem, init(problem, options, None, memory), numbers, options)
+
+    return multiply_adds(one, model, problem, () if solver is None else (jax.eval_shape(solver.init, image),))
+
+
+def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """A model, an image of a shape [H, W, 3] and a label without values."""
+    return known.model(), jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
 
 
 def count_steps(plan: Preset, n: int, batch_size: int) -> int:
@@ -472,8 +481,9 @@ def _start(problems: Problem, params: Params, memory: tuple[Any, ...], options: 
 
 def _tabulate(n: int, *plans: Plan) -> Numbers:
     """Schedules as numbers: no retrace for another schedule."""
+    places = np.arange(max(math.ceil(n / 256), 1) * 256)  # few lengths, for each compiles its own small programs
     with jax.transfer_guard("allow"):  # optax computes with numbers of the host
-        return Numbers(*(jax.device_get(jax.vmap(plan(n))(jnp.arange(n))) for plan in plans))
+        return Numbers(*(jax.device_get(jax.vmap(plan(n))(places))[:n] for plan in plans))
 
 
 def joint_options(plan: Preset, threat: Threat) -> Options:

@@ -147,8 +147,8 @@ def _check_devices() -> None:
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"JAX has no device of JAX_PLATFORMS={jax.config.jax_platforms}: {first_line(error)}") from None
-    if backend != "cpu" or (jax.config.jax_platforms or "").startswith("cpu"):
+        raise ValueError(f"JAX has no device of JAX_PLATFORMS={jax.config.read('jax_platforms')}: {first_line(error)}") from None
+    if backend != "cpu" or (jax.config.read("jax_platforms") or "").startswith("cpu"):
         return
     plugins = [f"{found.name} {found.version}" for found in distributions() if PLUGIN.match(found.name or "")]
     if plugins:

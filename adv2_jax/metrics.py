@@ -1,7 +1,9 @@
-"""Measures of an attack (method: ADV² §4.1); batches of finished, 8-bit images in, one number an image out.
+"""Measures of an attack (method: ADV² §4.1); batches of finished, 8-bit images in, one number an image out, in NumPy.
 
 images [N, H, W, 3], uint8 or in [0, 1]    logits [N, K]    maps [N, h, w] in [0, 1]    masks [N, H, W] bool
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +14,48 @@ from jax.typing import ArrayLike
 from adv2_jax.maps import resize
 
 
-def success(logits: ArrayLike, targets: ArrayLike) -> Array:
+def success(logits: ArrayLike, targets: ArrayLike) -> np.ndarray:
     """Whether the target is the prediction: [N, K], [N] -> [N] bool. Its mean is the attack success rate (ASR)."""
-    return jnp.asarray(logits).argmax(axis=-1) == jnp.asarray(targets)
+    return np.asarray(logits).argmax(axis=-1) == np.asarray(targets)
 
 
-def confidence(logits: ArrayLike, targets: ArrayLike) -> Array:
+def confidence(logits: ArrayLike, targets: ArrayLike) -> np.ndarray:
     """f_t, the probability of the target: [N, K], [N] -> [N].
 
     Its mean over the successes is the misclassification confidence (MC).
     """
-    return jnp.take_along_axis(jax.nn.softmax(logits), jnp.asarray(targets)[:, None], axis=-1)[:, 0]
+    return np.take_along_axis(probabilities(logits), np.asarray(targets)[:, None], axis=-1)[:, 0]
 
 
-def map_l1(maps: ArrayLike, target_maps: ArrayLike) -> Array:
+def probabilities(logits: ArrayLike) -> np.ndarray:
+    """Softmax: [N, K] -> [N, K]; where one of the logits is not finite, some are not a number."""
+    z = np.asarray(logits)
+    with np.errstate(invalid="ignore"):  # ∞ - ∞
+        odds = np.exp(z - z.max(axis=-1, keepdims=True))
+    return odds / odds.sum(axis=-1, keepdims=True)
+
+
+def map_l1(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
     """Mean absolute difference: [N, h, w] twice -> [N] in [0, 1]."""
-    return jnp.abs(_difference(maps, target_maps)).mean(axis=(1, 2))
+    return np.abs(_difference(maps, target_maps)).mean(axis=(1, 2))
 
 
-def map_l2(maps: ArrayLike, target_maps: ArrayLike) -> Array:
+def map_l2(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
     """Root mean square difference: [N, h, w] twice -> [N] in [0, 1]."""
-    return jnp.sqrt((_difference(maps, target_maps) ** 2).mean(axis=(1, 2)))
+    return np.sqrt((_difference(maps, target_maps) ** 2).mean(axis=(1, 2)))
 
 
-def _difference(maps: ArrayLike, target_maps: ArrayLike) -> Array:
-    return jnp.asarray(maps) - jnp.asarray(target_maps)
+def _difference(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
+    return np.asarray(maps) - np.asarray(target_maps)
 
 
-def _iou(a: Array, b: Array) -> Array:
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Intersection over union of boolean maps; two empty maps agree fully."""
     union = (a | b).sum(axis=(1, 2))
-    return jnp.where(union > 0, (a & b).sum(axis=(1, 2)) / jnp.maximum(union, 1), 1.0)
+    return np.where(union > 0, (a & b).sum(axis=(1, 2)) / np.maximum(union, 1), 1.0)
 
 
-def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75) -> Array:
+def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75) -> np.ndarray:
     """IoU of the largest entries of two maps, those above the quantile of each: [N, h, w] twice -> [N] in [0, 1].
 
     The entries are chosen by rank: all that are as large as the k-th largest, where k of h w lie above the quantile. So a
@@ -53,18 +63,18 @@ def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75
     Two unrelated maps score .14 at the 75th percentile.
     """
 
-    def top(m: Array) -> Array:
+    def top(m: np.ndarray) -> np.ndarray:
         n = m[0].size
         k = max(n - 1 - int(quantile * (n - 1)), 1)
-        last = jnp.sort(m.reshape(len(m), n), axis=-1)[:, n - k, None, None]
-        return jnp.where(last > m.min((1, 2), keepdims=True), m >= last, m > last)
+        last = np.sort(m.reshape(len(m), n), axis=-1)[:, n - k, None, None]
+        return np.where(last > m.min((1, 2), keepdims=True), m >= last, m > last)
 
-    return _iou(top(jnp.asarray(maps)), top(jnp.asarray(target_maps)))
+    return _iou(top(np.asarray(maps)), top(np.asarray(target_maps)))
 
 
-def iou_threshold(maps: ArrayLike, target_maps: ArrayLike, threshold: float = 0.5) -> Array:
+def iou_threshold(maps: ArrayLike, target_maps: ArrayLike, threshold: float = 0.5) -> np.ndarray:
     """IoU of the maps binarised at a fixed threshold: [N, h, w] twice -> [N] in [0, 1]."""
-    return _iou(jnp.asarray(maps) >= threshold, jnp.asarray(target_maps) >= threshold)
+    return _iou(np.asarray(maps) >= threshold, np.asarray(target_maps) >= threshold)
 
 
 def linf(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
@@ -93,18 +103,23 @@ def _change(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
     return (x - x0) / 255
 
 
-def mean_displacement(flows: ArrayLike) -> Array:
+def mean_displacement(flows: ArrayLike) -> np.ndarray:
     """Mean length of the displacements, in pixels: [N, H, W, 2] -> [N]."""
-    return jnp.linalg.norm(jnp.asarray(flows), axis=-1).mean(axis=(1, 2))
+    return np.linalg.norm(np.asarray(flows), axis=-1).mean(axis=(1, 2))
 
 
-def pointing_game(maps: ArrayLike, masks: ArrayLike) -> Array:
+def pointing_game(maps: ArrayLike, masks: ArrayLike) -> np.ndarray:
     """Whether the map's largest value lies on the object (Zhang et al. 2018): [N, h, w], [N, H, W] bool -> [N] bool.
 
     Maps are upsampled bilinearly to the size of the masks first.
     """
-    truth = jnp.asarray(masks)
+    truth = np.asarray(masks)
     n, h, w = truth.shape
-    upsampled = jax.vmap(lambda m: resize(m, (h, w)))(jnp.asarray(maps))
+    upsampled = np.asarray(_upsampled(np.asarray(maps), (h, w)))
     peaks = upsampled.reshape(n, -1).argmax(axis=-1)
-    return jnp.take_along_axis(truth.reshape(n, -1), peaks[:, None], axis=-1)[:, 0]
+    return np.take_along_axis(truth.reshape(n, -1), peaks[:, None], axis=-1)[:, 0]
+
+
+@partial(jax.jit, static_argnums=1)
+def _upsampled(maps: Array, size: tuple[int, int]) -> Array:
+    return jax.vmap(lambda m: resize(m, size))(maps)

@@ -120,7 +120,8 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("threat", "epsilon", "penalty"), [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 8 / 255, 5e-4), ("linf", 8 / 255, None)]
+    ("threat", "epsilon", "penalty"),
+    [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 8 / 255, 5e-4), ("linf", 8 / 255, None)],
 )
 def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
     assert attack(network, tmp_path / "out", "--interpreter", "cam", "--limit", "2", "--threat", threat, "--preset", "paper") == 0

@@ -13,6 +13,7 @@ from adv2_jax.activations import relu
 from adv2_jax.attack import explain, no_map
 from adv2_jax.data import ImageSet
 from adv2_jax.data.sources import check_classes
+from adv2_jax.errors import listed
 from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import Activation, Classifier, Features, Image, Logits
 
@@ -57,7 +58,10 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     check_classes(image_set, logits.shape[-1])
     predicted = logits.argmax(axis=-1).astype(np.int32)
     labels = predicted if image_set.labels is None else image_set.labels
-    image_set, right = image_set._replace(labels=labels), predicted == labels
+    sound = np.isfinite(logits).all(axis=-1)
+    if not sound.all():
+        log.warning("the network gives logits that are not finite numbers on %s: left out", _named(image_set, ~sound))
+    image_set, right = image_set._replace(labels=labels), (predicted == labels) & sound
     if not right.all():
         _check_order(predicted, labels, logits.shape[-1])
         _check_range(model, image_set, right, batch_size)
@@ -72,8 +76,15 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     return Selection(chosen, positions, logits.shape[-1], int((~right).sum()), labels)
 
 
-def _logits(model: Classifier, images: np.ndarray, batch_size: int) -> np.ndarray:
-    return explain(model, images, np.zeros(len(images), np.int32), interpreter=no_map, batch_size=batch_size)[0]
+def _named(image_set: ImageSet, which: np.ndarray) -> str:
+    """The names of some images, or their places."""
+    names = np.flatnonzero(which) if image_set.names is None else image_set.names[which]
+    return f"image {listed([str(name) for name in names], ', ')}"
+
+
+def _logits(model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False) -> np.ndarray:
+    nobody = np.zeros(len(images), np.int32)
+    return explain(model, images, nobody, interpreter=no_map, batch_size=batch_size, all_may_fail=all_may_fail)[0]
 
 
 def _check_logits(logits: np.ndarray) -> None:
@@ -117,9 +128,11 @@ def _check_range(model: Classifier, image_set: ImageSet, right: np.ndarray, batc
     some = np.arange(0, len(right), -(-len(right) // TRIED))  # not the first: folders are read a class after the other
     image_set, right = image_set.take(some), right[some]
     assert image_set.labels is not None
+    if right.any() and _by_chance(int((~right).sum()), 0) >= CHANCE:
+        return  # too few are wrong to tell
     for name, (scale, shift) in RANGES.items():
         rescaled = Rescaled(model, jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
-        better = _logits(rescaled, image_set.images, batch_size).argmax(-1) == image_set.labels
+        better = _logits(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1) == image_set.labels
         if _does_better(better, right, image_set.labels):
             raise ValueError(
                 f"the network gets {better.sum()} of {len(right)} images right when they are scaled to {name}, "
