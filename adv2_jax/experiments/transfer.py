@@ -74,7 +74,7 @@ def load_run(directory: Path) -> Run:
 
 def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:
     """Refuse results without the arrays that are looked at, or of which one does not go with the images."""
-    n, *size, channels = found["images"][0]
+    n, *size, _ = found["images"][0]
     pictures = ["images", *(f"{name}/{attack}/images" for name in interpreters for attack in ATTACKS)]
     maps = [f"{name}/target_maps" for name in interpreters]
     for names, kinds, shape in ((pictures, "u", (n, *size, 3)), (["labels", "targets"], "i", (n,)), (maps, "f", (n, None, None))):
