@@ -1,5 +1,5 @@
 # make demo   the demo, in a virtual environment of its own
-# make test   the tests
+# make test   the tests, all of them or TESTS, with the newest packages or with PACKAGES
 # make lint   style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/adv2 demo
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/installed-dev
 	$(RUFF) check --line-length 132 --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
@@ -29,5 +29,5 @@ $(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet -e '.[$*]'
+	$(VENV)/bin/python -m pip install --quiet $(PACKAGES) -e '.[$*]'
 	touch $@

@@ -106,7 +106,7 @@ class Architecture(NamedTuple):
 def architecture(model: Any) -> Architecture:
     """The architecture of a model; takes milliseconds."""
     leaves, structure = jax.tree.flatten(static_leaves(model))
-    return Architecture(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), bool(jax.config.read("jax_enable_x64")))
+    return Architecture(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), jax.dtypes.canonicalize_dtype(float).itemsize == 8)
 
 
 def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:

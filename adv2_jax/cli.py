@@ -144,11 +144,12 @@ def _warnings_on_stderr(quiet: bool) -> Iterator[None]:
 
 def _check_devices() -> None:
     """Says so when JAX has fallen back to the CPU: a plugin of another version than its own is passed over in silence."""
+    wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     try:
         backend = jax.default_backend()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"JAX has no device of JAX_PLATFORMS={jax.config.read('jax_platforms')}: {first_line(error)}") from None
-    if backend != "cpu" or (jax.config.read("jax_platforms") or "").startswith("cpu"):
+        raise ValueError(f"JAX has no device of JAX_PLATFORMS={wanted}: {first_line(error)}") from None
+    if backend != "cpu" or wanted.startswith("cpu"):
         return
     plugins = [f"{found.name} {found.version}" for found in distributions() if PLUGIN.match(found.name or "")]
     if plugins:
