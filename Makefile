@@ -6,7 +6,7 @@ VENV ?= .venv
 RUFF = $(VENV)/bin/ruff
 
 .PHONY: demo test lint format
-demo: $(VENV)/installed
+demo: $(VENV)/installed-images
 	$(VENV)/bin/adv2 demo
 
 test: $(VENV)/installed-test
@@ -23,10 +23,6 @@ format: $(VENV)/installed-dev
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
-
-$(VENV)/installed: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet -e .
-	touch $@
 
 $(VENV)/installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
 	$(VENV)/bin/python -m pip install --quiet $(PACKAGES) -e '.[$*]'

@@ -106,7 +106,9 @@ class Architecture(NamedTuple):
 def architecture(model: Any) -> Architecture:
     """The architecture of a model; takes milliseconds."""
     leaves, structure = jax.tree.flatten(static_leaves(model))
-    return Architecture(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), jax.dtypes.canonicalize_dtype(float).itemsize == 8)
+    return Architecture(
+        structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), jax.dtypes.canonicalize_dtype(float).itemsize == 8
+    )
 
 
 def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:

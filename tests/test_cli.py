@@ -629,11 +629,32 @@ def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatc
 
 def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_attack", lambda arguments, command: seen.append(arguments))
-    monkeypatch.setattr(cli.report, "gallery", lambda directory: b"")
+    monkeypatch.setattr(cli, "_attack", lambda arguments, command: [seen.append(arguments)])
+    monkeypatch.setattr(cli, "_show_demo", lambda *shown: None)
     for words in ([], ["--resume"]):
         assert cli.main(["demo", "--out", str(tmp_path), *words]) == 0
-    assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 8), (True, 8)]
+    assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 4), (True, 4)]
+
+
+def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys, monkeypatch):
+    """The tiny network and two interpreters in place of the embedded network and five: what is drawn and said, not how well it does."""
+    attack_words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--images", str(network / "images.npz")]
+    short = ["--interpreter", "cam", "grad", "--epsilon", "16/255", "--steps", "3", "--limit", "2", "--batch-size", "2"]
+    monkeypatch.setattr(cli, "DEMO", [*attack_words, *short])
+    assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out.splitlines()[-1]
+    assert (
+        out.startswith("Attacked were the first 2 of ")
+        and "no pixel value changed by more than 16/255. Plain PGD succeeds on " in out
+    )
+    assert out.count(". ") == 2 and "the maps of all 2 interpreters move" in out  # three sentences
+    image = pytest.importorskip("PIL.Image")
+    with image.open(tmp_path / "demo" / "picture.png") as picture:
+        assert picture.width > 850 and picture.height > 300
+        pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+    assert (pixels == [30, 30, 30]).all(1).any()  # ink: there are words
+    rows = json.loads((tmp_path / "demo" / "summary.json").read_text())["rows"]
+    assert all(f"{100 * row['asr']:.0f}%" in out for row in rows)
 
 
 @pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
@@ -771,8 +792,8 @@ def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(network
 
 def test_a_demo_may_be_made_anew(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_attack", lambda arguments, command: seen.append(arguments.overwrite))
-    monkeypatch.setattr(cli.report, "gallery", lambda directory: b"")
+    monkeypatch.setattr(cli, "_attack", lambda arguments, command: [seen.append(arguments.overwrite)])
+    monkeypatch.setattr(cli, "_show_demo", lambda *shown: None)
     for command in (None, "adv2 demo --out here", "adv2 attack --out here"):
         if command is not None:
             write_summary(tmp_path, {"config": {"command": command}})

@@ -111,7 +111,8 @@ class Kept(NamedTuple):
         checkpoint_every: steps from one checkpoint, and one look at whether the loss is finite, to the next; an epoch unless
             given. The last step is followed by one in any case.
         resume: whether to go on from the checkpoint; it must have been made with the same arguments.
-        on_step: called with the number of steps done and the loss of the last one; not for steps done before resuming.
+        on_step: called with the number of steps done and the loss of the last one, once the next is under way; not for steps done
+            before resuming.
     """
 
     checkpoints: str | os.PathLike[str] | None = None
@@ -230,7 +231,8 @@ def _prepare(
     params, others = nnx.state(trainee, trainable, ...)
     optimiser = _optimiser(recipe.learning_rate, recipe.weight_decay, steps)
     step = _make_step(nnx.graphdef(trainee), trainable, optimiser, loss, recipe.seed)
-    return partial(step, constants), State(params, others, optimiser.init(params))
+    start = jax.tree.map(jnp.copy, State(params, others, optimiser.init(params)))  # each step overwrites the state it is given
+    return partial(step, constants), start
 
 
 def _finished(model: Model, state: State) -> Model:
@@ -256,7 +258,7 @@ def _make_step(
         value = loss(model, constants, key, images.astype(jnp.float32) / 255, labels)
         return value, nnx.state(model, nnx.Not(trainable))
 
-    @jax.jit
+    @partial(jax.jit, donate_argnames="state")
     def step(constants: Any, state: State, i: Array, images: Array, labels: Array) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.key(seed), i)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
@@ -270,13 +272,18 @@ def _make_step(
 def _advance(
     step: Step, state: State, batches: Iterable[tuple[Any, Images, Labels]], done: int, on_step: OnStep | None
 ) -> tuple[State, Losses]:
-    """The state after some more batches, and their losses; waits for the device at the end only, unless `on_step` is given."""
+    """The state after some more batches, and their losses. The host is a step ahead: it makes a batch while the device works."""
     losses: list[Array] = []
+
+    def tell(count: int) -> None:
+        if on_step and count:
+            on_step(done + count, float(losses[count - 1]))
+
     for batch in batches:
         state, loss = step(state, *batch)
         losses.append(loss)
-        if on_step:
-            on_step(done + len(losses), float(loss))
+        tell(len(losses) - 1)
+    tell(len(losses))
     return state, np.array(losses, np.float32)
 
 

@@ -20,7 +20,6 @@ from adv2_jax.presets import Preset
 from adv2_jax.threats import flow_penalty
 from adv2_jax.types import Classifier
 
-PICTURED = 16  # images whose way is kept
 CURVE_POINTS = 100  # at most
 
 
@@ -65,7 +64,7 @@ def attack_batch(
             preset=job.plan,
             batch_size=len(places),
             on_step=on_step,
-            snapshots=int((np.unique(places) < PICTURED).sum()),
+            snapshots=int((np.unique(places) < settings.snapshots).sum()),
             all_may_fail=True,
         )
         seconds = np.array([time.perf_counter() - start])

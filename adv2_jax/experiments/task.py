@@ -27,6 +27,7 @@ class Settings(NamedTuple):
         seed: of target classes, target maps and bootstrap.
         target_map: what is to be shown where the image set has no target maps of its own: "benign", the map of the unchanged
             image, which hides the attack; "image", the map of another image of the target class; "patch", a random figure.
+        snapshots: of how many images, the first, to keep what they were on the way, some eight times an attack, each explained.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     batch_size: int = 32
     seed: int = 0
     target_map: str = "benign"
+    snapshots: int = 16
 
 
 class Task(NamedTuple):

@@ -4,13 +4,11 @@ import math
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adv2_jax.files import read_arrays
 from adv2_jax.names import ATTACKS
 
 Pixels = NDArray[np.uint8]
@@ -127,7 +125,7 @@ def _weights(old: int, new: int) -> NDArray[np.float64]:
 
 
 def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: int = 112, gap: int = 6) -> Pixels:
-    """Draws some images of a run as one picture without text, for a README.
+    """Draws some images of a run as one picture without text.
 
     One line per image: benign image and map, PGD image and map, ADV² image and map, difference of the ADV² image (x10).
 
@@ -143,28 +141,6 @@ def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: in
     """
     strips = [_strip(results, interpreter, i) for i in rows]
     return np.concatenate([np.concatenate([_tile(*tile, side, gap) for tile in strip], axis=1) for strip in strips])
-
-
-def gallery(directory: Path | str, *, images: int = 2) -> bytes:
-    """Draws typical images of a finished run under every interpreter, as a PNG file.
-
-    Typical are the images in the middle of the order by ADV²'s map distance.
-
-    Args:
-        directory: the folder of the run.
-        images: lines an interpreter, at most.
-
-    Returns:
-        The PNG file: the lines of `overview`, one interpreter below the other.
-    """
-    results = read_arrays(Path(directory) / "results.npz")
-    interpreters = dict.fromkeys(key.split("/")[0] for key in results if key.endswith("/benign_maps"))
-
-    def typical(name: str) -> NDArray[Any]:
-        order = np.argsort(results[f"{name}/adv2/map_l1"])
-        return order[max((len(order) - images) // 2, 0) :][:images]
-
-    return png(np.concatenate([overview(results, name, typical(name)) for name in interpreters]))
 
 
 def _strip(results: Arrays, interpreter: str, i: int) -> list[tuple[Pixels, bool]]:
