@@ -66,7 +66,8 @@ COLUMNS = {
 }
 LONGEST = 2000  # characters of a message
 # few images, and a batch of one shape: most of the demo's time goes to compiling programs
-DEMO = "attack --images shapes:8 --limit 4 --batch-size 4 --epsilon 16/255 --preset quick --snapshots 0".split()
+DEMO = ["attack", "--images", "shapes:8", "--limit", "4", "--batch-size", "4", "--epsilon", "16/255", "--preset", "quick"]
+DEMO += ["--snapshots", "0"]
 
 CHECKPOINTS = "checkpoints"  # of a training, in its --out
 PLUGIN = re.compile(r"jax[-_](cuda|rocm)\d*[-_]plugin|libtpu", re.IGNORECASE)

@@ -637,7 +637,7 @@ def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
 
 
 def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys, monkeypatch):
-    """The tiny network and two interpreters in place of the embedded network and five: what is drawn and said, not how well it does."""
+    """The tiny network and two interpreters: what is drawn and said, not how well it does."""
     attack_words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--images", str(network / "images.npz")]
     short = ["--interpreter", "cam", "grad", "--epsilon", "16/255", "--steps", "3", "--limit", "2", "--batch-size", "2"]
     monkeypatch.setattr(cli, "DEMO", [*attack_words, *short])
