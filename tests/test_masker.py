@@ -227,7 +227,7 @@ NOT_MASKERS = {
     "model 'resnet51' is not one of cifar_resnet20": {"option/name": "resnet51"},
     "not a DenseNet": {"option/name": "densenet121"},
     "unexpected keyword argument 'colour'": {"option/colour": 1},
-    "Incompatible shapes": {"option/mean": [0.5, 0.5]},
+    "incompatible shapes for broadcasting": {"option/mean": [0.5, 0.5]},
     "integer modulo by zero": {"option/image_size": 0},
     "1 of 62 keys do not match: threshold expected () found nothing": {"threshold": None},
     "1 of 63 keys do not match: more expected nothing found (2,)": {"more": np.zeros(2)},
