@@ -158,7 +158,9 @@ def folder_of_images(rng: random.Random, place: Path, base: Base) -> Case:
     (folder / name).write_bytes(data)
     if rng.random() < 0.05:
         (folder / "sub").mkdir()
-    return Case(base.attack("--images", "photos", "--size", str(SIZE)), ("mutant", "sub", "images right", "16-bit images of photos"), pixels)
+    return Case(
+        base.attack("--images", "photos", "--size", str(SIZE)), ("mutant", "sub", "images right", "16-bit images of photos"), pixels
+    )
 
 
 def labels(rng: random.Random, place: Path, base: Base) -> Case:
