@@ -198,7 +198,9 @@ def _traced(f: Callable[[Any, Any], Any], model: Any, argument: jax.ShapeDtypeSt
             value = jax.eval_shape(f, model, batch)
     except _InTraining as error:
         raise ValueError(str(error)) from None
-    except Exception as error:  # whatever the user's code raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's code raises
         raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value)
 

@@ -442,3 +442,39 @@ def test_summaries_that_are_damaged_or_of_another_schema_are_refused(tmp_path, t
     path.write_text(text)
     with pytest.raises(ValueError, match="^" + message.format(path=re.escape(str(path)))):
         files.read_summary(tmp_path)
+
+
+def member(shape, data=b"", kind="|u1"):
+    header = f"{{'descr': {kind!r}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+@pytest.mark.parametrize("read", [files.read_arrays, files.stored, lambda path: files.read_pictures(path, 1)])
+@pytest.mark.parametrize(
+    ("entry", "data", "compression", "message"),
+    [
+        ("a.npy", member((2, 2), b"1234"), zipfile.ZIP_BZIP2, "'a' is compressed in another way"),
+        ("a.npy", member((10**12,), b"1234"), zipfile.ZIP_STORED, "'a' holds 4 bytes, an array of uint8 .* takes 1000000000000"),
+        ("a.npy", member((3,), b"1234"), zipfile.ZIP_STORED, "'a' holds 4 bytes, an array of uint8 .* takes 3"),
+        ("a.npy", member((-1, -4), b"1234"), zipfile.ZIP_STORED, "array"),
+        ("a.npy", b"not an array", zipfile.ZIP_STORED, "magic string"),
+        ("a.txt", b"not an array", zipfile.ZIP_STORED, "magic string"),
+        ("a.npy", member((65 << 20,), bytes(65 << 20)), zipfile.ZIP_DEFLATED, "unpack to .* over 10 times as many"),
+    ],
+)
+def test_members_that_are_not_what_they_say_are_refused_before_they_are_read(tmp_path, read, entry, data, compression, message):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
+        archive.writestr(entry, data)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"cannot read .*a\.npz: .*{message}") as caught:
+        read(tmp_path / "a.npz")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20 and "\n" not in str(caught.value)
+
+
+def test_what_compresses_well_is_read_up_to_64_mb(tmp_path):
+    masks = np.zeros((8, 1024, 1024), bool)
+    files.write_arrays(tmp_path / "a.npz", {"masks": masks})
+    assert (tmp_path / "a.npz").stat().st_size < masks.size / 100
+    assert_same(files.read_arrays(tmp_path / "a.npz"), {"masks": masks})

@@ -158,7 +158,9 @@ def folder_of_images(rng: random.Random, place: Path, base: Base) -> Case:
     (folder / name).write_bytes(data)
     if rng.random() < 0.05:
         (folder / "sub").mkdir()
-    return Case(base.attack("--images", "photos", "--size", str(SIZE)), ("mutant", "sub", "images right"), pixels)
+    return Case(
+        base.attack("--images", "photos", "--size", str(SIZE)), ("mutant", "sub", "images right", "16-bit images of photos"), pixels
+    )
 
 
 def labels(rng: random.Random, place: Path, base: Base) -> Case:
@@ -245,7 +247,6 @@ network = print
 network = lambda a, b: 1
 import jax as network
 def __getattr__(name): raise RuntimeError(name)
-import warnings; warnings.warn('old'); network = 1
 async def network(): pass
 def network(): yield 1
 """
@@ -274,6 +275,10 @@ SNIPPETS = [
     _with(head="return jax.nn.softmax(features.mean((0, 1)))"),
     _with().replace("@jax.tree_util.register_static\n", ""),
     _with().replace("def head", "def heads"),
+    _with("raise KeyError(3)").replace("    def features(self, image, act=None)", "    @property\n    def features(self)"),
+    _with().replace("register_static", "register_pytree_node_class") + "Net.tree_flatten = lambda self: 1 / 0\n",
+    _with().replace("register_static", "register_pytree_node_class") + "Net.tree_flatten = lambda self: (('x', object()), None)\n",
+    _with() + "Net.__eq__ = Net.__hash__ = lambda self, other=None: 1 / 0\n",
     _with().replace(", act=None", ""),
     _with().replace("self, features", "self"),
     _with().replace("def features", "features = 3\n\n    def featured"),

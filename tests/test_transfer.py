@@ -152,3 +152,14 @@ def test_tables_name_what_runs_have():
     for table in TABLES.values():
         assert table.threat in threats.THREATS
         assert table.columns.keys() <= {"asr", "mc", "map_l1", "map_l2", "map_iou75", "map_iou50"}
+
+
+def test_a_run_that_cannot_be_published_stays_as_it_was(finished):
+    before = (finished / "summary.json").read_bytes()
+
+    def publish(directory):
+        raise KeyError("measure")
+
+    with pytest.raises(ValueError, match=r"cannot read .*: it is not as adv2 writes it \(KeyError: 'measure'\)"):
+        add(load_run(finished), publish=publish, transfer={"interpreters": []})
+    assert (finished / "summary.json").read_bytes() == before

@@ -34,17 +34,24 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     if not path.endswith(".py") or not name.isidentifier():
         raise ValueError(f"model {reference!r} must be path/to/file.py:name")
     module = _attempt(f"cannot import {path}", _import, path)
-    if not hasattr(module, name):
+    if not _attempt(f"cannot import {name} from {path}", hasattr, module, name):
         raise ValueError(f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}")
     made = getattr(module, name)
-    if hasattr(made, "features") and not inspect.isclass(made):
+    if not inspect.isclass(made) and _is_network(made):
         if weights is not None:
             raise ValueError(f"{reference} is a network with its weights; --weights goes with a function that makes one")
         return made
-    if not callable(made):
+    if not callable(made) or inspect.iscoroutinefunction(made):
         raise ValueError(f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}")
-    arguments = () if weights is None else (weights,)
-    return _attempt(f"{name}({'' if weights is None else weights}) failed", made, *arguments)
+    call = f"{name}({'' if weights is None else weights})"
+    network = _attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
+    if not _is_network(network):
+        raise ValueError(f"{call} of {path} gives no network, which has methods features and head, but {type(network).__name__}")
+    return network
+
+
+def _is_network(made: Any) -> bool:
+    return _attempt(f"a {type(made).__name__} cannot be asked for its features", hasattr, made, "features")
 
 
 def _import(path: str) -> ModuleType:
