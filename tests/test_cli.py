@@ -46,7 +46,7 @@ def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     solver = interpreters.mask_interpreter().solver
     spent = 1 + solver.steps + 3 * 5 + solver.steps + 0.4  # to start from, joint steps, scored once: a third of a gradient or so
-    assert rows[1]["gradient_evaluations"] == pytest.approx(spent, rel=0.05)  # a tiny network: blurs count beside convolutions
+    assert spent <= rows[1]["gradient_evaluations"] <= 1.15 * spent  # a tiny network: blurs count beside its convolutions
     assert rows[0]["gradient_evaluations"] == round(rows[1]["gradient_evaluations"])  # PGD's steps are whole
 
 
