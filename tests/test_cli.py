@@ -194,7 +194,7 @@ BAD_WORDS = {
     "invalid choice: 'l1' (choose from": ["--threat", "l1"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
-    "is not below 2**32": ["--seed", "99999999999999999999"],
+    "is not below 4294967296": ["--seed", "99999999999999999999"],
     "unrecognized arguments: --stpes": ["--stpes"],
     "neither shapes, shapes:N nor an .npz file": ["--images", "cat.jpg"],
     "after 'shapes:' must be a whole number": ["--images", "shapes:many"],
