@@ -199,7 +199,7 @@ def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Filter:
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(params, features).jaxpr
     read = {id(variable) for equation in program.eqns for variable in equation.invars}
     inputs = jax.tree.unflatten(jax.tree.structure((params, features)), program.invars)[0]
-    paths = {path for path, variable in nnx.to_flat_state(inputs) if id(variable.get_value()) in read}
+    paths = {path for path, variable in nnx.to_flat_state(inputs) if id(jax.tree.leaves(variable)[0]) in read}
     if not paths:
         raise ValueError(f"head_only: the head of {type(model).__name__} has no parameters")
     return lambda path, _: path in paths
