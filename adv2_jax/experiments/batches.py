@@ -131,7 +131,8 @@ class Batches:
 
     def remove(self) -> None:
         """Remove the parts: the run is over. Without its settings what a kill leaves of them is no run any more."""
-        self._known.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be none, or a file of somebody's in place of the folder
+            self._known.unlink()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def leave(self) -> str:
