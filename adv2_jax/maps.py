@@ -36,7 +36,8 @@ def min_max(raw: Array) -> Map:
 def channel_max(gradient: Array) -> Array:
     """Largest absolute value over colour channels: [H, W, C] -> [H, W] (ADV² eq. 5)."""
     size = jnp.abs(gradient)
-    largest = jnp.arange(size.shape[-1]) == size.argmax(axis=-1, keepdims=True)  # by place, as in `min_max`
+    places = jax.lax.broadcasted_iota(int, size.shape, size.ndim - 1)
+    largest = places == size.argmax(axis=-1, keepdims=True)  # by place, as in `min_max`
     return jnp.where(largest, size, 0).sum(axis=-1)
 
 
