@@ -669,7 +669,7 @@ def test_images_of_several_sizes_need_one(flat, tmp_path):
     assert load(flat, size=6).images.shape == (5, 6, 6, 3)
     (flat / "9.png").unlink()
     assert load(flat).images.shape == (4, 8, 8, 3)
-    refused("size must be at least 1, got 0", flat, size=0)
+    refused("size must be at least 1 and at most 4096, got 0", flat, size=0)
 
 
 def test_without_pillow_one_line_says_what_to_install(flat, monkeypatch):
