@@ -104,7 +104,7 @@ def attack(
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), "mask", an `Interpreter` of your own, or
             None for plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
         threat: what may be changed: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
-        preset: "default", "paper", or a `Preset` of your own.
+        preset: "default", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
         batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
         driver: "auto", "fori" or "host" (see `descent.descend`).
@@ -195,8 +195,7 @@ def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interprete
 
 @lru_cache(maxsize=64)
 def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) -> tuple[int, ...]:
-    image, label = jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
-    return jax.eval_shape(explain, known.model(), image, label).shape
+    return jax.eval_shape(explain, *_abstract(known, shape)).shape
 
 
 def check_interpreter(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
@@ -275,15 +274,6 @@ def batches(arrays: T, size: int) -> Iterator[T]:
         yield jax.tree.map(itemgetter(index), arrays)
 
 
-def to_float(images: ArrayLike) -> np.ndarray:
-    """uint8 images, or floating point in [0, 1], as float32 [N, H, W, 3] in [0, 1].
-
-    Raises:
-        ValueError: as `check_images`.
-    """
-    return _unit(check_images(images), np.float32)
-
-
 def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
     """Images in [0, 1] from uint8 or floating point; what is k/255 to the last digit of float32 is k/255 in float64 too."""
     if x.dtype == np.uint8:
@@ -327,7 +317,7 @@ def _problems(
     """The caller's arrays, checked and brought to one form; they stay on the host until their batch is attacked."""
     t = _classes("targets", targets, model, x)
     if interpreter is None:
-        return Problem(to_float(x), t, np.zeros((len(x), 1, 1), np.float32))
+        return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
     expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
@@ -335,7 +325,7 @@ def _problems(
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(to_float(x), t, maps)
+    return Problem(_unit(x, np.float32), t, maps)
 
 
 def _check_batch_size(batch_size: int) -> None:
@@ -376,7 +366,7 @@ def _scores_apart(plan: Preset) -> bool:
 def snapshot_steps(plan: Preset) -> list[int]:
     """About eight steps of a plan, the first and the last among them, at which the iterate is worth a look.
 
-    The joint steps between two are as many each time where that can be: a loop compiles once for each length.
+    The joint steps between two are as many each time where that can be.
     """
     unit = plan.keep_every if _scores_apart(plan) else 1
     units = math.ceil(plan.steps / unit)

@@ -29,13 +29,14 @@ from rich.table import Table
 from rich.text import Text
 
 from adv2_jax import __version__, data, models, report, threats
-from adv2_jax.attack import OnStep, explain, no_map
+from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
-from adv2_jax.errors import first_line
+from adv2_jax.errors import first_line, listed
 from adv2_jax.experiments import fit, train, train_masker
 from adv2_jax.experiments.batches import UNFINISHED
 from adv2_jax.experiments.measures import Row
 from adv2_jax.experiments.run import Outcome, environment, run
+from adv2_jax.experiments.select import predict
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
 from adv2_jax.experiments.task import Settings
 from adv2_jax.experiments.train import PLAIN, TrainingSets, accuracy, train_classifier, training_sets
@@ -421,7 +422,7 @@ def _attack(arguments: argparse.Namespace, command: str) -> tuple[Subject, Outco
         if outcome.left_out and subject.images.advice:
             print(subject.images.advice)
         if outcome.failed:
-            names = ", ".join(map(str, outcome.failed[:8])) + (" and others" if len(outcome.failed) > 8 else "")
+            names = listed([str(name) for name in outcome.failed], ", ")
             print(f"{len(outcome.failed)} failed, the network gives numbers that are not finite on them: {names}")
         print(f"report: {directory / 'report.html'}")
     return subject, outcome
@@ -517,9 +518,7 @@ def _show_demo(asked: argparse.Namespace, subject: Subject, outcome: Outcome) ->
     picture = Path(asked.out) / "picture.png"
 
     def look(shown: NDArray[np.uint8]) -> NDArray[np.floating]:
-        nobody = np.zeros(len(shown), np.int32)
-        logits, _ = explain(subject.model, shown, nobody, interpreter=no_map, batch_size=asked.batch_size)
-        return probabilities(logits)
+        return probabilities(predict(subject.model, shown, asked.batch_size))
 
     if find_spec("PIL") is None:
         print(f"{picture} needs Pillow: pip install 'adv2_jax[images]'")

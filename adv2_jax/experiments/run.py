@@ -190,7 +190,7 @@ def _rows(
 ) -> tuple[list[Row], list[Row], np.ndarray]:
     """Two rows an interpreter, how they differ, and which images [N] failed under some attack."""
     cost = {part[:2]: job.cost for job in jobs for part in job.parts(0)}
-    rows, differences, failed = [], [], np.zeros(0, bool)
+    rows, differences, failed = [], [], []
     for name in names:
         found = {kind: kept.measures(name, kind) for kind in ATTACKS}
         for kind, measures in found.items():
@@ -198,10 +198,10 @@ def _rows(
             head = {"interpreter": name, "attack": kind, "threat": settings.threat.name, "target_map": target_map}
             tail = {"gradient_evaluations": cost[name, kind], "seconds": round(seconds, 2)}
             rows.append(head | row(measures, seed=settings.seed) | tail)
-            failed = measures["failed"] | (failed if len(failed) else False)
+            failed.append(measures["failed"])
         pair = {"interpreter": name, "threat": settings.threat.name}
         differences += [pair | difference for difference in paired(found["pgd"], found["adv2"], seed=settings.seed)]
-    return rows, differences, failed
+    return rows, differences, np.any(failed, axis=0)
 
 
 def _whole(task: Task, selection: Selection) -> Arrays:

@@ -53,7 +53,7 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
             does well, and clearly better, with labels one higher or lower (of two classes: swapped) or on images of another range
             than [0, 1], a class is out of range, or no image is left. Few that are left are logged as a warning.
     """
-    logits = _logits(model, image_set.images, batch_size)
+    logits = predict(model, image_set.images, batch_size)
     _check_logits(logits)
     check_classes(image_set, logits.shape[-1])
     predicted = logits.argmax(axis=-1).astype(np.int32)
@@ -82,7 +82,8 @@ def _named(image_set: ImageSet, which: np.ndarray) -> str:
     return f"image {listed([str(name) for name in names], ', ')}"
 
 
-def _logits(model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False) -> np.ndarray:
+def predict(model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False) -> np.ndarray:
+    """Logits [N, K] of images, as `explain` gives them."""
     nobody = np.zeros(len(images), np.int32)
     return explain(model, images, nobody, interpreter=no_map, batch_size=batch_size, all_may_fail=all_may_fail)[0]
 
@@ -132,7 +133,7 @@ def _check_range(model: Classifier, image_set: ImageSet, right: np.ndarray, batc
         return  # too few are wrong to tell
     for name, (scale, shift) in RANGES.items():
         rescaled = Rescaled(model, jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
-        better = _logits(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1) == image_set.labels
+        better = predict(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1) == image_set.labels
         if _does_better(better, right, image_set.labels):
             raise ValueError(
                 f"the network gets {better.sum()} of {len(right)} images right when they are scaled to {name}, "

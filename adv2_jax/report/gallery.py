@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.names import ATTACKS, attack_name
 from adv2_jax.report import words
-from adv2_jax.report.pictures import Arrays, Pixels, overview
+from adv2_jax.report.pictures import Pixels, images_of, overview
 
 Look = Callable[[Pixels], NDArray[np.floating]]
 
@@ -37,7 +37,7 @@ def gallery(directory: Path | str, look: Look) -> bytes:
     label, caption, power = (ImageFont.load_default(size) for size in SIZES.values())
     names = list(dict.fromkeys(row["interpreter"] for row in summary["rows"]))
     typical = [np.argsort(results[f"{name}/adv2/map_l1"])[(len(results["labels"]) - 1) // 2] for name in names]
-    seen = look(np.stack([image for name, i in zip(names, typical, strict=True) for image in _images(results, name, i)]))
+    seen = look(np.stack([image for name, i in zip(names, typical, strict=True) for image in images_of(results, name, i)]))
     strips = [overview(results, name, [i], side=SIDE, gap=GAP) for name, i in zip(names, typical, strict=True)]
     height, width, _ = strips[0].shape
     image_width = (width - 20 * GAP) // 7  # four images with two gaps each, three maps with four
@@ -66,7 +66,3 @@ def gallery(directory: Path | str, look: Look) -> bytes:
     file = io.BytesIO()
     canvas.save(file, "png", optimize=True)
     return file.getvalue()
-
-
-def _images(results: Arrays, name: str, i: int) -> list[Pixels]:
-    return [results["images"][i], *(results[f"{name}/{attack}/images"][i] for attack in ATTACKS)]

@@ -145,11 +145,16 @@ def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: in
 
 def _strip(results: Arrays, interpreter: str, i: int) -> list[tuple[Pixels, bool]]:
     """The pictures of image i in the order of `overview`, each with whether it is a map (to be scaled smoothly)."""
-    images = [results["images"][i], *(results[f"{interpreter}/{attack}/images"][i] for attack in ATTACKS)]
+    images = images_of(results, interpreter, i)
     maps = [results[f"{interpreter}/benign_maps"][i], *(results[f"{interpreter}/{attack}/maps"][i] for attack in ATTACKS)]
     pairs = zip(images, map(colour_map, maps), strict=True)
     tiles = [tile for image, colours in pairs for tile in ((image, False), (colours, True))]
     return [*tiles, (amplified_difference(images[-1], images[0]), False)]
+
+
+def images_of(results: Arrays, interpreter: str, i: int) -> list[Pixels]:
+    """Image i as it was, and as each attack on an interpreter made it."""
+    return [results["images"][i], *(results[f"{interpreter}/{attack}/images"][i] for attack in ATTACKS)]
 
 
 def _tile(pixels: Pixels, is_map: bool, side: int, gap: int) -> Pixels:
