@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from adv2_jax import losses, threats
-from adv2_jax.classifier import Architecture, architecture, logits_of, num_classes, static_leaves
+from adv2_jax.classifier import Architecture, architecture, check_activation, has, logits_of, num_classes, static_leaves
 from adv2_jax.cost import multiply_adds
 from adv2_jax.descent import (
     Driver,
@@ -96,7 +96,7 @@ def attack(
     """Fool the classifier and the interpreter at once.
 
     Args:
-        model: any pytree with `features` and `head` (`adv2_jax.types.Classifier`).
+        model: any pytree with what the interpreter needs: `logits`, or `features` and `head` (`adv2_jax.types.Classifier`).
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
         target_maps: [N, h, w] in [0, 1], the maps to be shown; an image whose map is not a number, as `explain` gives it where it
@@ -198,12 +198,23 @@ def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) ->
     return jax.eval_shape(explain, *_abstract(known, shape)).shape
 
 
-def check_interpreter(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
-    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3].
+def check_interpreter(
+    model: Classifier, shape: tuple[int, ...], interpreter: Interpreter, *, attacked: bool = False
+) -> tuple[int, ...]:
+    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3], and be attacked if it is to be.
 
     Raises:
         ValueError: if it cannot, or its maps have fewer than four entries (`no_map` has none).
     """
+    name = type(model).__name__
+    for method in ("features", "head"):
+        if method in interpreter.needs and not has(model, method):
+            needs = f"{interpreter.name} needs features and head"
+            raise ValueError(f"{needs}, and {name} has no method {method}; grad and mask need logits only")
+    if "masker" in interpreter.needs and not hasattr(model, "masker"):
+        raise ValueError(f"{interpreter.name} needs a masker: its model is a models.Masked(classifier, masker), not a {name}")
+    if attacked and "act" in interpreter.needs:
+        check_activation(model, shape)
     if interpreter.check is not None:
         interpreter.check(model, shape)
     drawn = map_shape(model, shape, interpreter)
@@ -318,7 +329,7 @@ def _problems(
     t = _classes("targets", targets, model, x)
     if interpreter is None:
         return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
-    expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter))
+    expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter, attacked=True))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
         raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
@@ -410,7 +421,9 @@ def _attack_batch(
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
     wide: Any = x.astype(np.float64)
     rounded = [threat.round(wide[i], jax.tree.map(itemgetter(i), params), image) for i, image in enumerate(_unit(benign))]
-    faces = (no_map, None) if plan.interpreter is None else (plan.interpreter.explain, plan.interpreter.solver)
+    faces: tuple[Explain, Solver | None] = (
+        (no_map, None) if plan.interpreter is None else (plan.interpreter.explain, plan.interpreter.solver)
+    )
     seen, float_seen = ((images, *_seen(model, images, problems.target, *faces, driver)) for images in (to_uint8(rounded), x))
     failed = ~finite((last, problems.target_map, seen, float_seen))
     if failed.any():

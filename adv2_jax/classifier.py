@@ -1,27 +1,46 @@
-"""The pass over a classifier, and what can be told without running it: the two methods, the shapes, that it is set to inference."""
+"""The pass over a classifier, and what one trace tells of it: what it can do, its shapes, that it is set to inference."""
 
+import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, NamedTuple, cast
 
 import jax
+import jax.numpy as jnp
 from flax import linen, nnx
 from jax import Array
 
-from adv2_jax.activations import relu
+from adv2_jax.cost import subprograms
 from adv2_jax.errors import first_line
 from adv2_jax.precision import at_least_float32
-from adv2_jax.types import Activation, Classifier, Features, Image, Logits
+from adv2_jax.types import Activation, Classifier, Features, HasFeatures, Image, Logits
 
-PROTOCOL = "a classifier is a pytree with features(image, act=relu) -> [h, w, C] and head(features) -> [K]"
-
-
-def logits_of(model: Classifier, image: Image, act: Activation = relu) -> Logits:
-    """The logits [K] of an image, float32 or wider whatever the network computes in."""
-    return head_of(model, model.features(image, act=act))
+PROTOCOL = (
+    "a classifier is a pytree with logits(image, act=relu) -> [K], "
+    "or with features(image, act=relu) -> [h, w, C] and head(features) -> [K]"
+)
 
 
-def head_of(model: Classifier, features: Features) -> Logits:
+def has(model: Any, *methods: str) -> bool:
+    """Whether a model has all these methods."""
+    return all(callable(getattr(model, method, None)) for method in methods)
+
+
+def logits_of(model: Classifier, image: Image, act: Activation | None = None) -> Logits:
+    """The logits [K] of an image, float32 or wider whatever the network computes in.
+
+    Args:
+        model: with `features` and `head`, which have precedence, or with `logits`.
+        image: [H, W, 3] in [0, 1].
+        act: stands in for every ReLU; None, or a network that takes none, leaves it as it is (see `check_activation`).
+    """
+    network, pooled = cast(Any, model), has(model, "features", "head")
+    method = network.features if pooled else network.logits
+    value = method(image) if act is None or not _takes(method, "act") else method(image, act=act)
+    return head_of(network, value) if pooled else at_least_float32(value)
+
+
+def head_of(model: HasFeatures, features: Features) -> Logits:
     """The logits [K] of features, float32 or wider whatever the network computes in."""
     return at_least_float32(model.head(features))
 
@@ -111,52 +130,120 @@ def architecture(model: Any) -> Architecture:
     )
 
 
+class Inspected(NamedTuple):
+    """What one trace tells of a network, for images of one shape.
+
+    Attributes:
+        logits: shape and type of the logits [K].
+        features: those of the features, which need not be an array [h, w, C]; None without features and head.
+        relus: how many ReLUs are left where `act` is another function.
+    """
+
+    logits: jax.ShapeDtypeStruct
+    features: Any
+    relus: int
+
+
 def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:
-    """K, the number of classes of a network for images of a shape [H, W, 3]; see `abstract_pass`."""
-    return abstract_pass(model, shape)[1].shape[0]
+    """K, the number of classes of a network for images of a shape [H, W, 3]; see `inspected`."""
+    return inspected(model, shape).logits.shape[0]
 
 
-def abstract_pass(model: Classifier, shape: tuple[int, ...]) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes and types of the features [h, w, C] and logits [K] that a network makes of an image [H, W, 3].
+def inspected(model: Classifier, shape: tuple[int, ...]) -> Inspected:
+    """What there is to know of a network without running it, for images of a shape [H, W, 3].
 
-    Nothing is computed; the network is traced, once for each architecture and shape.
+    The network is traced once for each architecture and shape; nothing is computed.
 
     Raises:
         ValueError: if the model is not a classifier (`adv2_jax.types.Classifier`), is set to training, or cannot take such images.
     """
-    if any(leaf is model for leaf in jax.tree.leaves(model)) and callable(getattr(model, "features", None)):
+    if any(leaf is model for leaf in jax.tree.leaves(model)) and (has(model, "features") or has(model, "logits")):
         raise ValueError(f"{type(model).__name__} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it")
-    return _abstract_pass(architecture(model), tuple(shape), type(model).__name__)
+    return _inspected(architecture(model), tuple(shape), type(model).__name__)
+
+
+def check_features(model: HasFeatures, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    """Shape and type of the features [h, w, C] of a network that has features and head.
+
+    Raises:
+        ValueError: if they are no such array.
+    """
+    features = inspected(model, shape).features
+    _check_shape(f"{type(model).__name__}.features", features, 3, "[h, w, C]")
+    return cast(jax.ShapeDtypeStruct, features)
+
+
+def check_activation(model: Classifier, shape: tuple[int, ...]) -> None:
+    """Refuse a network with ReLUs that `act` does not replace: its map has no second derivative, and an attack is blind to it.
+
+    Raises:
+        ValueError: says how many there are, and what to write.
+    """
+    left = inspected(model, shape).relus
+    if left:
+        raise ValueError(
+            f"{type(model).__name__} does not pass act on: {left} ReLUs stay where act is another function, and the curvature of "
+            "maps with them; take act as an argument and call it in place of every ReLU"
+        )
 
 
 @lru_cache(maxsize=64)  # a run asks some dozen times a batch
-def _abstract_pass(known: Architecture, shape: tuple[int, ...], name: str) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspected:
     model = known.model()
-    for method in ("features", "head"):
-        if not callable(getattr(model, method, None)):
-            raise ValueError(f"{name} has no method {method}: {PROTOCOL}")
+    method = "features" if has(model, "features", "head") else "logits"
+    if not has(model, method):
+        missing = "no methods logits, or features and head"
+        for one, other in (("features", "head"), ("head", "features")):
+            if has(model, one):
+                missing = f"{one} but no method {other}"
+        raise ValueError(f"{name} has {missing}: {PROTOCOL}")
     training = next(_in_training(model.whole() if isinstance(model, StaticLeaves) else model), None)
     if training is not None:
         raise ValueError(training)
-    image = jax.ShapeDtypeStruct(shape, jax.numpy.float32)
-    features = _traced(_features, model, image, f"the network cannot take images of {list(shape)}")
-    _check_shape(f"{name}.features", features, 3, "[h, w, C]")
-    logits = _traced(_head, model, features, f"{name}.head cannot take features of {list(features.shape)}")
-    _check_shape(f"{name}.head", logits, 1, "logits [K]")
-    if logits.shape[0] < 2:
-        raise ValueError(
-            f"{name}.head gives {logits.shape[0]} logits, a classifier has at least 2: for one logit z of two classes "
-            "return jnp.stack([0, z]) of it, which has the same probabilities"
-        )
-    return features, logits
+    # an activation that is no ReLU: whatever ReLU is found all the same does not come of `act`
+    given = {"act": jnp.tanh} if _takes(getattr(model, method), "act") else {}
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced, program = _traced(
+        lambda model, x: getattr(model, method)(x, **given), model, image, f"the network cannot take images of {list(shape)}"
+    )
+    relus = count_relus(program, shape)
+    if method == "logits":
+        return Inspected(_check_logits(f"{name}.logits", traced), None, relus)
+    shown = list(traced.shape) if isinstance(traced, jax.ShapeDtypeStruct) else type(traced).__name__
+    logits, program = _traced(lambda model, a: model.head(a), model, traced, f"{name}.head cannot take features of {shown}")
+    return Inspected(_check_logits(f"{name}.head", logits), traced, relus + count_relus(program, shape))
 
 
-def _features(model: Any, images: Array) -> Features:
-    return jax.vmap(lambda x: model.features(x, act=relu))(images)
+def _takes(method: Callable[..., Any], option: str) -> bool:
+    """Whether a method can be called with an option by name; True where that cannot be told."""
+    try:
+        parameters = inspect.signature(method).parameters.values()
+    except (TypeError, ValueError):
+        return True
+    return any(parameter.name == option or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _head(model: Any, features: Features) -> Logits:
-    return jax.vmap(model.head)(features)
+def count_relus(program: Any, shape: tuple[int, ...]) -> int:
+    """How many ReLUs, max(z, 0), are in a traced program.
+
+    None are those of the image itself [..., H, W, 3] and those with a min after them, which keep values in a range, or of a
+    difference, as a variance E x² - (E x)² is kept from being negative.
+
+    Args:
+        program: a jaxpr.
+        shape: of the image, [H, W, 3].
+    """
+    equations = getattr(program, "jaxpr", program).eqns
+    made_by = {out: equation.primitive.name for equation in equations for out in equation.outvars}
+    clipped = {v for equation in equations if equation.primitive.name == "min" for v in equation.invars if not hasattr(v, "val")}
+    found = 0
+    for equation in equations:
+        if equation.primitive.name == "max" and equation.outvars[0] not in clipped:
+            values = [v for v in equation.invars if not hasattr(v, "val")]
+            against_zero = len(values) == 1 and any(hasattr(v, "val") and float(v.val) == 0 for v in equation.invars)
+            found += against_zero and values[0].aval.shape[1:] != shape and made_by.get(values[0]) != "sub"
+        found += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
+    return found
 
 
 class _InTraining(Exception):
@@ -190,23 +277,33 @@ def _refuse_training(call: Callable[..., Any], args: Any, kwargs: Any, context: 
     return call(*args, **kwargs)
 
 
-def _traced(f: Callable[[Any, Any], Any], model: Any, argument: jax.ShapeDtypeStruct, failure: str) -> Any:
-    """What f(model, [argument]) gives; f runs under `vmap`, as it will be run, where a network must not write to itself."""
-    batch = jax.ShapeDtypeStruct((1, *argument.shape), argument.dtype)
+def _traced(f: Callable[[Any, Any], Any], model: Any, argument: Any, failure: str) -> tuple[Any, Any]:
+    """Shapes of what f gives of an argument, and its program; under `vmap`, as it will run: a network must not write to itself."""
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), argument)
     try:
         with linen.intercept_methods(_refuse_training):
-            value = jax.eval_shape(f, model, batch)
+            program, value = jax.make_jaxpr(lambda m, xs: jax.vmap(partial(f, m))(xs), return_shape=True)(model, batch)
     except _InTraining as error:
         raise ValueError(str(error)) from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever the user's code raises
         raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value), program
+
+
+def _check_logits(what: str, logits: Any) -> jax.ShapeDtypeStruct:
+    _check_shape(what, logits, 1, "logits [K]")
+    if logits.shape[0] < 2:
+        raise ValueError(
+            f"{what} gives {logits.shape[0]} logits, a classifier has at least 2: for one logit z of two classes "
+            "return jnp.stack([0, z]) of it, which has the same probabilities"
+        )
+    return cast(jax.ShapeDtypeStruct, logits)
 
 
 def _check_shape(what: str, value: Any, rank: int, expected: str) -> None:
     if not isinstance(value, jax.ShapeDtypeStruct):
         raise ValueError(f"{what} must give one array {expected}, got {type(value).__name__}")
-    if len(value.shape) != rank or not jax.numpy.issubdtype(value.dtype, jax.numpy.floating):
+    if len(value.shape) != rank or not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{what} must give floating-point {expected}, got {value.dtype} {list(value.shape)}")

@@ -37,7 +37,7 @@ def _of_equation(equation: Any) -> int:
         return _size(equation.outvars[0]) * math.prod(kernel) // outputs // math.prod(parameters["lhs_dilation"])
     if name == "custom_linear_solve":  # beside the solver it holds its transpose and the operator, which do not run
         return _count(parameters["jaxprs"].solve)
-    inner = [_count(jaxpr) for jaxpr in _inner(parameters)]
+    inner = [_count(jaxpr) for jaxpr in subprograms(parameters)]
     if name == "cond":
         return max(inner)
     if name == "scan":
@@ -51,8 +51,8 @@ def _size(variable: Any) -> int:
     return math.prod(variable.aval.shape)
 
 
-def _inner(parameters: dict[str, Any]) -> Iterator[Any]:
-    """The programs among the parameters of an equation, each once."""
+def subprograms(parameters: dict[str, Any]) -> Iterator[Any]:
+    """Jaxprs among the parameters of an equation, each once."""
     for value in parameters.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):

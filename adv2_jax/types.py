@@ -1,4 +1,4 @@
-"""Names for the arrays that pass between modules, and the one thing asked of a classifier.
+"""Names for the arrays that pass between modules, and what is asked of a classifier.
 
 Everything below `adv2_jax.attack.attack` sees one image. Shapes are written
 
@@ -24,23 +24,35 @@ Activation = Callable[[Array], Array]
 
 
 @runtime_checkable
-class Classifier(Protocol):
-    """Any pytree with these two pure methods; its weights are its leaves."""
+class HasLogits(Protocol):
+    """Any pytree with this pure method; its weights are its leaves. All that plain PGD, GRAD and MASK ask for."""
+
+    def logits(self, image: Image, act: Activation = ...) -> Logits:
+        """Logits [K]; normalises the [0, 1] image inside; `act` replaces every ReLU."""
+        ...
+
+
+@runtime_checkable
+class HasFeatures(Protocol):
+    """Any pytree with these two pure methods, which together are `logits`. CAM and its family ask for them."""
 
     def features(self, image: Image, act: Activation = ...) -> Features:
         """Last convolutional features [h, w, C]; normalises the [0, 1] image inside; `act` replaces every ReLU."""
         ...
 
     def head(self, features: Features) -> Logits:
-        """Global average pooling and the linear layer: logits [K]."""
+        """The rest: logits [K]. For CAM global average pooling and a linear layer."""
         ...
+
+
+Classifier = HasLogits | HasFeatures
 
 
 @runtime_checkable
 class Masker(Protocol):
     """The network of RTS (`adv2_jax.models.Masker`)."""
 
-    encoder: Classifier
+    encoder: HasFeatures
     means: Any
 
     def __call__(self, image: Image, label: Label) -> Map:

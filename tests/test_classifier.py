@@ -10,7 +10,7 @@ import pytest
 from flax import linen, nnx
 
 from adv2_jax import attack, explain, interpreters, models, select
-from adv2_jax.classifier import abstract_pass, num_classes, static_leaves
+from adv2_jax.classifier import check_activation, check_features, has, num_classes, static_leaves
 from adv2_jax.data import ImageSet
 from adv2_jax.models import Masked
 
@@ -100,14 +100,12 @@ def test_a_classifier_is_known_by_its_classes(net):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (Without, "Without has no method head: a classifier is a pytree with features"),
-        (lambda rngs: object(), "object has no method features"),
+        (Without, "Without has features but no method head: a classifier is a pytree with logits"),
+        (lambda rngs: object(), "object has no methods logits, or features and head: a classifier"),
         (lambda rngs: Plain(), "Plain is not a pytree"),
         (lambda rngs: Linen(), "Linen is not a pytree: .* a Linen module needs its weights beside it"),
-        (Flattened, r"Flattened\.features must give floating-point \[h, w, C\], got float32 \[256\]"),
         (Pair, r"Pair\.head must give one array logits \[K\], got tuple"),
         (Rounded, r"Rounded\.head must give floating-point logits \[K\], got int32 \[5\]"),
-        (NoAct, r"cannot take images of \[8, 8, 3\]: TypeError: .*act"),
         (Picky, r"the network cannot take images of \[8, 8, 3\]: TypeError: .*reshape"),
         (Noting, "TraceContextError: Cannot mutate 'Noting'"),
     ],
@@ -395,6 +393,136 @@ def test_group_norm_and_standardised_images_are_no_training():
     assert num_classes(linen_net(own="group", rate=0.0)(True), SHAPE) == 5
 
 
+# What an interpreter needs.
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Tokens:
+    """Patches of 4 x 4 pixels as tokens, mixed by one attention: logits alone, and no features [h, w, C]."""
+
+    embedding: jax.Array
+    out: jax.Array
+
+    def logits(self, image, act=nnx.relu):
+        h, w, _ = image.shape
+        patches = image.reshape(h // 4, 4, w // 4, 4, 3).swapaxes(1, 2).reshape(-1, 48)
+        tokens = act(patches @ self.embedding)
+        mixed = jax.nn.softmax(tokens @ tokens.T / 4) @ tokens
+        return act(tokens + mixed).mean(0) @ self.out
+
+
+def tokens(seed=0):
+    one, other = jax.random.split(jax.random.key(seed))
+    return Tokens(jax.random.normal(one, (48, 16)) / 4, jax.random.normal(other, (16, 5)) / 4)
+
+
+@pytest.mark.parametrize("name", ["grad", "mask"])
+def test_a_network_without_feature_maps_can_be_explained_and_attacked(name):
+    x = np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8)
+    logits, maps = explain(tokens(), x, [0, 1], interpreter=name)
+    np.testing.assert_allclose(logits, jax.vmap(tokens().logits)(x / np.float32(255)), rtol=1e-5)
+    result = attack(tokens(), x, [2, 3], maps, interpreter=name, steps=4)
+    assert np.isfinite(result.maps).all() and (result.images != x).any()
+
+
+def test_a_masker_beside_a_network_without_feature_maps(masker):
+    model = Masked(tokens(), masker)
+    assert has(model, "logits") and not has(model, "features")
+    with pytest.raises(ValueError, match="cam needs features and head, and Masked has no method features"):
+        explain(model, np.zeros((1, *SHAPE), np.uint8), [0], interpreter="cam")
+
+
+class Ravelled(Flattened):
+    def head(self, features):
+        return self.linear(features.reshape(-1, 4).mean(0))
+
+
+@pytest.mark.parametrize("name", ["cam", "grad_cam"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (tokens, "{} needs features and head, and Tokens has no method features; grad and mask need logits only"),
+        (lambda: Ravelled(nnx.Rngs(0)), r"Ravelled\.features must give floating-point \[h, w, C\], got float32 \[256\]"),
+    ],
+)
+def test_cam_needs_feature_maps(name, make, message):
+    with pytest.raises(ValueError, match=f"^{message.format(name)}$"):
+        explain(make(), np.zeros((1, *SHAPE), np.uint8), [0], interpreter=name)
+
+
+def test_grad_needs_no_feature_maps():
+    x = np.random.default_rng(0).integers(0, 256, (1, *SHAPE), np.uint8)
+    assert np.ptp(explain(Ravelled(nnx.Rngs(0)), x, [0], interpreter="grad")[1]) == 1
+
+
+RELUS = {
+    "jax.nn.relu": jax.nn.relu,
+    "maximum": lambda z: jnp.maximum(z, 0),
+    "maximum, zero first": lambda z: jnp.maximum(0.0, z),
+    "jitted": jax.jit(jax.nn.relu),
+    "of a scan": lambda z: jax.lax.scan(lambda c, row: (c, jax.nn.relu(row)), 0, z)[1],
+}
+NO_RELUS = {
+    "tanh": jnp.tanh,
+    "a clip": lambda z: jnp.clip(z, 0, 1),
+    "relu6": jax.nn.relu6,
+    "a variance": lambda z: z / jnp.sqrt(jnp.maximum((z**2).mean() - z.mean() ** 2, 0) + 1),
+    "LayerNorm": nnx.LayerNorm(4, use_bias=False, use_scale=False, rngs=nnx.Rngs(0)),
+}
+
+
+def with_fixed(activation):
+    class Fixed(Net):
+        def features(self, image, act=nnx.relu):
+            return activation(super().features(image, act))
+
+    return Fixed(nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("kind", RELUS)
+def test_an_activation_that_is_not_passed_on_is_seen(kind):
+    with pytest.raises(ValueError, match=r"^Fixed does not pass act on: 1 ReLUs stay where act is another function"):
+        check_activation(with_fixed(RELUS[kind]), SHAPE)
+
+
+@pytest.mark.parametrize("kind", NO_RELUS)
+def test_what_is_no_relu_may_stay(kind):
+    class Fixed(Net):
+        def features(self, image, act=nnx.relu):
+            return act(NO_RELUS[kind](super().features(image, act)))
+
+    check_activation(Fixed(nnx.Rngs(0)), SHAPE)
+
+
+def test_images_may_be_clipped_below():
+    class Clipping(Net):
+        def features(self, image, act=nnx.relu):
+            return super().features(jnp.maximum(image, 0), act)
+
+    check_activation(Clipping(nnx.Rngs(0)), SHAPE)
+
+
+@pytest.mark.parametrize("name", ["grad", "mask"])
+def test_a_network_that_takes_no_activation_is_explained_but_not_attacked_blindly(name):
+    x, model = np.zeros((1, *SHAPE), np.uint8), NoAct(nnx.Rngs(0))
+    _, maps = explain(model, x, [0], interpreter=name)
+    with pytest.raises(ValueError, match="NoAct does not pass act on: 1 ReLUs stay"):
+        attack(model, x, [1], maps, interpreter=name, steps=2)
+    _, maps = explain(model, x, [0], interpreter="cam")
+    assert attack(model, x, [1], maps, interpreter="cam", steps=2).images.shape == x.shape
+
+
+def test_a_smooth_network_need_not_take_an_activation():
+    class Smooth(Net):
+        def features(self, image):
+            return super().features(image, jnp.tanh)
+
+    x, model = np.random.default_rng(0).integers(0, 256, (1, *SHAPE), np.uint8), Smooth(nnx.Rngs(0))
+    _, maps = explain(model, x, [0], interpreter="grad")
+    assert np.isfinite(attack(model, x, [1], maps, interpreter="grad", steps=2).maps).all()
+
+
 # Traces.
 
 
@@ -408,7 +536,7 @@ def test_a_network_is_traced_once_for_each_architecture_and_shape():
 
     for seed in (0, 1, 2):
         assert num_classes(Counting(nnx.Rngs(seed)), SHAPE) == 5
-        assert abstract_pass(Counting(nnx.Rngs(seed)), SHAPE)[0].shape == (8, 8, 4)
+        assert check_features(Counting(nnx.Rngs(seed)), SHAPE).shape == (8, 8, 4)
     assert len(traced) == 1
     num_classes(Counting(nnx.Rngs(0)), (16, 16, 3))
     assert len(traced) == 2

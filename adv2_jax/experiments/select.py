@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adv2_jax.activations import relu
 from adv2_jax.attack import explain, no_map
+from adv2_jax.classifier import logits_of
 from adv2_jax.data import ImageSet
 from adv2_jax.data.sources import check_classes
 from adv2_jax.errors import listed
 from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
-from adv2_jax.types import Activation, Classifier, Features, Image, Logits
+from adv2_jax.types import Activation, Classifier, Image, Logits
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +103,9 @@ class Rescaled:
     scale: Array
     shift: Array
 
-    def features(self, image: Image, act: Activation = relu) -> Features:
+    def logits(self, image: Image, act: Activation | None = None) -> Logits:
         """As the network's, of scale * image + shift."""
-        return self.model.features(self.scale[None, None] * image + self.shift[None, None], act=act)
-
-    def head(self, features: Features) -> Logits:
-        """As the network's."""
-        return self.model.head(features)
+        return logits_of(self.model, self.scale[None, None] * image + self.shift[None, None], act)
 
 
 def _check_order(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> None:

@@ -100,6 +100,6 @@ def check_own_maps(model: Classifier, task: Task, interpreters: Sequence[Interpr
     """
     own = task.images.target_maps
     for interpreter in interpreters:
-        expected = [len(task.targets), *check_interpreter(model, task.images.images.shape[1:], interpreter)]
+        expected = [len(task.targets), *check_interpreter(model, task.images.images.shape[1:], interpreter, attacked=True)]
         if own is not None and list(own.shape) != expected:
             raise ValueError(f"target_maps must be {expected} for {interpreter.name}, got {list(own.shape)}")

@@ -17,7 +17,7 @@ import jax
 from jax import Array
 
 from adv2_jax.activations import relu_curved, relu_h
-from adv2_jax.classifier import logits_of
+from adv2_jax.classifier import check_features, logits_of
 from adv2_jax.interpreters.cam import cam, cam_with_logits, check_pooling, grad_cam, grad_cam_with_logits
 from adv2_jax.interpreters.grad import grad, grad_with_logits, input_gradient
 from adv2_jax.interpreters.mask import (
@@ -34,7 +34,7 @@ from adv2_jax.interpreters.mask import (
 )
 from adv2_jax.interpreters.rts import MaskWeights, check_masker, head_loss, mean_loss, rts
 from adv2_jax.options import bind, shared, shown
-from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
+from adv2_jax.types import Activation, Classifier, HasFeatures, Image, Label, Logits, Map
 
 __all__ = [
     "INTERPRETERS",
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 
-Explain = Callable[[Classifier, Image, Label], Map]
+Explain = Callable[[Any, Image, Label], Map]
 Surrogate = Callable[..., tuple[Logits, Map, *tuple[Any, ...]]]
 
 
@@ -95,6 +95,7 @@ class Interpreter(NamedTuple):
         solver: `explain` step by step, for an interpreter that is itself a descent. Its surrogate carries a memory: it takes one
             after `tau`, and returns the next one after the map.
         check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
+        needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if its surrogate does.
     """
 
     name: str
@@ -102,7 +103,8 @@ class Interpreter(NamedTuple):
     surrogate: Surrogate
     faithful: bool = True
     solver: Solver | None = None
-    check: Callable[[Classifier, tuple[int, ...]], None] | None = None
+    check: Callable[[Any, tuple[int, ...]], None] | None = None
+    needs: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return shown(self)
@@ -111,17 +113,22 @@ class Interpreter(NamedTuple):
 @shared
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    return Interpreter("cam", cam, bind(_no_tau, draw=cam_with_logits), check=check_pooling)
+    return Interpreter("cam", cam, bind(_no_tau, draw=cam_with_logits), check=check_pooling, needs=("features", "head"))
 
 
 @shared
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    return Interpreter("grad_cam", grad_cam, bind(_no_tau, draw=grad_cam_with_logits))
+    surrogate = bind(_no_tau, draw=grad_cam_with_logits)
+    return Interpreter("grad_cam", grad_cam, surrogate, check=_check_features, needs=("features", "head"))
+
+
+def _check_features(model: HasFeatures, shape: tuple[int, ...]) -> None:
+    check_features(model, shape)
 
 
 def _no_tau(
-    model: Classifier, image: Image, label: Label, tau: Array, *, draw: Callable[..., tuple[Logits, Map]]
+    model: HasFeatures, image: Image, label: Label, tau: Array, *, draw: Callable[..., tuple[Logits, Map]]
 ) -> tuple[Logits, Map]:
     return draw(model, image, label)
 
@@ -136,7 +143,7 @@ def grad_interpreter(*, pool: int | None = None) -> Interpreter:
     Returns:
         An interpreter; equal options give the same object.
     """
-    return Interpreter("grad", bind(grad, pool=pool), bind(_curved_grad, pool=pool))
+    return Interpreter("grad", bind(grad, pool=pool), bind(_curved_grad, pool=pool), needs=("act",))
 
 
 def _curved_grad(model: Classifier, image: Image, label: Label, tau: Array, *, pool: int | None) -> tuple[Logits, Map]:
@@ -156,7 +163,7 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None =
     Returns:
         An interpreter; equal options give the same object.
     """
-    return Interpreter("grad", bind(grad, pool=pool), bind(_smooth_grad, act=act, pool=pool), faithful=False)
+    return Interpreter("grad", bind(grad, pool=pool), bind(_smooth_grad, act=act, pool=pool), faithful=False, needs=("act",))
 
 
 def _smooth_grad(
@@ -190,7 +197,7 @@ def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) 
         raise ValueError(f"encoder_weight = {encoder_weight} must be finite and not negative")
     surrogate = bind(_rts_with_penalty, encoder_loss=encoder_loss, encoder_weight=encoder_weight)
     needs_means = encoder_loss == "mean" and encoder_weight > 0
-    return Interpreter("rts", _rts, surrogate, check=bind(check_masker, needs_means=needs_means))
+    return Interpreter("rts", _rts, surrogate, check=bind(check_masker, needs_means=needs_means), needs=("masker",))
 
 
 def _rts(model: Any, image: Image, label: Label) -> Map:
@@ -248,7 +255,7 @@ def mask_interpreter(
     explain = bind(mask, size=size, steps=steps, learning_rate=learning_rate, objective=objective)
     surrogate = bind(_mask_ahead, descent=descent, free=free, ahead=ahead, hypergradient=hypergradient)
     solver = Solver(bind(start_mask, descent=descent), bind(step_mask, descent=descent), _map_of, steps)
-    return Interpreter("mask", explain, surrogate, faithful=False, solver=solver)
+    return Interpreter("mask", explain, surrogate, faithful=False, solver=solver, needs=("act",))
 
 
 def _map_of(memory: Memory) -> Map:

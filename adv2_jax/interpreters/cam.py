@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from adv2_jax import maps
-from adv2_jax.classifier import abstract_pass, head_of, static_leaves
+from adv2_jax.classifier import check_features, head_of, num_classes, static_leaves
 from adv2_jax.precision import at_least_float32
-from adv2_jax.types import Classifier, Features, Image, Label, Logits, Map
+from adv2_jax.types import Features, HasFeatures, Image, Label, Logits, Map
 
 
-def head_weights(model: Classifier, features: Features, label: Label) -> Array:
+def head_weights(model: HasFeatures, features: Features, label: Label) -> Array:
     """Gradient of z_c with respect to the features, averaged over positions: alpha_{k,c} of Grad-CAM, [C].
 
     With global average pooling and a linear head this is w_{k,c} / (h w), whatever the features.
@@ -20,18 +20,18 @@ def head_weights(model: Classifier, features: Features, label: Label) -> Array:
     return at_least_float32(jax.grad(lambda a: head_of(model, a)[label])(features)).mean(axis=(0, 1))
 
 
-def raw_cam(model: Classifier, features: Features, label: Label) -> Array:
+def raw_cam(model: HasFeatures, features: Features, label: Label) -> Array:
     """sum_k w_{k,c} a_k, before scaling: [h, w, C] -> [h, w]; w_{k,c} is read off the gradient of the head."""
     h, w, _ = features.shape
     return at_least_float32(features) @ (head_weights(model, features, label) * h * w)
 
 
-def raw_grad_cam(model: Classifier, features: Features, label: Label) -> Array:
+def raw_grad_cam(model: HasFeatures, features: Features, label: Label) -> Array:
     """ReLU(sum_k alpha_{k,c} a_k), before scaling: [h, w, C] -> [h, w]."""
     return jnp.maximum(at_least_float32(features) @ head_weights(model, features, label), 0)
 
 
-def cam(model: Classifier, image: Image, label: Label) -> Map:
+def cam(model: HasFeatures, image: Image, label: Label) -> Map:
     """Class activation map, min-max of sum_k w_{k,c} a_k (Zhou et al. 2016; ADV² §3.3).
 
     Args:
@@ -45,7 +45,7 @@ def cam(model: Classifier, image: Image, label: Label) -> Map:
     return cam_with_logits(model, image, label)[1]
 
 
-def grad_cam(model: Classifier, image: Image, label: Label) -> Map:
+def grad_cam(model: HasFeatures, image: Image, label: Label) -> Map:
     """Grad-CAM, min-max of ReLU(sum_k alpha_{k,c} a_k) (Selvaraju et al. 2017; ADV² §3.3).
 
     Args:
@@ -59,19 +59,19 @@ def grad_cam(model: Classifier, image: Image, label: Label) -> Map:
     return grad_cam_with_logits(model, image, label)[1]
 
 
-def cam_with_logits(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
+def cam_with_logits(model: HasFeatures, image: Image, label: Label) -> tuple[Logits, Map]:
     """Logits [K] and CAM [h, w] from one set of features."""
     features = model.features(image)
     return head_of(model, features), maps.min_max(raw_cam(model, features, label))
 
 
-def grad_cam_with_logits(model: Classifier, image: Image, label: Label) -> tuple[Logits, Map]:
+def grad_cam_with_logits(model: HasFeatures, image: Image, label: Label) -> tuple[Logits, Map]:
     """Logits [K] and Grad-CAM [h, w] from one set of features."""
     features = model.features(image)
     return head_of(model, features), maps.min_max(raw_grad_cam(model, features, label))
 
 
-def check_pooling(model: Classifier, shape: tuple[int, ...]) -> None:
+def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
     """Refuse a head that is not global average pooling and a linear layer: CAM is not defined for it.
 
     The gradient of such a head is the same at all features and all positions; it is compared at two random ones.
@@ -83,9 +83,9 @@ def check_pooling(model: Classifier, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: says that Grad-CAM needs no such head.
     """
-    features, logits = abstract_pass(model, shape)
+    features = check_features(model, shape)
     with jax.debug_nans(False):  # a head that is refused may well have no gradient at random features
-        departure = jax.device_get(_departure(static_leaves(model), features.shape, features.dtype, logits.shape[0]))
+        departure = jax.device_get(_departure(static_leaves(model), features.shape, features.dtype, num_classes(model, shape)))
     # a linear head has one gradient but for rounding: the bound is 3e-4 in float32 and .09 in bfloat16; others depart by 1
     if departure > float(jnp.finfo(features.dtype).eps) ** 0.5:
         raise ValueError(
@@ -95,7 +95,7 @@ def check_pooling(model: Classifier, shape: tuple[int, ...]) -> None:
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _departure(model: Classifier, shape: tuple[int, ...], dtype: jnp.dtype, k: int) -> Array:
+def _departure(model: HasFeatures, shape: tuple[int, ...], dtype: jnp.dtype, k: int) -> Array:
     """How far the gradient of a random mixture of the logits departs from one that is constant, as a part of its largest entry."""
     weights, *features = (jax.random.normal(jax.random.key(i), size) for i, size in enumerate(((k,), shape, shape)))
 

@@ -6,7 +6,6 @@ import jax
 from jax import Array
 
 from adv2_jax import maps
-from adv2_jax.activations import relu
 from adv2_jax.classifier import logits_of
 from adv2_jax.losses import log_odds
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map
@@ -15,7 +14,7 @@ Score = Callable[[Logits, Label], Array]
 
 
 def input_gradient(
-    model: Classifier, image: Image, label: Label, *, act: Activation = relu, score: Score = log_odds
+    model: Classifier, image: Image, label: Label, *, act: Activation | None = None, score: Score = log_odds
 ) -> tuple[Array, Logits]:
     """Gradient of a class score with respect to the image, and the logits the same pass gave.
 
@@ -23,7 +22,7 @@ def input_gradient(
         model: the classifier.
         image: [H, W, 3] in [0, 1].
         label: [] the class c.
-        act: stands in for every ReLU, in this pass and in whatever is differentiated through it.
+        act: stands in for every ReLU, in this pass and in whatever is differentiated through it; None leaves them.
         score: (logits, label) -> [], one of `log_odds`, `logit`, `probability` or your own.
 
     Returns:
@@ -42,7 +41,7 @@ def grad_with_logits(
     image: Image,
     label: Label,
     *,
-    act: Activation = relu,
+    act: Activation | None = None,
     pool: int | None = None,
     score: Score = log_odds,
 ) -> tuple[Logits, Map]:
@@ -55,7 +54,13 @@ def grad_with_logits(
 
 
 def grad(
-    model: Classifier, image: Image, label: Label, *, act: Activation = relu, pool: int | None = None, score: Score = log_odds
+    model: Classifier,
+    image: Image,
+    label: Label,
+    *,
+    act: Activation | None = None,
+    pool: int | None = None,
+    score: Score = log_odds,
 ) -> Map:
     """GRAD map, |∂f_c/∂x| reduced over colours and scaled to [0, 1] (ADV² eq. 5).
 
@@ -68,7 +73,7 @@ def grad(
         model: the classifier.
         image: [H, W, 3] in [0, 1].
         label: [] the class c the map explains.
-        act: stands in for every ReLU: `relu` explains the network, `relu_h` gives the map a useful second derivative.
+        act: stands in for every ReLU; None explains the network, `relu_h` gives the map a useful second derivative.
         pool: side of the mean-pooling blocks; None is 4 at 224², as in the paper, and 1 below 112² (`maps.usual_pool`).
         score: (logits, label) -> [].
 

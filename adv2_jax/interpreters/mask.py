@@ -13,7 +13,6 @@ import optax
 from jax import Array
 from jax.scipy.sparse.linalg import cg
 
-from adv2_jax.activations import relu
 from adv2_jax.blending import blend
 from adv2_jax.classifier import logits_of
 from adv2_jax.interpreters.grad import Score
@@ -178,7 +177,9 @@ def start_mask(image: Image, descent: Descent) -> Memory:
     return Memory(a, _adam(descent).init(a))
 
 
-def step_mask(model: Classifier, image: Image, label: Label, memory: Memory, descent: Descent, act: Activation = relu) -> Memory:
+def step_mask(
+    model: Classifier, image: Image, label: Label, memory: Memory, descent: Descent, act: Activation | None = None
+) -> Memory:
     """One step of Adam down `mask_loss`, clamped.
 
     Args:
@@ -187,7 +188,7 @@ def step_mask(model: Classifier, image: Image, label: Label, memory: Memory, des
         label: [] the class c.
         memory: where the descent stands.
         descent: static options.
-        act: stands in for every ReLU; only one with curvature lets the step depend on the image as it should.
+        act: stands in for every ReLU, or None; only one with curvature lets the step depend on the image as it should.
     """
     gradient = jax.grad(mask_loss, argnums=3)(model, image, label, memory.map, descent.objective, act)
     # in units of one entry, whose share of a mean is 1/size: Adam's ε then means the same for maps of any size
@@ -202,7 +203,9 @@ def _adam(descent: Descent) -> optax.GradientTransformation:
     return optax.adam(rate, b1=0.7, b2=0.9, eps=0.5, eps_root=1e-12)
 
 
-def mask_loss(model: Classifier, image: Image, label: Label, a: Map, objective: MaskObjective, act: Activation = relu) -> Array:
+def mask_loss(
+    model: Classifier, image: Image, label: Label, a: Map, objective: MaskObjective, act: Activation | None = None
+) -> Array:
     """ℓ_map(a; x), what a map minimises.
 
     Args:

@@ -88,7 +88,7 @@ def mean_loss(masker: Masker, image: Image, label: Label) -> Array:
 
 
 def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = False) -> None:
-    """Refuse a model without a masker, or whose masker is not made for its classes and for images of a shape [H, W, 3].
+    """Refuse a model whose masker is not made for its classes and for images of a shape [H, W, 3].
 
     Args:
         model: a `models.Masked`, a classifier and its masker.
@@ -98,8 +98,6 @@ def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = Fals
     Raises:
         ValueError: says what is missing, or what the masker was made for.
     """
-    if not hasattr(model, "masker"):
-        raise ValueError(f"rts needs a masker: its model is a models.Masked(classifier, masker), not a {type(model).__name__}")
     model.masker.check(num_classes(model, shape), shape)
     if needs_means and not np.any(jax.device_get(model.masker.means[...]), axis=-1).all():
         raise ValueError(

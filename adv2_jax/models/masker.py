@@ -16,7 +16,7 @@ from adv2_jax.activations import relu
 from adv2_jax.maps import blur
 from adv2_jax.models.layers import batch_norm, conv
 from adv2_jax.models.resnet import Block, CifarResNet, ImageNetResNet
-from adv2_jax.types import Activation, Classifier, Features, Image, Label, Logits, Map
+from adv2_jax.types import Classifier, Features, Image, Label, Map
 
 Encoder = CifarResNet | ImageNetResNet
 
@@ -128,17 +128,14 @@ class Masked:
     """A classifier and the masker that explains it: what the interpreter `rts` takes for its model.
 
     Attributes:
-        classifier: any `types.Classifier`; `features` and `head` are its own.
+        classifier: any `types.Classifier`; its methods are those of this object too.
         masker: trained to explain it.
     """
 
     classifier: Classifier
     masker: Masker
 
-    def features(self, image: Image, act: Activation = relu) -> Features:
-        """As the classifier's."""
-        return self.classifier.features(image, act=act)
-
-    def head(self, features: Features) -> Logits:
-        """As the classifier's."""
-        return self.classifier.head(features)
+    def __getattr__(self, name: str) -> Any:
+        if name in ("logits", "features", "head"):  # what the classifier can do, and no more
+            return getattr(self.classifier, name)
+        raise AttributeError(f"{type(self).__name__} has no {name}")
