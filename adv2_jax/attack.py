@@ -92,6 +92,7 @@ def attack(
     on_step: OnStep | None = None,
     snapshots: int = 0,
     all_may_fail: bool = False,
+    keys: ArrayLike | None = None,
 ) -> Result:
     """Fool the classifier and the interpreter at once.
 
@@ -112,6 +113,8 @@ def attack(
         snapshots: of how many images, M or all if there are fewer, to keep what they were on the way. At `snapshot_steps` the
             descent then pauses for them.
         all_may_fail: give a result of nothing but failed images too, instead of refusing the network.
+        keys: of `image_keys`, what an interpreter that draws random numbers draws them from; unless given, of seed 0 and the
+            images' places.
 
     Returns:
         The adversarial images and what they do.
@@ -123,7 +126,8 @@ def attack(
     plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
     benign = check_images(images)
-    problems = _problems(model, benign, targets, target_maps, plan.interpreter, all_may_fail)
+    drawn = image_keys(0, np.arange(len(benign))) if keys is None else np.asarray(keys)
+    problems = _problems(model, benign, targets, target_maps, plan.interpreter, all_may_fail)._replace(key=drawn)
     model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(_unit(image))
@@ -138,6 +142,13 @@ def attack(
     (x, logits, maps), (float_x, float_logits, float_maps) = whole.seen, whole.float_seen
     evaluations = gradient_evaluations(model, plan, threat, benign.shape[1:])
     return Result(x, logits, maps, float_x, float_logits, float_maps, evaluations, whole.params, whole.curves, taken, whole.failed)
+
+
+def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
+    """Raw data of a PRNG key for each image [N, ...], from a seed and the place of the image in its source alone."""
+    with jax.transfer_guard("allow"):
+        key, where = jax.random.key(seed % 2**32), np.asarray(places, np.uint32)
+        return jax.device_get(jax.vmap(lambda place: jax.random.key_data(jax.random.fold_in(key, place)))(where))
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -244,12 +255,12 @@ def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, sha
         return float(plan.warm_steps + plan.steps)
     spent = plan.warm_steps * unit + plan.steps * _work_of_step(known, joint_options(plan, threat), interpreter, shape)
     model, image, label = _abstract(known, shape)
-    memory = () if solver is None else (jax.eval_shape(solver.init, image),)
-    solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, *memory)
+    memory = None if solver is None else jax.eval_shape(solver.init, image)
+    solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, memory)
     if _scores_apart(plan):
         assert interpreter is not None
         looking = multiply_adds(partial(_explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
-        spent += math.ceil(plan.steps / plan.keep_every) * (solving + looking)
+        spent += math.ceil(plan.steps / plan.score_every) * (solving + looking)
     return round((spent + solving) / unit, 1)
 
 
@@ -259,12 +270,13 @@ def _work_of_step(known: Architecture, options: Options, interpreter: Interprete
     model, image, label = _abstract(known, shape)
     solver = None if interpreter is None else interpreter.solver
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
-    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32)), Numbers(*[np.float32(1)] * 3)
+    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key), Numbers(*[np.float32(1)] * 3)
 
-    def one(model: Classifier, problem: Problem, memory: tuple[Any, ...]) -> Any:
+    def one(model: Classifier, problem: Problem, memory: Any) -> Any:
         return step(model, problem, init(problem, options, None, memory), numbers, options)
 
-    return multiply_adds(one, model, problem, () if solver is None else (jax.eval_shape(solver.init, image),))
+    return multiply_adds(one, model, problem, None if solver is None else jax.eval_shape(solver.init, image))
 
 
 def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -371,7 +383,7 @@ def _solver(plan: Preset) -> Solver | None:
 
 
 def _scores_apart(plan: Preset) -> bool:
-    return plan.interpreter is not None and not plan.interpreter.faithful and plan.keep_every > 0
+    return plan.interpreter is not None and not plan.interpreter.faithful and plan.score_every > 0
 
 
 def snapshot_steps(plan: Preset) -> list[int]:
@@ -379,7 +391,7 @@ def snapshot_steps(plan: Preset) -> list[int]:
 
     The joint steps between two are as many each time where that can be.
     """
-    unit = plan.keep_every if _scores_apart(plan) else 1
+    unit = plan.score_every if _scores_apart(plan) else 1
     units = math.ceil(plan.steps / unit)
     parts = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
     stride, total = math.ceil(units / parts) * unit, plan.warm_steps + plan.steps
@@ -388,7 +400,7 @@ def snapshot_steps(plan: Preset) -> list[int]:
 
 def _cuts(plan: Preset, pictured: bool) -> list[int]:
     """The numbers of joint steps after which the descent pauses: to score the iterates, or to look at them."""
-    scored = range(plan.keep_every, plan.steps, plan.keep_every) if _scores_apart(plan) else ()
+    scored = range(plan.score_every, plan.steps, plan.score_every) if _scores_apart(plan) else ()
     seen = [step - plan.warm_steps for step in snapshot_steps(plan)] if pictured else []
     return sorted({0, plan.steps, *(step for step in (*scored, *seen) if step > 0)})
 
@@ -451,7 +463,7 @@ def _descend_batch(
         return states, info._replace(map_l1=drawn)
 
     warm, joint = Options(threat), joint_options(plan, threat)
-    states = _start(problems, None, (), warm)
+    states = _start(problems, None, None, warm)
     picture(states.params)
     states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
     curves = [info]
@@ -465,10 +477,10 @@ def _descend_batch(
         states, info = run(states, joint, numbers, span)
         curves.append(info)
         if plan.interpreter is not None and _scores_apart(plan):
-            states = _rescore(model, problems, states, joint, plan.interpreter, driver, plan.reset)
+            states = _rescore(model, problems, states, joint, plan.interpreter, driver)
         if plan.warm_steps + span[1] in looks:
             picture(states.params)
-    params = states.best if plan.keep_every else states.params
+    params = states.best if plan.score_every else states.params
     if snapshots:  # the last is what is delivered, which need not be the last iterate
         snapshots.pop()
         picture(params)
@@ -478,7 +490,7 @@ def _descend_batch(
 
 
 @partial(jax.jit, static_argnames="options")
-def _start(problems: Problem, params: Params, memory: tuple[Any, ...], options: Options) -> State:
+def _start(problems: Problem, params: Params, memory: Any, options: Options) -> State:
     return jax.vmap(lambda problem, *start: init(problem, options, *start))(problems, params, memory)
 
 
@@ -499,17 +511,17 @@ def joint_options(plan: Preset, threat: Threat) -> Options:
         smoothing=plan.smoothing,
         yielding=plan.yielding,
         rounded=plan.rounded,
-        keep_best=plan.keep_every > 0 and not _scores_apart(plan),
+        keep_best=plan.score_every > 0 and not _scores_apart(plan),
     )
 
 
 def _rescore(
-    model: Classifier, problems: Problem, states: State, options: Options, interpreter: Interpreter, driver: Driver, reset: bool
+    model: Classifier, problems: Problem, states: State, options: Options, interpreter: Interpreter, driver: Driver
 ) -> State:
-    """Scores the present iterates on the explained map of their 8-bit images; what a solver finds may become the memory."""
+    """Scores the present iterates on the explained map of their 8-bit images; where a solver stands becomes the memory."""
     images = _images(problems, states.params, options.threat, True)
     logits, maps, memory = _look(model, images, problems.target, interpreter.explain, interpreter.solver, driver)
-    return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory if reset else states.memory)
+    return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory)
 
 
 @partial(jax.jit, static_argnames=("threat", "rounded"))
@@ -539,28 +551,28 @@ def _seen(
 
 def _look(
     model: Classifier, images: Array, labels: Array, interpreter: Explain, solver: Solver | None, driver: Driver
-) -> tuple[Array, Array, tuple[Any, ...]]:
+) -> tuple[Array, Array, Any]:
     """Logits and maps of a batch, and the memory of its solver, as `_solved`."""
     memory = _solved(model, images, labels, solver, driver)
     return *_explain_batch(model, images, labels, memory, interpreter, solver), memory
 
 
-def _solved(model: Classifier, images: Array, labels: Array, solver: Solver | None, driver: Driver) -> tuple[Any, ...]:
-    """(memory at the end of a solver,), or () without one."""
-    return () if solver is None else (solve(model, images, labels, solver, driver=driver),)
+def _solved(model: Classifier, images: Array, labels: Array, solver: Solver | None, driver: Driver) -> Any:
+    """Memory at the end of a solver, None without one."""
+    return None if solver is None else solve(model, images, labels, solver, driver=driver)
 
 
 @partial(jax.jit, static_argnames=("interpreter", "solver"))
 def _explain_batch(
-    model: Classifier, images: Array, labels: Array, memory: tuple[Any, ...], interpreter: Explain, solver: Solver | None
+    model: Classifier, images: Array, labels: Array, memory: Any, interpreter: Explain, solver: Solver | None
 ) -> tuple[Array, Array]:
     one = partial(_explain_one, interpreter=interpreter, solver=solver)
     return jax.vmap(lambda *given: one(model, *given))(images, labels, memory)
 
 
 def _explain_one(
-    model: Classifier, image: Image, label: Label, memory: tuple[Any, ...], interpreter: Explain, solver: Solver | None
+    model: Classifier, image: Image, label: Label, memory: Any, interpreter: Explain, solver: Solver | None
 ) -> tuple[Logits, Map]:
-    m = interpreter(model, image, label) if solver is None else solver.read(*memory)
+    m = interpreter(model, image, label) if solver is None else solver.read(memory)
     # float32, whatever the network computes in: NumPy knows no bfloat16
     return logits_of(model, image).astype(jnp.float32), m.astype(jnp.float32)

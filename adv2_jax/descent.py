@@ -9,7 +9,7 @@ that make it under other threat models. Where a map is itself the end of a desce
 """
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from jax import Array
 
 from adv2_jax import losses
 from adv2_jax.classifier import logits_of
-from adv2_jax.interpreters import Solver, Surrogate
+from adv2_jax.interpreters import Context, Seen, Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
@@ -34,11 +34,15 @@ LEAST_WEIGHT = 1e-2  # share of λ: without it a hundred steps that miss the tar
 
 
 class Problem(NamedTuple):
-    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w]."""
+    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w].
+
+    `key` is the raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random numbers.
+    """
 
     image: Image | Any
     target: Label | Any
     target_map: Map | Any
+    key: Array | Any = None
 
 
 class Options(NamedTuple):
@@ -46,8 +50,7 @@ class Options(NamedTuple):
 
     Attributes:
         threat: the threat model.
-        surrogate: (model, image, label, tau) -> (logits, map, penalties if any), or None for the prediction loss alone (PGD). One
-            with a memory takes it last, and returns it after the map.
+        surrogate: (model, image, label, context) -> `interpreters.Seen`, or None for the prediction loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
         momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of itself at each step, in [0, 1)
             (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
@@ -87,7 +90,7 @@ class State(NamedTuple):
     """Carried from step to step for one image.
 
     `weight` in [.01, 1] is the share of λ that the map term has at present; `best` are the parameters with the lowest score so far;
-    `memory` is (memory of the surrogate,), or () where it has none.
+    `memory` is that of the surrogate, None where it has none; `step` counts the steps taken.
     """
 
     params: Params
@@ -95,7 +98,8 @@ class State(NamedTuple):
     weight: Array
     best: Params
     best_score: Array
-    memory: tuple[Any, ...] = ()
+    memory: Any = None
+    step: Array | Any = 0
 
 
 class Info(NamedTuple):
@@ -132,31 +136,31 @@ def direction(options: Options) -> optax.GradientTransformation:
     return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
 
 
-def init(problem: Problem, options: Options, params: Params = None, memory: tuple[Any, ...] = ()) -> State:
+def init(problem: Problem, options: Options, params: Params = None, memory: Any = None) -> State:
     """The state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    return State(start, direction(options).init(start), jnp.ones((), jnp.float32), start, jnp.asarray(jnp.inf, jnp.float32), memory)
+    weight, worst = jnp.ones((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
+    return State(start, direction(options).init(start), weight, start, worst, memory, jnp.zeros((), jnp.int32))
 
 
 def joint_loss(
-    params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options, memory: tuple[Any, ...] = ()
-) -> tuple[Array, tuple[Info, tuple[Any, ...]]]:
+    params: Params, model: Classifier, problem: Problem, numbers: Numbers, options: Options, memory: Any = None, index: Any = 0
+) -> tuple[Array, tuple[Info, Any]]:
     """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3); its parts, and the next memory.
 
     What the surrogate and the threat model penalise besides is added.
     """
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
-    rest: Sequence[Any] = memory
     if options.surrogate is None:
-        logits, m = logits_of(model, x), problem.target_map
+        seen = Seen(logits_of(model, x), problem.target_map)
     else:
-        logits, m, *rest = options.surrogate(model, x, problem.target, numbers.tau, *memory)
-    memory, penalties = tuple(rest[: len(memory)]), rest[len(memory) :]
-    f_t = losses.probability(logits, problem.target)
-    prediction = losses.cross_entropy(logits, problem.target, smoothing=options.smoothing)
-    loss = prediction + numbers.lam * options.map_loss(m, problem.target_map) + sum(penalties)
-    loss += options.threat.penalty(params)
-    return loss, (Info(loss, f_t, jnp.abs(m - problem.target_map).mean()), memory)
+        key = None if problem.key is None else jax.random.fold_in(jax.random.wrap_key_data(problem.key), index)
+        seen = options.surrogate(model, x, problem.target, Context(numbers.tau, key, index, memory))
+    f_t = losses.probability(seen.logits, problem.target)
+    prediction = losses.cross_entropy(seen.logits, problem.target, smoothing=options.smoothing)
+    loss = prediction + numbers.lam * options.map_loss(seen.map, problem.target_map)
+    loss += seen.penalty + options.threat.penalty(params)
+    return loss, (Info(loss, f_t, jnp.abs(seen.map - problem.target_map).mean()), seen.memory)
 
 
 def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options) -> tuple[State, Info]:
@@ -173,7 +177,8 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
         The next state, and what was found at the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
-    gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(state.params, model, problem, weighed, options, state.memory)
+    slope = jax.grad(joint_loss, has_aux=True)
+    gradient, (info, memory) = slope(state.params, model, problem, weighed, options, state.memory, state.step)
     if options.keep_best:
         by_map = score(info.confidence, info.map_l1, options.confidence)
         state = keep_better(state, info.loss if options.surrogate is None else by_map)
@@ -182,7 +187,7 @@ def step(model: Classifier, problem: Problem, state: State, numbers: Numbers, op
     holds = info.confidence >= options.confidence
     weight = jnp.clip(state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding), LEAST_WEIGHT, 1)
     projected = options.threat.project(moved, problem.image)
-    return state._replace(params=projected, optimiser=optimiser, weight=weight, memory=memory), info
+    return state._replace(params=projected, optimiser=optimiser, weight=weight, memory=memory, step=state.step + 1), info
 
 
 @lru_cache

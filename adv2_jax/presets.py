@@ -91,10 +91,9 @@ class Preset:
         smoothing: label smoothing, joint stage.
         yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
-        keep_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate scores every iterate that a step
+        score_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate scores every iterate that a step
             starts from, for free, and so does plain PGD, by its loss; for another surrogate the explained map is drawn and scored
-            after every so many joint steps.
-        reset: whether the surrogate's memory, if it has one, starts anew from each explained map.
+            after every so many joint steps, and a solver's memory starts anew from it.
         warm_step_size: α of the warm start.
     """
 
@@ -109,8 +108,7 @@ class Preset:
     smoothing: float = 0.0
     yielding: float = 0.0
     rounded: bool = False
-    keep_every: int = 0
-    reset: bool = True
+    score_every: int = 0
     warm_step_size: float = PIXEL
 
     def __repr__(self) -> str:
@@ -142,7 +140,7 @@ _PAPER_GRAD = Preset(
     step_size=constant(PIXEL),
     balance=paper_grad_balance,
     smoothing=0.05,
-    keep_every=10,
+    score_every=10,
 )
 _DEFAULT_CAM = Preset(
     cam_interpreter(),
@@ -155,7 +153,7 @@ _DEFAULT_CAM = Preset(
     smoothing=0.02,
     yielding=0.1,
     rounded=True,
-    keep_every=1,
+    score_every=1,
 )
 _DEFAULT_GRAD = replace(
     _DEFAULT_CAM,
@@ -178,7 +176,7 @@ _PAPER_MASK = replace(
         ahead=4,
     ),
     steps=1000,
-    keep_every=50,
+    score_every=50,
 )
 _DEFAULT_MASK = replace(
     _DEFAULT_CAM,
@@ -186,7 +184,7 @@ _DEFAULT_MASK = replace(
     steps=100,
     balance=ramp(3000.0, 6000.0),
     tau=constant(0.03),
-    keep_every=10,
+    score_every=10,
 )
 # As few steps as still do, and therefore long ones; all but MASK spend 66 gradients, so that they share one run of plain PGD
 _QUICK_STEPS = {"pgd": 66, "grad": 33, "cam": 66, "grad_cam": 66, "rts": 20, "mask": 12}
@@ -214,7 +212,7 @@ PRESETS["quick"] = {
     for name, steps in _QUICK_STEPS.items()
 }
 # the map is where half as many steps end
-PRESETS["quick"]["mask"] = replace(PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), keep_every=6)
+PRESETS["quick"]["mask"] = replace(PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), score_every=6)
 
 
 def _released_flow(plan: Preset) -> Preset:

@@ -16,7 +16,7 @@ PIXEL = 1 / 255
 CAM = Preset(cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0))
 PGD = replace(CAM, interpreter=None)
 # scored apart from its steps, every second one, as a surrogate must be whose map is not the explained one
-APART = replace(CAM, interpreter=cam_interpreter()._replace(faithful=False), keep_every=2)
+APART = replace(CAM, interpreter=cam_interpreter()._replace(faithful=False), score_every=2)
 PLANS = pytest.mark.parametrize("plan", [CAM, APART, PGD], ids=["cam", "apart", "pgd"])
 WIDE = threats.linf(0.1)
 NAMES = ", ".join(INTERPRETERS)
@@ -186,14 +186,14 @@ def delivered_score(result, targets, target_maps):
 
 
 @pytest.mark.parametrize(
-    ("plan", "unscored"), [(replace(CAM, keep_every=1, rounded=True), 1), (APART, 0)], ids=["faithful", "apart"]
+    ("plan", "unscored"), [(replace(CAM, score_every=1, rounded=True), 1), (APART, 0)], ids=["faithful", "apart"]
 )
 @pytest.mark.parametrize("steps", [2, 20])
 def test_best_iterate_is_never_worse_than_the_last_that_was_scored(run, targets, benign, plan, unscored, steps):
     """A faithful step scores the iterate it starts from: where the last step leads is never seen, and never delivered."""
     options = {"threat": WIDE, "warm_steps": 20}
     fixed = replace(plan, balance=presets.constant(1.0), step_size=presets.constant(1 / 255))
-    last = delivered_score(run(replace(fixed, keep_every=0), steps=steps - unscored, **options), targets, benign["cam"])
+    last = delivered_score(run(replace(fixed, score_every=0), steps=steps - unscored, **options), targets, benign["cam"])
     best = delivered_score(run(fixed, steps=steps, **options), targets, benign["cam"])
     assert (last < 1).any()
     assert (best <= last + 1e-5).all()  # float32 maps
@@ -217,26 +217,26 @@ def counted(calls):
         jax.debug.callback(lambda: calls["explain"].append(None))
         return interpreters.cam(model, image, label)
 
-    def surrogate(model, image, label, tau):
-        jax.debug.callback(lambda width: calls["surrogate"].append(float(width)), tau)
-        return cam_interpreter().surrogate(model, image, label, tau)
+    def surrogate(model, image, label, context):
+        jax.debug.callback(lambda width: calls["surrogate"].append(float(width)), context.tau)
+        return cam_interpreter().surrogate(model, image, label, context)
 
     return Interpreter("cam", explain, surrogate)
 
 
-@pytest.mark.parametrize("keep_every", [0, 1, 3])
+@pytest.mark.parametrize("score_every", [0, 1, 3])
 @pytest.mark.parametrize("faithful", [True, False])
-def test_gradient_evaluations_are_those_spent(run, model, calls, counted, faithful, keep_every):
+def test_gradient_evaluations_are_those_spent(run, model, calls, counted, faithful, score_every):
     """A step on CAM is a gradient of the network, and the weights of the head; a fresh look runs forward twice."""
     widths = presets.ramp(1.0, 8.0)
-    plan = replace(CAM, interpreter=counted._replace(faithful=faithful), keep_every=keep_every, steps=7, tau=widths)
+    plan = replace(CAM, interpreter=counted._replace(faithful=faithful), score_every=score_every, steps=7, tau=widths)
     gradient_evaluations(model, plan, threats.linf(), (16, 16, 3))  # is traced here, and kept
     for values in calls.values():
         values.clear()
     result = run(plan)
     jax.effects_barrier()
     scorings = len(calls["explain"]) - 2  # the other two look at the result, before and after rounding
-    assert scorings == (0 if faithful or not keep_every else -(-7 // keep_every))
+    assert scorings == (0 if faithful or not score_every else -(-7 // score_every))
     spent = plan.warm_steps + len(calls["surrogate"]) + scorings
     assert result.gradient_evaluations == pytest.approx(spent, rel=0.05)
     np.testing.assert_allclose(sorted(calls["surrogate"]), range(1, 8), rtol=1e-6)  # each step by its place in the schedule
@@ -440,7 +440,7 @@ def test_snapshots_change_nothing_and_end_with_what_is_delivered(run, images, re
 
 
 def test_snapshots_are_the_iterates(run):
-    constant_steps = replace(CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), keep_every=0)
+    constant_steps = replace(CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), score_every=0)
     assert snapshot_steps(constant_steps) == [0, 2, 3, 4, 5, 6, 7, 8]
     whole = run(constant_steps, snapshots=6)
     for i, steps in ((1, 0), (3, 2), (5, 4)):
@@ -464,7 +464,7 @@ def test_curves_begin_at_the_benign_image(run, model, images, targets, benign, r
         (replace(CAM, warm_steps=0, steps=300), [0, 50, 100, 150, 200, 250, 300]),
         (replace(CAM, warm_steps=0, steps=140), [0, 20, 40, 60, 80, 100, 120, 140]),
         (replace(CAM, warm_steps=40, steps=1), [0, 40, 41]),
-        (replace(APART, warm_steps=0, steps=103, keep_every=10), [0, 20, 40, 60, 80, 100, 103]),
+        (replace(APART, warm_steps=0, steps=103, score_every=10), [0, 20, 40, 60, 80, 100, 103]),
     ],
 )
 def test_snapshots_are_about_eight_and_evenly_apart(plan, expected):

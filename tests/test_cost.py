@@ -64,7 +64,7 @@ def flops_of_a_step(model, plan, shape):
     image, label = ones(*shape), jax.ShapeDtypeStruct((), jnp.int32)
     options, numbers, interpreter = joint_options(plan, threats.linf()), Numbers(*np.ones(3, np.float32)), plan.interpreter
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
-    memory = () if interpreter is None or interpreter.solver is None else (jax.eval_shape(interpreter.solver.init, image),)
+    memory = None if interpreter is None or interpreter.solver is None else jax.eval_shape(interpreter.solver.init, image)
 
     def one(model, problem, memory):
         return step(model, problem, init(problem, options, None, memory), numbers, options)
@@ -86,7 +86,7 @@ def test_a_joint_step_costs_what_xla_counts(randomised, masker, name):
     factory, known = COSTS[name]
     plan = resolve("default", factory(), warm_steps=0)
     costs = [gradient_evaluations(model, resolve(plan, plan.interpreter, steps=n), threats.linf(), SHAPE) for n in (10, 20)]
-    scored = 0 if plan.interpreter.faithful else 10 / plan.keep_every * scoring(model, plan)
+    scored = 0 if plan.interpreter.faithful else 10 / plan.score_every * scoring(model, plan)
     counted = (costs[1] - costs[0] - scored) / 10
     pgd = resolve("default", None)
     expected = flops_of_a_step(model, plan, SHAPE) / flops_of_a_step(model, pgd, SHAPE)

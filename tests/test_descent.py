@@ -10,6 +10,7 @@ import pytest
 
 from adv2_jax import descent, interpreters, losses, threats
 from adv2_jax.descent import Info, Numbers, Options, Problem
+from adv2_jax.interpreters import Context, Seen
 
 TARGET = 2
 EPSILON = 0.05
@@ -118,15 +119,15 @@ def test_a_step_keeps_the_types_of_its_state(linear, problem, case, keep_best):
 def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):
     options = CASES["joint"]
     _, info = descent.step(linear, problem, descent.init(problem, options), NUMBERS, options)
-    logits, m = CAM(linear, problem.image, TARGET, 0.0)
+    logits, m, *_ = CAM(linear, problem.image, TARGET, Context(0.0))
     assert info.loss == pytest.approx(plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5)
     assert info.confidence == pytest.approx(float(losses.probability(logits, TARGET)), rel=1e-6)
     assert info.map_l1 == pytest.approx(float(jnp.abs(m - problem.target_map).mean()), rel=1e-6)
 
 
 def test_surrogate_is_given_the_width_of_the_step(linear, problem):
-    def surrogate(model, image, label, tau):
-        return model.head(model.features(image)), jnp.full((4, 4), tau)
+    def surrogate(model, image, label, context):
+        return Seen(model.head(model.features(image)), jnp.full((4, 4), context.tau))
 
     options = Options(threats.linf(EPSILON), surrogate)
     _, (info, _) = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
@@ -134,8 +135,8 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
 
 
 def test_what_the_surrogate_penalises_is_added(linear, problem):
-    def surrogate(model, image, label, tau):
-        return *CAM(model, image, label, tau), 3 * image.sum(), 5 * (image**2).sum()
+    def surrogate(model, image, label, context):
+        return CAM(model, image, label, context)._replace(penalty=3 * image.sum() + 5 * (image**2).sum())
 
     def loss_and_slope(surrogate):
         options = Options(threats.linf(EPSILON), surrogate)
@@ -145,6 +146,20 @@ def test_what_the_surrogate_penalises_is_added(linear, problem):
     (loss, slope), (more, steeper), x = loss_and_slope(CAM), loss_and_slope(surrogate), np.asarray(problem.image, float)
     assert more - loss == pytest.approx(3 * x.sum() + 5 * (x**2).sum(), rel=1e-5)
     np.testing.assert_allclose(steeper - slope, 3 + 10 * x, rtol=1e-5)
+
+
+def test_surrogate_is_given_a_key_and_the_number_of_each_step(linear, problem):
+    def surrogate(model, image, label, context):
+        drawn = jax.random.uniform(context.key, (4, 4))
+        return Seen(model.head(model.features(image)), drawn, memory=context.memory.at[context.step].set(drawn))
+
+    options = Options(threats.linf(EPSILON), surrogate)
+    problem = problem._replace(key=jax.random.key_data(jax.random.key(7)))
+    state = descent.init(problem, options, None, jnp.zeros((3, 4, 4)))
+    for _ in range(3):
+        state, _ = descent.step(linear, problem, state, NUMBERS, options)
+    expected = [jax.random.uniform(jax.random.fold_in(jax.random.key(7), i), (4, 4)) for i in range(3)]
+    np.testing.assert_array_equal(state.memory, np.stack(expected))
 
 
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):

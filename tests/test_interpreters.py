@@ -11,7 +11,7 @@ import pytest
 
 from adv2_jax import interpreters, losses
 from adv2_jax.activations import relu_curved, relu_h, relu_sigmoid
-from adv2_jax.interpreters import INTERPRETERS, grad_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters import INTERPRETERS, Context, grad_interpreter, smooth_grad_interpreter
 from adv2_jax.interpreters.cam import raw_cam, raw_grad_cam
 
 LABEL = 1
@@ -32,7 +32,7 @@ def photos(images):
 
 def surrogate_loss(interpreter, model, image, tau=TAU):
     """A function of logits and map with neither symmetry nor zero curvature."""
-    logits, m = interpreter.surrogate(model, image, LABEL, tau)
+    logits, m, *_ = interpreter.surrogate(model, image, LABEL, Context(tau))
     return jnp.sin(logits).sum() + jnp.sum(jnp.cos(jnp.arange(m.size).reshape(m.shape)) * m**2)
 
 
@@ -52,12 +52,12 @@ def seen(model, photos, interpreter):
             return model.head(model.features(x))
 
         def surrogate_logits(x):
-            return interpreter.surrogate(model, x, LABEL, TAU)[0]
+            return interpreter.surrogate(model, x, LABEL, Context(TAU)).logits
 
         gradient = jax.grad(loss)(image)
         return {
             "true": (true_logits(image), interpreter.explain(model, image, LABEL)),
-            "surrogate": interpreter.surrogate(model, image, LABEL, TAU),
+            "surrogate": interpreter.surrogate(model, image, LABEL, Context(TAU))[:2],
             "true gradient": jax.grad(partial(cross_entropy, true_logits))(image),
             "surrogate gradient": jax.grad(partial(cross_entropy, surrogate_logits))(image),
             "gradient": gradient,
@@ -208,7 +208,7 @@ def test_hessian_is_symmetric_and_that_of_central_differences(linear, pixels, in
 @pytest.mark.parametrize(("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)])
 def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
     def through_surrogate(x, tau):
-        return losses.map_l2(factory().surrogate(model, x, LABEL, tau)[1], jnp.ones((16, 16)))
+        return losses.map_l2(factory().surrogate(model, x, LABEL, Context(tau)).map, jnp.ones((16, 16)))
 
     def through_activation(x, tau):
         m = interpreters.grad(model, x, LABEL, act=lambda z: act(z, tau))
@@ -226,7 +226,7 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
 def test_own_activation_of_the_smooth_surrogate(model, photos):
     @jax.jit
     def maps(image):
-        own = smooth_grad_interpreter(act=relu_sigmoid()).surrogate(model, image, LABEL, TAU)[1]
+        own = smooth_grad_interpreter(act=relu_sigmoid()).surrogate(model, image, LABEL, Context(TAU)).map
         return own, interpreters.grad(model, image, LABEL, act=relu_sigmoid()), interpreters.grad(model, image, LABEL)
 
     own, expected, plain = maps(photos[0])
@@ -246,7 +246,7 @@ def test_constant_map_is_zeros(linear, pixels):
 def test_pool_serves_both_faces(linear, pixels, factory):
     interpreter = factory(pool=2)
     assert interpreter.explain(linear, pixels, LABEL).shape == (2, 2)
-    assert interpreter.surrogate(linear, pixels, LABEL, TAU)[1].shape == (2, 2)
+    assert interpreter.surrogate(linear, pixels, LABEL, Context(TAU)).map.shape == (2, 2)
     np.testing.assert_array_equal(interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2))
 
 

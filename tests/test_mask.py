@@ -11,7 +11,7 @@ import pytest
 from adv2_jax import attack, data, descent, explain, interpreters, losses, metrics, models, threats
 from adv2_jax.activations import relu
 from adv2_jax.descent import Numbers, Problem
-from adv2_jax.interpreters import MaskObjective, mask_interpreter
+from adv2_jax.interpreters import Context, MaskObjective, mask_interpreter
 from adv2_jax.interpreters.mask import Descent, implicit, mask_loss, start_mask, step_mask, usual_size
 from adv2_jax.presets import Preset, constant
 
@@ -230,12 +230,12 @@ def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, a
             memory = step(model, x, LABEL, memory)
         return memory.map
 
-    logits, m, memory = jax.jit(interpreter.surrogate)(model, image, LABEL, 1e-3, start)
+    logits, m, _, memory = jax.jit(interpreter.surrogate)(model, image, LABEL, Context(1e-3, memory=start))
     np.testing.assert_allclose(m, brute(image), rtol=1e-12)
     np.testing.assert_allclose(memory.map, held.map, rtol=1e-12)
     np.testing.assert_allclose(logits, model.head(model.features(image)), rtol=1e-12)
     f, v = along(brute, image)
-    g, _ = along(lambda x: interpreter.surrogate(model, x, LABEL, 1e-3, start)[1], image)
+    g, _ = along(lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map, image)
     gradient = jax.jit(jax.grad(g))(image)
     assert jnp.vdot(gradient, v) == pytest.approx(float(slope(f, image, v)), rel=1e-5)
     assert jnp.abs(gradient).max() > 1e-4
@@ -245,7 +245,7 @@ def test_without_look_ahead_the_map_has_no_slope(double_linear):
     model, image = double_linear
     interpreter = mask_interpreter(size=4, objective=MILD, ahead=0)
     start = interpreter.solver.init(image)
-    gradient = jax.grad(lambda x: interpreter.surrogate(model, x, LABEL, 1e-3, start)[1].sum())(image)
+    gradient = jax.grad(lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map.sum())(image)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -279,7 +279,7 @@ def test_damping_shortens_the_implicit_slope(optimum):
 # The attack.
 
 MASK = mask_interpreter(steps=5, objective=MaskObjective(l1=0.5, tv=1.0), free=1)
-PLAN = Preset(MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), keep_every=3)
+PLAN = Preset(MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), score_every=3)
 WIDE = threats.linf(0.1)
 
 
@@ -328,38 +328,37 @@ def test_memory_is_carried_from_step_to_step_and_reset(small, images, asked):
     options = descent.Options(WIDE, MASK.surrogate)
     first = MASK.solver.init(problem.image)
     numbers = Numbers(np.float32(1 / 255), np.float32(300.0), np.float32(1e-3))
-    state, expected = descent.init(problem, options, None, (first,)), first
+    state, expected = descent.init(problem, options, None, first), first
     step, solve = jax.jit(partial(descent.step, options=options)), jax.jit(MASK.solver.step)
     for _ in range(2):
         expected = solve(small, WIDE.apply(state.params, problem.image), problem.target, expected)
         state, _ = step(small, problem, state, numbers)
-    np.testing.assert_allclose(state.memory[0].map, expected.map, atol=1e-5)
-    assert state.memory[0].optimiser[0].count == 2
+    np.testing.assert_allclose(state.memory.map, expected.map, atol=1e-5)
+    assert state.memory.optimiser[0].count == 2
 
 
-def test_reset_and_look_ahead_change_the_attack(run):
-    carried = replace(PLAN, reset=False)
+def test_look_ahead_changes_the_attack(run):
     options = {"steps": 5, "objective": MaskObjective(l1=0.5, tv=1.0), "free": 1}
     blind = replace(PLAN, interpreter=mask_interpreter(ahead=0, **options))
     other = replace(PLAN, interpreter=mask_interpreter(hypergradient="implicit", **options))
-    images = [run(plan).images for plan in (PLAN, carried, blind, other)]
+    images = [run(plan).images for plan in (PLAN, blind, other)]
     assert all((images[0] != other).any() for other in images[1:])
     weightless = replace(PLAN, balance=constant(0.0))
-    np.testing.assert_array_equal(images[2], run(weightless).images)
+    np.testing.assert_array_equal(images[1], run(weightless).images)
 
 
-@pytest.mark.parametrize("keep_every", [0, 2, 3])
-def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, keep_every):
+@pytest.mark.parametrize("score_every", [0, 2, 3])
+def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_every):
     spent = []
 
     def step(*arguments):
         jax.debug.callback(lambda: spent.append(None))
         return MASK.solver.step(*arguments)
 
-    plan = replace(PLAN, interpreter=MASK._replace(solver=MASK.solver._replace(step=step)), steps=7, keep_every=keep_every)
+    plan = replace(PLAN, interpreter=MASK._replace(solver=MASK.solver._replace(step=step)), steps=7, score_every=score_every)
     run(plan)
     jax.effects_barrier()
-    solves = 1 + (len(range(0, 7, keep_every)) if keep_every else 0) + 2  # the result is looked at before and after rounding
+    solves = 1 + (len(range(0, 7, score_every)) if score_every else 0) + 2  # the result is looked at before and after rounding
     assert len(spent) == solves * MASK.solver.steps
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_blending import blended
 
 from adv2_jax import attack, explain, interpreters, losses, metrics, threats
-from adv2_jax.interpreters import MaskWeights, rts_interpreter
+from adv2_jax.interpreters import Context, MaskWeights, rts_interpreter
 from adv2_jax.interpreters.rts import head_loss, log_probability, mask_loss, mean_loss, size_loss
 from adv2_jax.models import Masked
 from adv2_jax.presets import Preset, constant
@@ -154,12 +154,12 @@ def test_masked_classifies_as_its_classifier(model, make_small, photo):
 @pytest.mark.parametrize("weight", [0.3, 0.0])
 def test_the_surrogate_is_the_map_explained_the_logits_and_the_weighted_encoder_loss(model, masker, photo, loss, weight):
     interpreter = rts_interpreter(encoder_loss=loss, encoder_weight=weight)
-    logits, m, *penalties = interpreter.surrogate(model, photo, 3, jnp.zeros(()))
+    logits, m, penalty, memory = interpreter.surrogate(model, photo, 3, Context(jnp.zeros(())))
     np.testing.assert_array_equal(logits, model.head(model.features(photo)))
     for drawn in (interpreter.explain(model, photo, 3), interpreters.rts(masker, photo, 3), masker(photo, 3)):
         np.testing.assert_array_equal(m, drawn)
     expected = {"head": head_loss, "mean": mean_loss}[loss](masker, photo, 3)
-    assert penalties == ([pytest.approx(float(weight * expected), rel=1e-6)] if weight else [])
+    assert penalty == pytest.approx(float(weight * expected), rel=1e-6) and memory is None
     assert interpreter.name == "rts" and interpreter.faithful
 
 

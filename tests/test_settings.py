@@ -40,7 +40,7 @@ EVERY = {**{name: make() for name, make in INTERPRETERS.items()}, "mask": MASK, 
 def plan(name, preset="default"):
     """The plan of an interpreter, scored and reset once on the way where it is scored apart."""
     own = EVERY[name]
-    return dataclasses.replace(resolve(preset, own, **SHORT), keep_every=min(resolve(preset, own).keep_every, 1))
+    return dataclasses.replace(resolve(preset, own, **SHORT), score_every=min(resolve(preset, own).score_every, 1))
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from adv2_jax import metrics
-from adv2_jax.attack import OnStep, Result, attack, explain, snapshot_steps
+from adv2_jax.attack import OnStep, Result, attack, explain, image_keys, snapshot_steps
 from adv2_jax.data import ImageSet
 from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Part
 from adv2_jax.experiments.measures import Measures, measure
@@ -66,6 +66,7 @@ def attack_batch(
             on_step=on_step,
             snapshots=int((np.unique(places) < settings.snapshots).sum()),
             all_may_fail=True,
+            keys=image_keys(settings.seed, task.places[places]),
         )
         seconds = np.array([time.perf_counter() - start])
         flows = None if settings.threat.displacement is None else jax.vmap(settings.threat.displacement)(result.params)

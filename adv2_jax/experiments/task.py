@@ -46,12 +46,14 @@ class Task(NamedTuple):
 
     Attributes:
         images: those of the source that the network gets right.
+        places: int [N], of the images in their source.
         targets: int32 [N], target classes.
         target_map: as in `Settings`, or "file": the set's own.
         target_maps: (interpreter, places [B] among the N, benign maps [B, h, w]) -> target maps [B, h, w].
     """
 
     images: ImageSet
+    places: np.ndarray
     targets: np.ndarray
     target_map: str
     target_maps: TargetMaps
@@ -72,8 +74,8 @@ def make_task(model: Classifier, image_set: ImageSet, selection: Selection, sett
         if settings.target_map != "benign":
             raise ValueError(f"target map {settings.target_map!r}: the images come with target maps of their own")
         own = chosen.target_maps
-        return Task(chosen, goals, "file", lambda interpreter, places, benign: own[places])
-    return Task(chosen, goals, settings.target_map, _target_maps(model, image_set, selection, goals, settings))
+        return Task(chosen, where, goals, "file", lambda interpreter, places, benign: own[places])
+    return Task(chosen, where, goals, settings.target_map, _target_maps(model, image_set, selection, goals, settings))
 
 
 def _target_maps(model: Classifier, image_set: ImageSet, selection: Selection, goals: np.ndarray, settings: Settings) -> TargetMaps:

@@ -2,9 +2,8 @@
 
     m = adv2.interpreters.cam(model, image, label)
 
-`explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label, tau) -> (logits, map)`,
-which shares one pass over the network between the two terms of the joint loss; `tau` is the width of whatever it smooths, so that
-a schedule can sharpen it on the way. What else it returns is added to the loss. `Interpreter` pairs the two faces.
+`explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image, label, context) -> Seen`,
+which shares one pass over the network between the two terms of the joint loss. `Interpreter` pairs the two faces.
 
 The map of MASK is the end of a descent. Such an interpreter has a `Solver` besides, so that whoever explains or attacks many images
 can drive the descent as it drives an attack, and a surrogate that carries along where its own descent stands.
@@ -38,10 +37,12 @@ from adv2_jax.types import Activation, Classifier, HasFeatures, Image, Label, Lo
 
 __all__ = [
     "INTERPRETERS",
+    "Context",
     "Explain",
     "Interpreter",
     "MaskObjective",
     "MaskWeights",
+    "Seen",
     "Solver",
     "Surrogate",
     "cam",
@@ -60,7 +61,41 @@ __all__ = [
 
 
 Explain = Callable[[Any, Image, Label], Map]
-Surrogate = Callable[..., tuple[Logits, Map, *tuple[Any, ...]]]
+
+
+class Context(NamedTuple):
+    """What a surrogate is told of the step it serves.
+
+    Attributes:
+        tau: [] > 0, the width of whatever the surrogate smooths; a schedule sharpens it on the way.
+        key: a PRNG key of this image and step, for those that draw random numbers.
+        step: [] int32, 0 at the start of the joint stage.
+        memory: what the surrogate returned as `Seen.memory` at the step before; of an interpreter with a solver.
+    """
+
+    tau: Array | Any
+    key: Array | Any = None
+    step: Array | Any = 0
+    memory: Any = None
+
+
+class Seen(NamedTuple):
+    """What a surrogate makes of an image.
+
+    Attributes:
+        logits: [K]; their gradient in the image is exact.
+        map: [h, w] in [0, 1].
+        penalty: [], added to the joint loss as it is.
+        memory: any pytree of one structure, handed to the next step.
+    """
+
+    logits: Logits
+    map: Map
+    penalty: Array | float = 0.0
+    memory: Any = None
+
+
+Surrogate = Callable[[Any, Image, Label, Context], Seen]
 
 
 class Solver(NamedTuple):
@@ -88,12 +123,11 @@ class Interpreter(NamedTuple):
     Attributes:
         name: as in results.
         explain: (model, image, label) -> map, what the analyst sees.
-        surrogate: (model, image, label, tau) -> (logits, map), what the adversary differentiates; the logits' gradient is exact.
-            Further entries [], if any, are added to the loss as they are.
+        surrogate: (model, image, label, context) -> `Seen`, what the adversary differentiates.
         faithful: whether the surrogate's map *is* the explained map (only its gradient may differ), so that an iterate is scored
             by the pass that differentiates it.
-        solver: `explain` step by step, for an interpreter that is itself a descent. Its surrogate carries a memory: it takes one
-            after `tau`, and returns the next one after the map.
+        solver: `explain` step by step, for an interpreter that is itself a descent. The surrogate carries a memory of the same
+            kind from step to step; it starts anew from each fresh solve.
         check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
         needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if its surrogate does.
     """
@@ -113,13 +147,13 @@ class Interpreter(NamedTuple):
 @shared
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    return Interpreter("cam", cam, bind(_no_tau, draw=cam_with_logits), check=check_pooling, needs=("features", "head"))
+    return Interpreter("cam", cam, bind(_exact, draw=cam_with_logits), check=check_pooling, needs=("features", "head"))
 
 
 @shared
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
-    surrogate = bind(_no_tau, draw=grad_cam_with_logits)
+    surrogate = bind(_exact, draw=grad_cam_with_logits)
     return Interpreter("grad_cam", grad_cam, surrogate, check=_check_features, needs=("features", "head"))
 
 
@@ -127,10 +161,8 @@ def _check_features(model: HasFeatures, shape: tuple[int, ...]) -> None:
     check_features(model, shape)
 
 
-def _no_tau(
-    model: HasFeatures, image: Image, label: Label, tau: Array, *, draw: Callable[..., tuple[Logits, Map]]
-) -> tuple[Logits, Map]:
-    return draw(model, image, label)
+def _exact(model: HasFeatures, image: Image, label: Label, context: Context, *, draw: Callable[..., tuple[Logits, Map]]) -> Seen:
+    return Seen(*draw(model, image, label))
 
 
 @shared
@@ -146,8 +178,8 @@ def grad_interpreter(*, pool: int | None = None) -> Interpreter:
     return Interpreter("grad", bind(grad, pool=pool), bind(_curved_grad, pool=pool), needs=("act",))
 
 
-def _curved_grad(model: Classifier, image: Image, label: Label, tau: Array, *, pool: int | None) -> tuple[Logits, Map]:
-    return grad_with_logits(model, image, label, act=lambda z: relu_curved(z, tau), pool=pool)
+def _curved_grad(model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None) -> Seen:
+    return Seen(*grad_with_logits(model, image, label, act=lambda z: relu_curved(z, context.tau), pool=pool))
 
 
 @shared
@@ -167,11 +199,11 @@ def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None =
 
 
 def _smooth_grad(
-    model: Classifier, image: Image, label: Label, tau: Array, *, act: Activation | None, pool: int | None
-) -> tuple[Logits, Map]:
-    smooth = (lambda z: relu_h(z, tau)) if act is None else act
+    model: Classifier, image: Image, label: Label, context: Context, *, act: Activation | None, pool: int | None
+) -> Seen:
+    smooth = (lambda z: relu_h(z, context.tau)) if act is None else act
     # the forward pass is the same for both terms, and XLA merges it
-    return logits_of(model, image), grad(model, image, label, act=smooth, pool=pool)
+    return Seen(logits_of(model, image), grad(model, image, label, act=smooth, pool=pool))
 
 
 @shared
@@ -205,11 +237,10 @@ def _rts(model: Any, image: Image, label: Label) -> Map:
 
 
 def _rts_with_penalty(
-    model: Any, image: Image, label: Label, tau: Array, *, encoder_loss: str, encoder_weight: float
-) -> tuple[Logits, Map, *tuple[Array, ...]]:
-    seen = logits_of(model, image), rts(model.masker, image, label)
-    penalty = ENCODER_LOSSES[encoder_loss]
-    return (*seen, encoder_weight * penalty(model.masker, image, label)) if encoder_weight else seen
+    model: Any, image: Image, label: Label, context: Context, *, encoder_loss: str, encoder_weight: float
+) -> Seen:
+    penalty = encoder_weight * ENCODER_LOSSES[encoder_loss](model.masker, image, label) if encoder_weight else 0.0
+    return Seen(logits_of(model, image), rts(model.masker, image, label), penalty)
 
 
 ENCODER_LOSSES = {"head": head_loss, "mean": mean_loss}
@@ -266,22 +297,26 @@ def _mask_ahead(
     model: Classifier,
     image: Image,
     label: Label,
-    tau: Array,
-    memory: Memory,
+    context: Context,
     *,
     descent: Descent,
     free: int,
     ahead: int,
     hypergradient: str,
-) -> tuple[Logits, Map, Memory]:
+) -> Seen:
+    memory: Memory = context.memory
     for _ in range(free):
         memory = step_mask(model, image, label, memory, descent)
     memory = jax.lax.stop_gradient(memory)
+
+    def act(z: Array) -> Array:
+        return relu_curved(z, context.tau)
+
     if hypergradient == "unrolled":
-        m = unrolled(model, image, label, memory, descent, lambda z: relu_curved(z, tau), ahead)
+        m = unrolled(model, image, label, memory, descent, act, ahead)
     else:
-        m = implicit(model, image, label, memory.map, descent, lambda z: relu_curved(z, tau))
-    return logits_of(model, image), m, memory
+        m = implicit(model, image, label, memory.map, descent, act)
+    return Seen(logits_of(model, image), m, memory=memory)
 
 
 INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
@@ -299,5 +334,5 @@ def of_function(explain: Explain) -> Interpreter:
     return next((own for own in known if own.explain == explain), Interpreter(shown(explain), explain, _not_to_be_attacked))
 
 
-def _not_to_be_attacked(*arguments: Any) -> tuple[Logits, Map]:
+def _not_to_be_attacked(*arguments: Any) -> Seen:
     raise ValueError("a function explains; to be attacked it needs a surrogate, in an Interpreter")
