@@ -10,15 +10,18 @@ The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep L
 """
 
 from adv2_jax import activations, data, interpreters, losses, maps, metrics, models, presets, threats
-from adv2_jax.attack import Result, attack, explain
+from adv2_jax.attacks import Result, attack, explain
+from adv2_jax.crafting import Crafted, craft
 from adv2_jax.experiments.select import select
 from adv2_jax.types import Classifier
 
 __all__ = [
     "Classifier",
+    "Crafted",
     "Result",
     "activations",
     "attack",
+    "craft",
     "data",
     "explain",
     "interpreters",

@@ -29,8 +29,8 @@ from rich.table import Table
 from rich.text import Text
 
 from adv2_jax import __version__, data, models, report, threats
-from adv2_jax.attack import OnStep
 from adv2_jax.classifier import num_classes
+from adv2_jax.descent import OnStep
 from adv2_jax.errors import first_line, listed
 from adv2_jax.experiments import fit, train, train_masker
 from adv2_jax.experiments.batches import UNFINISHED

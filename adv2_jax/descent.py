@@ -267,12 +267,12 @@ def descend(
         on_step: see `drive`.
 
     Returns:
-        The states after these steps, and what each step reported, [B, n].
+        The states after these steps, and what each step reported, [B, n]; 0 for steps out of the span.
 
     Raises:
         ValueError: for an unknown driver.
     """
-    schedule = jax.tree.map(lambda values: np.asarray(values, np.float32), schedule)
+    schedule = jax.tree.map(lambda values: values if isinstance(values, Array) else np.asarray(values, np.float32), schedule)
     if len(schedule.alpha) == 0:
         return states, Info(*(np.zeros((len(problems.target), 0), np.float32) for _ in Info._fields))
     return drive(model, _step_of(options), problems, states, schedule, span=span, driver=driver, on_step=on_step)
@@ -313,22 +313,22 @@ def drive(
         on_step: called with the number of steps newly done: 1 after every step by the host, all at the end of the loop.
 
     Returns:
-        The states after the span, and what each of its steps reported: numbers [B, steps], one an image and step.
+        The states after the span, and what each step reported, [B, n], one number an image and step; 0 for steps out of the span.
 
     Raises:
         ValueError: for an unknown driver.
     """
-    if driver not in ("auto", "fori", "host"):
-        raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
     leaves, structure = jax.tree.flatten(model)
     one, loop = _programs(structure, step)
-    start, stop = span or (0, len(jax.tree.leaves(schedule)[0]))
-    if driver == "fori" or (driver == "auto" and jax.default_backend() != "cpu"):
-        states, infos = loop(leaves, problems, states, *jax.device_put((schedule, np.int32(start), np.int32(stop))))
+    n = len(jax.tree.leaves(schedule)[0])
+    start, stop = span or (0, n)
+    if not by_host(driver, (leaves, problems, states)):
+        bounds = (edge if isinstance(edge, Array) else np.int32(edge) for edge in (start, stop))
+        states, infos = loop(leaves, problems, states, *jax.device_put((schedule, *bounds)))
         if on_step:
             jax.block_until_ready(states)
             on_step(stop - start)
-        return states, jax.tree.map(lambda values: values[:, start:stop], jax.device_get(infos))
+        return states, infos
     reports = []
     for i in range(start, stop):
         states, info = one(leaves, problems, states, jax.device_put(jax.tree.map(operator.itemgetter(i), schedule)))
@@ -336,4 +336,24 @@ def drive(
         if on_step:
             jax.block_until_ready(info)
             on_step(1)
-    return states, jax.tree.map(lambda *values: np.stack(values, axis=1), *jax.device_get(reports))
+    if not reports:
+        return states, ()
+
+    def whole(*values: np.ndarray) -> np.ndarray:
+        all_steps = np.zeros((len(values[0]), n), values[0].dtype)
+        all_steps[:, start:stop] = np.stack(values, axis=1)
+        return all_steps
+
+    return states, jax.tree.map(whole, *jax.device_get(reports))
+
+
+def by_host(driver: Driver, values: Any) -> bool:
+    """Whether steps on these values are to be driven from the host: see `drive`. Under `jit` the loop is the only one there is.
+
+    Raises:
+        ValueError: for an unknown driver.
+    """
+    if driver not in ("auto", "fori", "host"):
+        raise ValueError(f"driver {driver!r} is not one of auto, fori, host")
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(values))
+    return driver == "host" or (driver == "auto" and not traced and jax.default_backend() == "cpu")

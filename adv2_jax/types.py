@@ -1,6 +1,6 @@
 """Names for the arrays that pass between modules, and what is asked of a classifier.
 
-Everything below `adv2_jax.attack.attack` sees one image. Shapes are written
+Everything below `adv2_jax.attacks` sees one image. Shapes are written
 
     image     [H, W, 3]  float32 in [0, 1]
     features  [h, w, C]  last convolutional features

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import adv2_jax as adv2
-from adv2_jax.attack import joint_options
+from adv2_jax.crafting import joint_options
 from adv2_jax.descent import Numbers, Options, Problem, batched_step, descend, init
 
 

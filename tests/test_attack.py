@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from adv2_jax import attack, explain, interpreters, metrics, presets, threats
-from adv2_jax.attack import count_steps, gradient_evaluations, snapshot_steps
+from adv2_jax.attacks import count_steps, gradient_evaluations
+from adv2_jax.crafting import snapshot_steps
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
 from adv2_jax.models import Masked
 from adv2_jax.presets import PRESETS, Preset, constant, resolve

@@ -8,8 +8,9 @@ from flax import nnx
 from jax.scipy.sparse.linalg import cg
 
 from adv2_jax import models, threats
-from adv2_jax.attack import gradient_evaluations, joint_options, map_shape
+from adv2_jax.attacks import gradient_evaluations, map_shape
 from adv2_jax.cost import multiply_adds
+from adv2_jax.crafting import joint_options
 from adv2_jax.descent import Numbers, Problem, init, step
 from adv2_jax.interpreters import INTERPRETERS, mask_interpreter, smooth_grad_interpreter
 from adv2_jax.presets import resolve

@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from adv2_jax import explain, metrics, threats
-from adv2_jax.attack import attack, snapshot_steps
+from adv2_jax.attacks import attack
+from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments import batches
 from adv2_jax.experiments.run import run

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
-from adv2_jax.attack import Result, finite
+from adv2_jax.attacks import Result, finite
 from adv2_jax.experiments.statistics import interval, intervals
 
 Row = dict[str, Any]

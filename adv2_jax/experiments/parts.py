@@ -10,8 +10,10 @@ import numpy as np
 from jax import Array
 
 from adv2_jax import metrics
-from adv2_jax.attack import OnStep, Result, attack, explain, image_keys, snapshot_steps
+from adv2_jax.attacks import Result, attack, explain, image_keys
+from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet
+from adv2_jax.descent import OnStep
 from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Part
 from adv2_jax.experiments.measures import Measures, measure
 from adv2_jax.experiments.task import Settings, Task

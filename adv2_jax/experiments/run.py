@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from adv2_jax.attack import OnStep, batches, count_steps, gradient_evaluations
+from adv2_jax.attacks import batches, count_steps, gradient_evaluations
 from adv2_jax.data import ImageSet
+from adv2_jax.descent import OnStep
 from adv2_jax.experiments.batches import Arrays, Batches, Part
 from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.measures import Row, paired, row

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adv2_jax.attack import explain, no_map
+from adv2_jax.attacks import explain, no_map
 from adv2_jax.classifier import logits_of
 from adv2_jax.data import ImageSet
 from adv2_jax.data.sources import check_classes

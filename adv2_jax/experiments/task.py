@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adv2_jax.attack import check_interpreter, explain
+from adv2_jax.attacks import check_interpreter, explain
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import Selection
 from adv2_jax.interpreters import Interpreter

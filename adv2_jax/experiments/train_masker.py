@@ -12,7 +12,7 @@ from jax import Array
 from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
-from adv2_jax.attack import explain
+from adv2_jax.attacks import explain
 from adv2_jax.blending import alternative, blend
 from adv2_jax.classifier import num_classes
 from adv2_jax.data import ImageSet

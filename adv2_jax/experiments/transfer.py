@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from adv2_jax import metrics
-from adv2_jax.attack import explain
+from adv2_jax.attacks import explain
 from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.measures import Row, mean
 from adv2_jax.experiments.statistics import intervals

@@ -3,39 +3,23 @@
 import math
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from itertools import pairwise
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 
-from adv2_jax import losses, threats
-from adv2_jax.classifier import Architecture, architecture, check_activation, has, logits_of, num_classes, static_leaves
+from adv2_jax import threats
+from adv2_jax.classifier import Architecture, architecture, check_activation, has, num_classes, static_leaves
 from adv2_jax.cost import multiply_adds
-from adv2_jax.descent import (
-    Driver,
-    Info,
-    Numbers,
-    OnStep,
-    Options,
-    Problem,
-    State,
-    descend,
-    image_of,
-    init,
-    keep_better,
-    score,
-    solve,
-    step,
-)
+from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
+from adv2_jax.descent import Driver, Info, Numbers, OnStep, Options, Problem, init, step
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
-from adv2_jax.presets import Plan, Preset, constant, look_up, resolve
+from adv2_jax.presets import Preset, look_up, resolve
 from adv2_jax.threats import Params, Threat
-from adv2_jax.types import Classifier, Image, Label, Logits, Map
+from adv2_jax.types import Classifier, Image, Label, Map
 
 T = TypeVar("T")
 
@@ -249,7 +233,7 @@ def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape:
 
 @lru_cache(maxsize=256)  # a run asks once a batch
 def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
-    interpreter, solver = plan.interpreter, _solver(plan)
+    interpreter, solver = plan.interpreter, None if plan.interpreter is None else plan.interpreter.solver
     unit = _work_of_step(known, Options(threat), None, shape)
     if not unit:
         return float(plan.warm_steps + plan.steps)
@@ -257,9 +241,9 @@ def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, sha
     model, image, label = _abstract(known, shape)
     memory = None if solver is None else jax.eval_shape(solver.init, image)
     solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, memory)
-    if _scores_apart(plan):
+    if scores_apart(plan):
         assert interpreter is not None
-        looking = multiply_adds(partial(_explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
+        looking = multiply_adds(partial(explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
         spent += math.ceil(plan.steps / plan.score_every) * (solving + looking)
     return round((spent + solving) / unit, 1)
 
@@ -378,33 +362,6 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> 
     return classes.astype(np.int32)
 
 
-def _solver(plan: Preset) -> Solver | None:
-    return None if plan.interpreter is None else plan.interpreter.solver
-
-
-def _scores_apart(plan: Preset) -> bool:
-    return plan.interpreter is not None and not plan.interpreter.faithful and plan.score_every > 0
-
-
-def snapshot_steps(plan: Preset) -> list[int]:
-    """About eight steps of a plan, the first and the last among them, at which the iterate is worth a look.
-
-    The joint steps between two are as many each time where that can be.
-    """
-    unit = plan.score_every if _scores_apart(plan) else 1
-    units = math.ceil(plan.steps / unit)
-    parts = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
-    stride, total = math.ceil(units / parts) * unit, plan.warm_steps + plan.steps
-    return sorted({0, *(range(plan.warm_steps, total, stride) if stride else ()), total})
-
-
-def _cuts(plan: Preset, pictured: bool) -> list[int]:
-    """The numbers of joint steps after which the descent pauses: to score the iterates, or to look at them."""
-    scored = range(plan.score_every, plan.steps, plan.score_every) if _scores_apart(plan) else ()
-    seen = [step - plan.warm_steps for step in snapshot_steps(plan)] if pictured else []
-    return sorted({0, plan.steps, *(step for step in (*scored, *seen) if step > 0)})
-
-
 class Attacked(NamedTuple):
     """A batch that is done, in NumPy: images, logits and maps, 8-bit and float; entries as in `Result`."""
 
@@ -428,8 +385,11 @@ def _attack_batch(
 ) -> Attacked:
     """Attack one batch, and look at what comes of it; snapshots of the first `pictured` images, if that is above 0."""
     asked = jax.device_put(problems)
-    found, last, curves, snapshots = _descend_batch(model, asked, plan, threat, driver, on_step, pictured)
-    x, params = jax.tree.map(np.array, jax.device_get((_images(asked, found, threat), found)))
+    crafted = craft(model, asked, plan, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0))
+    x = images_of(asked, crafted.params, threat)
+    x, params, last, curves = jax.tree.map(np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves)))
+    curves.map_l1[:, : None if plan.interpreter is None else plan.warm_steps] = np.nan  # of steps that draw no map
+    pictures = np.zeros((0, 0, *benign.shape[1:])) if crafted.pictures is None else jax.device_get(crafted.pictures).swapaxes(0, 1)
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
     wide: Any = x.astype(np.float64)
     rounded = [threat.round(wide[i], jax.tree.map(itemgetter(i), params), image) for i, image in enumerate(_unit(benign))]
@@ -444,99 +404,7 @@ def _attack_batch(
             values[failed] = old[failed]
         for (images, logits, maps), old in ((seen, to_uint8(_unit(benign))), (float_seen, problems.image)):
             images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
-    return Attacked(seen, float_seen, params, curves, snapshots, failed)
-
-
-def _descend_batch(
-    model: Classifier, problems: Problem, plan: Preset, threat: Threat, driver: Driver, on_step: OnStep | None, pictured: int
-) -> tuple[Params, Params, Info, np.ndarray]:
-    """Warm start, joint stage and keep-best: the parameters to deliver and the last ones, curves, snapshots."""
-    snapshots: list[np.ndarray] = []
-
-    def picture(params: Params) -> None:
-        if pictured > 0:
-            snapshots.append(to_uint8(_images(problems, params, threat, True))[:pictured])
-
-    def run(states: State, options: Options, schedule: Numbers, span: tuple[int, int] | None = None) -> tuple[State, Info]:
-        states, info = descend(model, problems, states, schedule, options, span=span, driver=driver, on_step=on_step)
-        drawn = info.map_l1 if options.surrogate is not None else np.full(info.map_l1.shape, np.nan, np.float32)
-        return states, info._replace(map_l1=drawn)
-
-    warm, joint = Options(threat), joint_options(plan, threat)
-    states = _start(problems, None, None, warm)
-    picture(states.params)
-    states, info = run(states, warm, _tabulate(plan.warm_steps, constant(plan.warm_step_size), constant(0), constant(0)))
-    curves = [info]
-    if plan.warm_steps:
-        picture(states.params)
-    memory = _solved(model, _images(problems, states.params, threat, True), problems.target, _solver(plan), driver)
-    states = _start(problems, states.params, memory, joint)
-    numbers = _tabulate(plan.steps, plan.step_size, plan.balance, plan.tau)
-    looks = snapshot_steps(plan)
-    for span in pairwise(_cuts(plan, pictured > 0)):
-        states, info = run(states, joint, numbers, span)
-        curves.append(info)
-        if plan.interpreter is not None and _scores_apart(plan):
-            states = _rescore(model, problems, states, joint, plan.interpreter, driver)
-        if plan.warm_steps + span[1] in looks:
-            picture(states.params)
-    params = states.best if plan.score_every else states.params
-    if snapshots:  # the last is what is delivered, which need not be the last iterate
-        snapshots.pop()
-        picture(params)
-    whole = jax.tree.map(lambda *parts: np.concatenate(parts, axis=1), *curves)
-    shape = np.shape(problems.image)[1:]
-    return params, states.params, whole, np.stack(snapshots, axis=1) if snapshots else np.zeros((0, 0, *shape), np.uint8)
-
-
-@partial(jax.jit, static_argnames="options")
-def _start(problems: Problem, params: Params, memory: Any, options: Options) -> State:
-    return jax.vmap(lambda problem, *start: init(problem, options, *start))(problems, params, memory)
-
-
-def _tabulate(n: int, *plans: Plan) -> Numbers:
-    """Schedules as numbers: no retrace for another schedule."""
-    places = np.arange(max(math.ceil(n / 256), 1) * 256)  # few lengths, for each compiles its own small programs
-    with jax.transfer_guard("allow"):  # optax computes with numbers of the host
-        return Numbers(*(jax.device_get(jax.vmap(plan(n))(places))[:n] for plan in plans))
-
-
-def joint_options(plan: Preset, threat: Threat) -> Options:
-    """What the joint steps of a preset are made of."""
-    return Options(
-        threat,
-        None if plan.interpreter is None else plan.interpreter.surrogate,
-        map_loss=plan.map_loss,
-        momentum=plan.momentum,
-        smoothing=plan.smoothing,
-        yielding=plan.yielding,
-        rounded=plan.rounded,
-        keep_best=plan.score_every > 0 and not _scores_apart(plan),
-    )
-
-
-def _rescore(
-    model: Classifier, problems: Problem, states: State, options: Options, interpreter: Interpreter, driver: Driver
-) -> State:
-    """Scores the present iterates on the explained map of their 8-bit images; where a solver stands becomes the memory."""
-    images = _images(problems, states.params, options.threat, True)
-    logits, maps, memory = _look(model, images, problems.target, interpreter.explain, interpreter.solver, driver)
-    return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory)
-
-
-@partial(jax.jit, static_argnames=("threat", "rounded"))
-def _images(problems: Problem, params: Params, threat: Threat, rounded: bool = False) -> Array:
-    """The images [B, H, W, 3] that parameters make, in float32 or as their 8-bit images."""
-    return jax.vmap(lambda problem, p: image_of(p, problem.image, threat, rounded=rounded))(problems, params)
-
-
-@partial(jax.jit, static_argnames="confidence")
-def _kept(problems: Problem, states: State, logits: Array, maps: Array, confidence: float) -> State:
-    def one(problem: Problem, state: State, logits: Logits, m: Map) -> State:
-        f_t = losses.probability(logits, problem.target)
-        return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), confidence))
-
-    return jax.vmap(one)(problems, states, logits, maps)
+    return Attacked(seen, float_seen, params, curves, to_uint8(pictures), failed)
 
 
 def _seen(
@@ -544,35 +412,6 @@ def _seen(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and maps of a batch of images, uint8 or in [0, 1], in NumPy; a map with a number that is not finite is NaN."""
     x, classes = jax.device_put((_unit(images, np.float32), labels))
-    logits, maps = map(np.array, jax.device_get(_look(model, x, classes, interpreter, solver, driver)[:2]))
+    logits, maps = map(np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2]))
     maps[~finite(maps)] = np.nan
     return logits, maps
-
-
-def _look(
-    model: Classifier, images: Array, labels: Array, interpreter: Explain, solver: Solver | None, driver: Driver
-) -> tuple[Array, Array, Any]:
-    """Logits and maps of a batch, and the memory of its solver, as `_solved`."""
-    memory = _solved(model, images, labels, solver, driver)
-    return *_explain_batch(model, images, labels, memory, interpreter, solver), memory
-
-
-def _solved(model: Classifier, images: Array, labels: Array, solver: Solver | None, driver: Driver) -> Any:
-    """Memory at the end of a solver, None without one."""
-    return None if solver is None else solve(model, images, labels, solver, driver=driver)
-
-
-@partial(jax.jit, static_argnames=("interpreter", "solver"))
-def _explain_batch(
-    model: Classifier, images: Array, labels: Array, memory: Any, interpreter: Explain, solver: Solver | None
-) -> tuple[Array, Array]:
-    one = partial(_explain_one, interpreter=interpreter, solver=solver)
-    return jax.vmap(lambda *given: one(model, *given))(images, labels, memory)
-
-
-def _explain_one(
-    model: Classifier, image: Image, label: Label, memory: Any, interpreter: Explain, solver: Solver | None
-) -> tuple[Logits, Map]:
-    m = interpreter(model, image, label) if solver is None else solver.read(memory)
-    # float32, whatever the network computes in: NumPy knows no bfloat16
-    return logits_of(model, image).astype(jnp.float32), m.astype(jnp.float32)
