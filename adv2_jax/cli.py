@@ -67,7 +67,7 @@ COLUMNS = {
 }
 LONGEST = 2000  # characters of a message
 # few images, and a batch of one shape: most of the demo's time goes to compiling programs
-DEMO = ["attack", "--images", "shapes:8", "--limit", "4", "--batch-size", "4", "--epsilon", "16/255", "--preset", "quick"]
+DEMO = ["attack", "--images", "shapes:8", "--limit", "3", "--batch-size", "3", "--epsilon", "16/255", "--preset", "quick"]
 DEMO += ["--snapshots", "0"]
 
 CHECKPOINTS = "checkpoints"  # of a training, in its --out
@@ -174,7 +174,7 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"adv2 {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
-    demo = commands.add_parser("demo", help="attack four embedded images under every interpreter, in about a minute")
+    demo = commands.add_parser("demo", help="attack three embedded images under every interpreter, in about a minute")
     demo.add_argument("--out", default="demo", metavar="DIR", help="where to write (default: %(default)s)")
     _resume_argument(demo)
     _overwrite_argument(demo)
