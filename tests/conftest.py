@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -18,6 +19,16 @@ from adv2_jax.activations import relu
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 jax.config.update("jax_disable_most_optimizations", True)  # most programs run once: compiling them well does not pay
+# Two thirds of the time of the suite is XLA's, which compiles a third of the programs again and again: one cache for all processes
+# of a run. It starts empty
+CACHE = tempfile.TemporaryDirectory()
+for name, value in {
+    "jax_compilation_cache_dir": CACHE.name,
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture(scope="session")

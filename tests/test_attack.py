@@ -71,6 +71,7 @@ def result(run):
 # Images, logits and maps.
 
 
+@pytest.mark.slow
 def test_shapes_and_types(result):
     assert result.images.shape == result.float_images.shape == (6, 16, 16, 3)
     assert result.images.dtype == np.uint8 and result.float_images.dtype == np.float32

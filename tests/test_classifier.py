@@ -600,6 +600,7 @@ def test_the_attack_on_cam_wants_it_too():
         attack(Headed("flat", nnx.Rngs(0)), np.zeros((1, *SHAPE)), [0], np.zeros((1, 8, 8)), interpreter="cam")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", ["cifar_resnet20", "resnet18", "resnet50", "densenet121"])
 def test_our_networks_have_such_heads(randomised, name, dtype):
@@ -632,6 +633,7 @@ class Strided(Net):
         return super().features(image, act)[::8, ::8]
 
 
+@pytest.mark.slow
 def test_a_masker_without_means_is_refused_where_they_are_divided_by(masker, make_small, images):
     from adv2_jax.interpreters import rts_interpreter
 

@@ -41,6 +41,7 @@ def attack(network, out, *words, images=None):
     return cli.main([*base, "--images", str(images or network / "images.npz"), "--warm-steps", "1", "--steps", "3", *words])
 
 
+@pytest.mark.slow
 def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
     assert attack(network, tmp_path / "out", "--interpreter", "mask", "--limit", "2") == 0
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
@@ -57,6 +58,7 @@ def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
     assert "…" not in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_attack_writes_the_contract(network, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert attack(network, out, "--interpreter", "grad", "cam", "--limit", "4", "--seed", "3") == 0
@@ -99,6 +101,7 @@ def test_attack_writes_the_contract(network, tmp_path, capsys):
     assert printed.err == ""  # no terminal, no progress bar
 
 
+@pytest.mark.slow
 def test_same_seed_same_results_at_any_batch_size(network, tmp_path):
     for name, size in (("a", "6"), ("b", "2")):
         assert attack(network, tmp_path / name, "--interpreter", "cam", "--batch-size", size) == 0
@@ -119,6 +122,7 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
         np.testing.assert_array_equal(results["cam/target_maps"], arrays["target_maps"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threat", "epsilon", "penalty"),
     [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 8 / 255, 5e-4), ("linf", 8 / 255, None)],
@@ -222,6 +226,7 @@ def train(network, out, *words):
     return cli.main([*base, "--batch-size", "6", "--out", str(out), *words])
 
 
+@pytest.mark.slow
 def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
@@ -272,6 +277,7 @@ def interrupted_at(step):
     yield lambda title, steps, **more: tick
 
 
+@pytest.mark.slow
 def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, capsys, monkeypatch):
     words = ["--checkpoint-every", "2", "--no-mirror"]
     assert train(network, tmp_path / "whole", *words) == 0
@@ -331,6 +337,7 @@ def rts(train_rts, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_rts_training_writes_a_masker_that_loads(rts):
     assert sorted(path.name for path in rts.iterdir()) == ["masker.npz", "report.html", "summary.json"]
     summary = json.loads((rts / "summary.json").read_text())
@@ -343,6 +350,7 @@ def test_rts_training_writes_a_masker_that_loads(rts):
     assert masker(np.zeros((8, 8, 3), np.float32), 0).shape == (4, 4)
 
 
+@pytest.mark.slow
 def test_rts_is_attacked_with_its_masker(network, rts, tmp_path):
     words = ["--masker", str(rts / "masker.npz"), "--encoder-loss", "mean", "--encoder-weight", "0.5"]
     assert attack(network, tmp_path / "rts", "--interpreter", "rts", *words) == 0
@@ -352,6 +360,7 @@ def test_rts_is_attacked_with_its_masker(network, rts, tmp_path):
         assert results["rts/adv2/maps"].shape == (N, 4, 4)
 
 
+@pytest.mark.slow
 def test_interrupted_rts_training_goes_on_to_the_same_masker(train_rts, rts, tmp_path, capsys, monkeypatch):
     out, words = tmp_path / "out", ["--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
@@ -514,6 +523,7 @@ def test_wrong_images_of_numbered_folders_come_with_advice(network, tmp_path, ca
     )
 
 
+@pytest.mark.slow
 def test_folders_are_cropped_to_what_the_network_was_trained_on(network, folders, tmp_path):
     assert attack(network, tmp_path / "out", "--interpreter", "cam", images=folders[1]) == 0
     with np.load(tmp_path / "out" / "results.npz") as results:
@@ -594,6 +604,7 @@ def coloured(tmp_path_factory):
     return [*words, "--batch-size", "3", "--epsilon", "0.1", "--warm-steps", "0"]
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
     words = ["attack", *coloured, "--steps", "30", "--interpreter", "cam"]
     assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
@@ -617,6 +628,7 @@ def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
     assert not (out / "batches").exists()
 
 
+@pytest.mark.slow
 def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatch):
     words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
@@ -636,6 +648,7 @@ def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
     assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 4), (True, 4)]
 
 
+@pytest.mark.slow
 def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys, monkeypatch):
     """The tiny network and two interpreters: what is drawn and said, not how well it does."""
     attack_words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--images", str(network / "images.npz")]
@@ -657,6 +670,7 @@ def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys
     assert all(f"{100 * row['asr']:.0f}%" in out for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
 def test_tables(coloured, tmp_path, capsys, name):
     words = ["table", name, *coloured[: coloured.index("--epsilon")], "--steps", "3", "--limit", "4", "--out", str(tmp_path)]
@@ -676,6 +690,7 @@ def test_unknown_tables_list_the_valid_ones(tmp_path, capsys):
     refused(code, capsys, "invalid choice: 'tabel' (choose from", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
     words = [*coloured[:2], "--batch-size", "5"]
     assert cli.main(["attack", *coloured, "--steps", "5", "--limit", "6", "--out", str(tmp_path / "out")]) == 0
@@ -713,6 +728,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp936", "cp1252", "latin-1"])
 def test_any_encoding_of_the_output_will_do(coloured, tmp_path, encoding):
     command = [sys.executable, "-c", PROGRAM, "attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2"]
@@ -737,6 +753,7 @@ def test_names_that_are_no_characters_do_not_end_a_run(coloured, tmp_path):
     assert "report.html" in os.listdir(out)
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_overwritten_unless_told_to(coloured, tmp_path, capsys):
     out = tmp_path / "out"
     words = ["attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2", "--out", str(out)]
@@ -754,6 +771,7 @@ def test_finished_runs_are_not_overwritten_unless_told_to(coloured, tmp_path, ca
     assert "nothing to resume" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_overwriting_can_be_resumed(coloured, tmp_path, monkeypatch, capsys):
     words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
@@ -766,6 +784,7 @@ def test_overwriting_can_be_resumed(coloured, tmp_path, monkeypatch, capsys):
     assert cli.main([*words, "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(network, rts, train_rts, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
     source, converted = str(network / "weights.npz"), tmp_path / "mine.npz"
@@ -838,6 +857,7 @@ def test_what_is_no_number_is_refused(network, tmp_path, capsys, flag, text):
     refused(attack(network, tmp_path / "out", *words), capsys, "", tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
     with np.load(network / "weights.npz") as arrays:
         good = {f"ema.{key}": value for key, value in arrays.items()}

@@ -56,6 +56,7 @@ def images():
     return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("network", [Standardised, Silent])
 def test_one_image_fails_and_its_neighbours_do_not_notice(mix, images, network, name):
@@ -103,6 +104,7 @@ def test_a_map_with_some_numbers_that_are_not_finite_is_refused(mix, images):
         attack(Standardised(mix), images, np.full(4, 2), maps, steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
     """Batches of one: a batch in which all fail."""

@@ -259,6 +259,7 @@ run(Normed(nnx.Rngs(0)), *colours(), checkpoints=sys.argv[1], on_step=kill)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(model, coloured, trained, tmp_path):
     program = [sys.executable, "-c", KILLED, str(tmp_path / "run"), str(Path(__file__).parent)]
     assert subprocess.run(program).returncode == -signal.SIGKILL

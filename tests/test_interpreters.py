@@ -166,6 +166,7 @@ def test_cam_reads_the_weights_of_the_last_layer(model, photos):
     np.testing.assert_allclose(raw_cam(model, features, LABEL), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_change_nothing(model, photos, interpreter, seen):
     alone = jax.jit(interpreter.explain)
     for image, m in zip(photos, seen["true"][1], strict=False):

@@ -212,6 +212,7 @@ def along(f, x, seed=0):
     return lambda x: jnp.sum(w * f(x)), rng.standard_normal(x.shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, ahead):
     """Against differences of the steps themselves, with what was found by the free steps held."""
@@ -241,6 +242,7 @@ def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, a
     assert jnp.abs(gradient).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_without_look_ahead_the_map_has_no_slope(double_linear):
     model, image = double_linear
     interpreter = mask_interpreter(size=4, objective=MILD, ahead=0)
@@ -249,6 +251,7 @@ def test_without_look_ahead_the_map_has_no_slope(double_linear):
     np.testing.assert_array_equal(gradient, 0)
 
 
+@pytest.mark.slow
 def test_implicit_slope_is_that_of_the_optimum(optimum, slope):
     """Against differences of the converged solve."""
     model, image, a = optimum
@@ -314,6 +317,7 @@ def test_both_drivers_and_the_plain_function_give_one_map(small, images, asked):
         np.testing.assert_allclose(other, maps[0], atol=1e-4)  # float32 convolutions in loops, normalised by Adam
 
 
+@pytest.mark.slow
 def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run):
     together = run().images
     for batch_size in (1, 4):
@@ -362,6 +366,7 @@ def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_e
     assert len(spent) == solves * MASK.solver.steps
 
 
+@pytest.mark.slow
 def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images, asked, caplog):
     def compiled(model):
         caplog.clear()

@@ -15,6 +15,8 @@ from adv2_jax.experiments.select import select
 from adv2_jax.files import write_arrays
 from adv2_jax.models import user
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
@@ -94,7 +96,6 @@ def conv(x, kernel, stride, groups=1):
     return y[0]
 
 
-@pytest.mark.slow
 def test_mobilenet_gets_the_photographs_right_and_is_fooled(data_dir):
     model = user.load(f"{NOTEBOOKS}/mobilenet.py:mobilenet", data_dir / "mobilenet_edgetpu_224.npz")
     selection = select(model, adv2.data.load(str(data_dir / "photos40_224.npz")), batch_size=8)
@@ -109,7 +110,6 @@ def test_mobilenet_gets_the_photographs_right_and_is_fooled(data_dir):
     assert abs(both.maps - maps).mean() < 0.25 * abs(pgd_maps - maps).mean()
 
 
-@pytest.mark.slow
 def test_the_notebook_runs(capsys):
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")

@@ -12,6 +12,8 @@ from make_goldens import NAMES, PATH, drawn, photograph, summary, torchvision_fo
 from adv2_jax import models
 from adv2_jax.models.convert import from_state_dict, shapes, to_state_dict
 
+pytestmark = pytest.mark.slow
+
 
 @cache
 def network(name):
@@ -74,7 +76,6 @@ def test_torchvision_takes_what_is_written(name, torch):
     assert [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")] == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet50", "densenet121"])
 def test_gradient_of_the_log_odds_is_that_of_torch(name, torch):
     image = torch.from_numpy(photograph()).double().requires_grad_()

@@ -235,6 +235,7 @@ def results(run):
     return {name: run(plan) for name, plan in (("bare", BARE), ("encoder", WITH_ENCODER), ("pgd", PGD))}
 
 
+@pytest.mark.slow
 def test_the_attack_shows_the_target_map(model, images, results, goal):
     targets, maps = goal
     pgd_maps = explain(model, results["pgd"].images, targets, interpreter="rts")[1]

@@ -119,6 +119,7 @@ def test_unknown_target_map_lists_the_valid_ones(tmp_path):
 # Batches.
 
 
+@pytest.mark.slow
 def test_batch_size_changes_nothing(tmp_path):
     for size in (2, 3, 10):
         (tmp_path / str(size)).mkdir()
@@ -256,6 +257,7 @@ def test_failure_to_publish_keeps_the_run(tmp_path):
 # Curves and snapshots.
 
 
+@pytest.mark.slow
 def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
     source, settings = varied(19), QUICK._replace(steps=150, batch_size=4)
     run(Mean(), source, settings, tmp_path)

@@ -18,6 +18,8 @@ from adv2_jax import attack, explain, models, threats
 from adv2_jax.interpreters import INTERPRETERS, MaskObjective, mask_interpreter, rts_interpreter, smooth_grad_interpreter
 from adv2_jax.presets import PRESETS, resolve
 
+pytestmark = pytest.mark.slow
+
 
 @contextlib.contextmanager
 def strict():
@@ -147,7 +149,6 @@ class Typed:
         return self.own.head(features)
 
 
-@pytest.mark.slow
 def test_the_command_line_under_every_setting(tmp_path):
     variables = {"JAX_DEBUG_NANS": "1", "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_ENABLE_X64": "1"}
     line = [

@@ -62,6 +62,7 @@ def test_scenes_and_seeds_differ(scenes):
     assert (np.abs(np.diff(images.astype(int), axis=0)).mean(-1) > 10).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shapes.CLASSES)
 def test_outline_has_the_area_of_plain_geometry(name):
     axis = np.linspace(-1.2, 1.2, 301)
@@ -106,6 +107,7 @@ def away_from(pixels):
     return np.hypot(*(np.indices(pixels.shape)[..., None] - at.T[:, None, None])).min(-1)
 
 
+@pytest.mark.slow
 def test_plain_scenes_show_the_object_and_hide_other_places_under_one_colour(scenes):
     mixed = shapes.generate(60, seed=5, plain=0.3)
     np.testing.assert_array_equal(mixed.masks, scenes.masks[:60])

@@ -219,6 +219,7 @@ def test_gradients_are_the_slopes(of, slope):
     np.testing.assert_allclose(jnp.vdot(jax.grad(f)(flow), along), expected, rtol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_grad_maps_can_be_differentiated_through_the_flow(make_small, mode, slope):
@@ -239,6 +240,7 @@ def test_grad_maps_can_be_differentiated_through_the_flow(make_small, mode, slop
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("double")
 def test_losses_have_second_derivatives_in_the_flow_itself(slope):
     """The sampler is bilinear: the mixed derivative of dy and dx at one place is not zero."""
@@ -336,6 +338,7 @@ def test_attack_delivers_what_its_parameters_make(small, name):
     assert (result.images != images).any()
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("interpreter", ["grad", "cam"])
 def test_adv2_shows_more_of_the_map_than_the_plain_attack(small, name, interpreter):

@@ -83,6 +83,7 @@ def test_the_head_alone_is_trained(model, coloured):
         train.train_classifier(Brightest(), images, labels, head_only=True, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_head_is_known_by_what_it_reads():
     class Wide(nnx.Module):
         def __init__(self, rngs):
@@ -180,6 +181,7 @@ def test_shapes_take_no_options(sources):
         train.training_sets("shapes", size=32, labels=None, sample=5)
 
 
+@pytest.mark.slow
 def test_embedded_network_recognises_fresh_scenes():
     model = models.load("cifar_resnet20", Path(adv2_jax.__file__).parent / "weights" / "shapes_resnet20.npz")
     fresh = shapes.generate(200, seed=2)

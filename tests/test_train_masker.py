@@ -20,6 +20,8 @@ from adv2_jax.interpreters import INTERPRETERS, MaskWeights
 from adv2_jax.interpreters.rts import mask_loss, size_loss
 from adv2_jax.models import Masked, Masker
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {
     "epochs": 10,
     "batch_size": 16,
@@ -331,7 +333,6 @@ def test_interpreters_are_measured_on_the_same_images(make_small, masker, images
     assert found["cam"].kept != found["rts"].kept
 
 
-@pytest.mark.slow
 def test_the_shipped_masker_marks_what_the_network_needs():
     """What eq. 8 asks of a map, on scenes that neither network was trained on; the numbers README gives."""
     model = Masked(models.embedded(), models.embedded_masker())

@@ -50,6 +50,7 @@ def plain_means(model, name, images, classes, wanted):
     return np.mean(l1), np.mean(iou)
 
 
+@pytest.mark.slow
 def test_matrix_against_a_plain_loop(finished, model):
     found = transfer_matrix(load_run(finished), model, batch_size=5)
     assert found["interpreters"] == ["grad", "cam"] and found["sources"] == ["benign", "pgd", "grad", "cam"]
