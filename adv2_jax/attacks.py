@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from adv2_jax import threats
-from adv2_jax.classifier import Architecture, architecture, check_activation, has, num_classes, static_leaves
+from adv2_jax.classifier import Architecture, architecture, check_activation, num_classes, static_leaves
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
 from adv2_jax.descent import Driver, Info, Numbers, OnStep, Options, Problem, init, step
@@ -193,6 +193,11 @@ def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) ->
     return jax.eval_shape(explain, *_abstract(known, shape)).shape
 
 
+def missing(model: Classifier, interpreter: Interpreter) -> str | None:
+    """What a model lacks to be explained by an interpreter: "features", "head" or "masker"; None if it has all."""
+    return next((need for need in interpreter.needs if need != "act" and not hasattr(model, need)), None)
+
+
 def check_interpreter(
     model: Classifier, shape: tuple[int, ...], interpreter: Interpreter, *, attacked: bool = False
 ) -> tuple[int, ...]:
@@ -201,13 +206,13 @@ def check_interpreter(
     Raises:
         ValueError: if it cannot, or its maps have fewer than four entries (`no_map` has none).
     """
-    name = type(model).__name__
-    for method in ("features", "head"):
-        if method in interpreter.needs and not has(model, method):
-            needs = f"{interpreter.name} needs features and head"
-            raise ValueError(f"{needs}, and {name} has no method {method}; grad and mask need logits only")
-    if "masker" in interpreter.needs and not hasattr(model, "masker"):
-        raise ValueError(f"{interpreter.name} needs a masker: its model is a models.Masked(classifier, masker), not a {name}")
+    lacking = missing(model, interpreter)
+    if lacking == "masker":
+        kind = f"a models.Masked(classifier, masker), not a {type(model).__name__}"
+        raise ValueError(f"{interpreter.name} needs a masker: its model is {kind}")
+    if lacking is not None:
+        needs, others = f"{interpreter.name} needs features and head", "grad and mask need logits only"
+        raise ValueError(f"{needs}, and {type(model).__name__} has no method {lacking}; {others}")
     if attacked and "act" in interpreter.needs:
         check_activation(model, shape)
     if interpreter.check is not None:

@@ -29,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from adv2_jax import __version__, data, models, report, threats
+from adv2_jax.attacks import missing
 from adv2_jax.classifier import num_classes
 from adv2_jax.descent import OnStep
 from adv2_jax.errors import first_line, listed
@@ -224,7 +225,12 @@ def _subject_arguments(parser: Parser) -> None:
     _network_arguments(parser)
     _source_arguments(parser)
     add = parser.add_argument
-    add("--interpreter", nargs="+", choices=list(INTERPRETERS), help="default: all; rts only where there is a masker")
+    add(
+        "--interpreter",
+        nargs="+",
+        choices=list(INTERPRETERS),
+        help="default: all that the network can be explained by; rts needs a masker",
+    )
     add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
     add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
 
@@ -369,7 +375,8 @@ class Subject(NamedTuple):
 def _subject(arguments: argparse.Namespace) -> Subject:
     threat = _threat(arguments)
     model, masker = _model(arguments), _masker(arguments)
-    arguments.interpreter = _interpreters(arguments.interpreter, masker)
+    subject = model if masker is None else models.Masked(model, masker)
+    arguments.interpreter = _interpreters(arguments.interpreter, subject)
     images = data.load(arguments.images, **_source_options(arguments, getattr(model, "image_size", None)))
     settings = Settings(
         interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
@@ -382,7 +389,7 @@ def _subject(arguments: argparse.Namespace) -> Subject:
         target_map=arguments.target_map,
         snapshots=arguments.snapshots,
     )
-    return Subject(model if masker is None else models.Masked(model, masker), images, settings)
+    return Subject(subject, images, settings)
 
 
 def _check_out(arguments: argparse.Namespace, *names: str, unfinished: str) -> None:
@@ -451,7 +458,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
     found: dict[str, Any] = {"transfer": transfer_matrix(finished, seen, batch_size=arguments.batch_size)}
     sheets = [by_matrix(TABLES["transfer"].title, found["transfer"])]
     if other is not None:
-        able = [interpreter for interpreter in finished.interpreters if interpreter != "rts"]  # it has no masker
+        able = [name for name in finished.interpreters if missing(other, INTERPRETERS[name]()) is None]  # it has no masker, say
         found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
         sheets.append(by_model(f"The same images shown to {name}", found["models"]))
     add(finished, publish=report.write, **found)
@@ -490,11 +497,11 @@ def _masker(arguments: argparse.Namespace) -> models.Masker | None:
     return models.embedded_masker() if arguments.model is None and arguments.weights is None else None
 
 
-def _interpreters(chosen: list[str] | None, masker: models.Masker | None) -> list[str]:
+def _interpreters(chosen: list[str] | None, model: Classifier) -> list[str]:
     """Names, each once; unless chosen, all that can be used."""
     if chosen is None:
-        return [name for name in INTERPRETERS if name != "rts" or masker is not None]
-    if "rts" in chosen and masker is None:
+        return [name for name, make in INTERPRETERS.items() if missing(model, make()) is None]
+    if "rts" in chosen and missing(model, INTERPRETERS["rts"]()):
         raise ValueError("--interpreter rts needs --masker FILE, the network's own masker; adv2 train rts makes one")
     return list(dict.fromkeys(chosen))
 

@@ -312,7 +312,7 @@ def test_equinox_modules():
             self.layers = [
                 equinox.nn.Conv2d(3, 4, 3, padding=1, key=key),
                 equinox.nn.MaxPool2d(2, 2),
-                equinox.nn.Lambda(jax.nn.relu),
+                equinox.nn.Lambda(jnp.tanh),
                 equinox.nn.Dropout(0.5, inference=True),
             ]
             self.linear = equinox.nn.Linear(4, 5, key=key)

@@ -470,7 +470,7 @@ def test_own_network_by_file_and_name(network, own, tmp_path):
 
 
 BAD_NETWORKS = {
-    "gives no network, which has methods features and head, but Bare": "Bare",
+    "gives no network, which has features and head, or logits, but Bare": "Bare",
     "logits or gradients that are not finite": "not_finite",
     "is set to training: bn1 (BatchNorm) uses batch statistics": "training",
     "has no 'nothing'; it has network, Bare": "nothing",

@@ -10,7 +10,9 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import adv2_jax as adv2
+from adv2_jax import cli
 from adv2_jax.activations import relu_h
+from adv2_jax.attacks import missing
 from adv2_jax.experiments.select import select
 from adv2_jax.files import write_arrays
 from adv2_jax.models import user
@@ -27,7 +29,8 @@ def photos():
 
 def check(model, images, num_classes):
     """Every interpreter but RTS draws maps, the smoothed twin another one, and an attack raises the target's probability."""
-    for name in adv2.interpreters.INTERPRETERS.keys() - {"rts"}:
+    able = {name for name, make in adv2.interpreters.INTERPRETERS.items() if missing(model, make()) is None}
+    for name in able:
         logits, maps = adv2.explain(model, images, np.arange(len(images)), interpreter=name)
         assert logits.shape == (len(images), num_classes)
         assert maps.min() >= 0 and maps.max() <= 1
@@ -37,8 +40,9 @@ def check(model, images, num_classes):
     smooth = adv2.interpreters.grad(model, x, 0, act=relu_h)
     assert abs(smooth - adv2.interpreters.grad(model, x, 0)).max() > 1e-3
     targets = np.full(len(images), num_classes - 1)
-    _, maps = adv2.explain(model, images, np.arange(len(images)), interpreter="grad_cam")
-    result = adv2.attack(model, images, targets, maps, interpreter="grad_cam", warm_steps=5, steps=5)
+    attacked = "grad_cam" if "grad_cam" in able else "grad"
+    _, maps = adv2.explain(model, images, np.arange(len(images)), interpreter=attacked)
+    result = adv2.attack(model, images, targets, maps, interpreter=attacked, warm_steps=5, steps=5)
     before, after = (adv2.metrics.confidence(values, targets) for values in (logits, result.logits))
     assert (after > before).all()
 
@@ -52,6 +56,30 @@ def test_linen_module(photos, tmp_path):
     loaded = user.load(f"{NOTEBOOKS}/linen.py:network", tmp_path / "parameters.safetensors")
     difference = loaded.head(jnp.zeros((4, 4, 32))) - fresh.head(jnp.zeros((4, 4, 32)))
     np.testing.assert_allclose(difference, np.arange(10), atol=1e-6)
+
+
+def test_equinox_module(photos, tmp_path):
+    equinox = pytest.importorskip("equinox")
+    fresh = user.load(f"{NOTEBOOKS}/equinox_module.py:network")
+    check(fresh, photos, 10)
+    other = equinox.tree_at(lambda net: net.linear.bias, fresh, fresh.linear.bias + jnp.arange(10.0))
+    equinox.tree_serialise_leaves(tmp_path / "network.eqx", other)
+    loaded = user.load(f"{NOTEBOOKS}/equinox_module.py:network", tmp_path / "network.eqx")
+    difference = loaded.head(jnp.zeros((4, 4, 32))) - fresh.head(jnp.zeros((4, 4, 32)))
+    np.testing.assert_allclose(difference, np.arange(10), atol=1e-6)
+
+
+def test_tokens_without_feature_maps(photos, tmp_path):
+    fresh = user.load(f"{NOTEBOOKS}/tokens.py:network")
+    check(fresh, photos, 10)
+    weights = {name: np.asarray(values) for name, values in fresh.weights.items()}
+    np.savez(tmp_path / "weights.npz", **weights)
+    logits, _ = adv2.explain(fresh, photos, [0, 0, 0], interpreter="grad")
+    np.savez(tmp_path / "images.npz", images=photos, labels=logits.argmax(1))
+    words = ["--weights", str(tmp_path / "weights.npz"), "--images", str(tmp_path / "images.npz"), "--steps", "3", "--quiet"]
+    assert cli.main(["attack", "--model", f"{NOTEBOOKS}/tokens.py:network", *words, "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
+    assert [row["interpreter"] for row in rows] == ["grad", "grad", "mask", "mask"]  # those it can be explained by
 
 
 def miniature(rng):

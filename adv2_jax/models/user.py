@@ -46,12 +46,15 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     call = f"{name}({'' if weights is None else weights})"
     network = _attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
     if not _is_network(network):
-        raise ValueError(f"{call} of {path} gives no network, which has methods features and head, but {type(network).__name__}")
+        raise ValueError(f"{call} of {path} gives no network, which has features and head, or logits, but {type(network).__name__}")
     return network
 
 
 def _is_network(made: Any) -> bool:
-    return _attempt(f"a {type(made).__name__} cannot be asked for its features", hasattr, made, "features")
+    def answers(method: str) -> bool:
+        return _attempt(f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method)
+
+    return answers("features") or answers("logits")
 
 
 def _import(path: str) -> ModuleType:
