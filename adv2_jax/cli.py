@@ -39,7 +39,7 @@ from adv2_jax.experiments.measures import Row
 from adv2_jax.experiments.run import Outcome, environment, run
 from adv2_jax.experiments.select import predict
 from adv2_jax.experiments.tables import TABLES, WORDS, Sheet, by_matrix, by_model, by_rows, make_table
-from adv2_jax.experiments.task import Settings
+from adv2_jax.experiments.task import Settings, interpreter_of
 from adv2_jax.experiments.train import PLAIN, TrainingSets, accuracy, train_classifier, training_sets
 from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import atomic, output_directory, read_summary, write_summary
@@ -228,8 +228,9 @@ def _subject_arguments(parser: Parser) -> None:
     add(
         "--interpreter",
         nargs="+",
-        choices=list(INTERPRETERS),
-        help="default: all that the network can be explained by; rts needs a masker",
+        type=_interpreter_name,
+        metavar="NAME",
+        help=f"{', '.join(INTERPRETERS)}, or path/to/file.py:name (default: all that the network has what they need for)",
     )
     add("--encoder-loss", default="head", choices=list(ENCODER_LOSSES), help="what the attack on rts adds (default: %(default)s)")
     add("--encoder-weight", type=_weight, default=0.1, metavar="W", help="its weight; 0 leaves it out (default: %(default)s)")
@@ -458,7 +459,7 @@ def _transfer(arguments: argparse.Namespace, command: str) -> None:
     found: dict[str, Any] = {"transfer": transfer_matrix(finished, seen, batch_size=arguments.batch_size)}
     sheets = [by_matrix(TABLES["transfer"].title, found["transfer"])]
     if other is not None:
-        able = [name for name in finished.interpreters if missing(other, INTERPRETERS[name]()) is None]  # it has no masker, say
+        able = [name for name, made in finished.interpreters.items() if missing(other, made) is None]  # it has no masker, say
         found["models"] = transfer_to(finished, other, name, interpreters=able, batch_size=arguments.batch_size)
         sheets.append(by_model(f"The same images shown to {name}", found["models"]))
     add(finished, publish=report.write, **found)
@@ -510,6 +511,13 @@ def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter
     """An interpreter with the options of the command line, or the name of one that has none: the preset knows its own."""
     if name == "rts":
         return rts_interpreter(encoder_loss=arguments.encoder_loss, encoder_weight=arguments.encoder_weight)
+    return interpreter_of(name)
+
+
+def _interpreter_name(name: str) -> str:
+    if name not in INTERPRETERS and not models.user.is_reference(name):
+        known = ", ".join(map(repr, INTERPRETERS))
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {known}, or path/to/file.py:name)")
     return name
 
 

@@ -242,7 +242,8 @@ def resolve(
     Args:
         preset: a key of `PRESETS`, or a `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
-            takes the numbers of the preset, or those found for its name; or None for plain PGD.
+            takes the numbers of the preset, or those found for its name, or for the one that it is like: for MASK if it is a
+            descent, for GRAD if it differentiates the network (`needs` names "act"), else for CAM; or None for plain PGD.
         threat: what may be changed; a preset called by its name has other numbers for some (`UNDER`).
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
@@ -254,6 +255,8 @@ def resolve(
         adapt = UNDER.get(threat.name, {}).get(preset) if threat else None
         named = {name: plan for name, plan in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
+        if isinstance(interpreter, Interpreter) and name not in named:
+            name = _alike(interpreter)
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
         preset = adapt(preset) if adapt else preset
     elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
@@ -269,6 +272,13 @@ def resolve(
         warm_steps=preset.warm_steps if warm_steps is None else int(warm_steps),
         steps=preset.steps if steps is None else int(steps),
     )
+
+
+def _alike(interpreter: Interpreter) -> str:
+    """The interpreter whose numbers serve one that no preset knows."""
+    if interpreter.solver is not None:
+        return "mask"
+    return "grad" if "act" in interpreter.needs else "cam"
 
 
 def look_up(table: Mapping[str, T], what: str, name: str) -> T:

@@ -8,7 +8,8 @@ import numpy as np
 from adv2_jax.attacks import check_interpreter, explain
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import Selection
-from adv2_jax.interpreters import Interpreter
+from adv2_jax.interpreters import INTERPRETERS, Interpreter
+from adv2_jax.models import user
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
 
@@ -39,6 +40,27 @@ class Settings(NamedTuple):
     seed: int = 0
     target_map: str = "benign"
     snapshots: int = 16
+
+
+def interpreter_of(name: str) -> str | Interpreter:
+    """An interpreter by its name, which stays a name, or by the file it is written in.
+
+    Args:
+        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter` or a function that makes one.
+
+    Raises:
+        ValueError: if there is no such interpreter, or the file or the function fails (says how).
+    """
+    if name in INTERPRETERS:
+        return name
+    if not user.is_reference(name):
+        raise ValueError(f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name")
+    made = user.named("interpreter", name)
+    if callable(made):
+        made = user.attempt(f"{name} must be an adv2_jax Interpreter, or a function that makes one of nothing", made)
+    if not isinstance(made, Interpreter):
+        raise ValueError(f"{name} is neither an adv2_jax Interpreter nor a function that makes one, but {type(made).__name__}")
+    return made
 
 
 class Task(NamedTuple):

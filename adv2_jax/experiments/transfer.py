@@ -15,6 +15,7 @@ from adv2_jax.attacks import explain
 from adv2_jax.experiments.checkpoints import tree_fingerprint
 from adv2_jax.experiments.measures import Row, mean
 from adv2_jax.experiments.statistics import intervals
+from adv2_jax.experiments.task import interpreter_of
 from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
@@ -53,7 +54,7 @@ class Run(NamedTuple):
 
 
 def load_run(directory: Path) -> Run:
-    """A finished run, with the interpreters that its preset knows by their names.
+    """A finished run, with its interpreters as its preset has them, and those of files made again.
 
     Raises:
         ValueError: names the directory and what is wrong with it.
@@ -64,12 +65,14 @@ def load_run(directory: Path) -> Run:
     if not names:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
-        plans = {name: resolve(summary["config"].get("preset", "default"), name) for name in names}
+        asked = map(interpreter_of, summary["config"].get("interpreter", ()))
+        own = {made.name: made for made in asked if not isinstance(made, str)}
+        plans = {name: resolve(summary["config"].get("preset", "default"), own.get(name, name)) for name in names}
         interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
     with intact(path := directory / "results.npz"):
         _check_arrays(stored(path), interpreters)
-        own = read_some(path, {"labels", "targets"}.__contains__)
-    return Run(directory, summary, interpreters, own["labels"], own["targets"])
+        known = read_some(path, {"labels", "targets"}.__contains__)
+    return Run(directory, summary, interpreters, known["labels"], known["targets"])
 
 
 def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:

@@ -9,6 +9,8 @@ The map of MASK is the end of a descent. Such an interpreter has a `Solver` besi
 can drive the descent as it drives an attack, and a surrogate that carries along where its own descent stands.
 """
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ __all__ = [
     "Surrogate",
     "cam",
     "cam_interpreter",
+    "from_explain",
     "grad",
     "grad_cam",
     "grad_cam_interpreter",
@@ -317,6 +320,32 @@ def _mask_ahead(
     else:
         m = implicit(model, image, label, memory.map, descent, act)
     return Seen(logits_of(model, image), m, memory=memory)
+
+
+def from_explain(name: str, explain: Callable[..., Map]) -> Interpreter:
+    """An interpreter of a pure function alone, which the adversary differentiates as it is.
+
+    If the function has an option `act`, to be handed on to the network, the adversary's maps are drawn with the curved ReLU of GRAD
+    attacks (`relu_curved`): they are the true ones, and have a second derivative.
+
+    Args:
+        name: as in results, letters, digits, `_` and `-`.
+        explain: (model, image, label) -> map [h, w] in [0, 1].
+
+    Raises:
+        ValueError: for another kind of name.
+    """
+    if not re.fullmatch(r"[\w-]+", name):
+        raise ValueError(f"interpreter name {name!r} may have letters, digits, _ and - only")
+    curved = "act" in inspect.signature(explain).parameters
+    return Interpreter(name, explain, bind(_as_explained, explain=explain, curved=curved), needs=("act",) if curved else ())
+
+
+def _as_explained(
+    model: Classifier, image: Image, label: Label, context: Context, *, explain: Callable[..., Map], curved: bool
+) -> Seen:
+    options = {"act": lambda z: relu_curved(z, context.tau)} if curved else {}
+    return Seen(logits_of(model, image), explain(model, image, label, **options))
 
 
 INTERPRETERS: dict[str, Callable[..., Interpreter]] = {

@@ -30,13 +30,8 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     Raises:
         ValueError: if there is no such file or name, the file or the function fails (says how), or weights are given to a network.
     """
+    made = named("model", reference)
     path, _, name = reference.rpartition(":")
-    if not path.endswith(".py") or not name.isidentifier():
-        raise ValueError(f"model {reference!r} must be path/to/file.py:name")
-    module = _attempt(f"cannot import {path}", _import, path)
-    if not _attempt(f"cannot import {name} from {path}", hasattr, module, name):
-        raise ValueError(f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}")
-    made = getattr(module, name)
     if not inspect.isclass(made) and _is_network(made):
         if weights is not None:
             raise ValueError(f"{reference} is a network with its weights; --weights goes with a function that makes one")
@@ -44,15 +39,30 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     if not callable(made) or inspect.iscoroutinefunction(made):
         raise ValueError(f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}")
     call = f"{name}({'' if weights is None else weights})"
-    network = _attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
+    network = attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
     if not _is_network(network):
         raise ValueError(f"{call} of {path} gives no network, which has features and head, or logits, but {type(network).__name__}")
     return network
 
 
+def named(kind: str, reference: str) -> Any:
+    """What has a name in a Python file; the file is run as it is imported.
+
+    Raises:
+        ValueError: if there is no such file or name, or the file fails (says how).
+    """
+    path, _, name = reference.rpartition(":")
+    if not path.endswith(".py") or not name.isidentifier():
+        raise ValueError(f"{kind} {reference!r} must be path/to/file.py:name")
+    module = attempt(f"cannot import {path}", _import, path)
+    if not attempt(f"cannot import {name} from {path}", hasattr, module, name):
+        raise ValueError(f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}")
+    return getattr(module, name)
+
+
 def _is_network(made: Any) -> bool:
     def answers(method: str) -> bool:
-        return _attempt(f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method)
+        return attempt(f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method)
 
     return answers("features") or answers("logits")
 
@@ -71,7 +81,7 @@ def _import(path: str) -> ModuleType:
     return module
 
 
-def _attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
+def attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
     """f(*arguments); whatever goes wrong is told in one line."""
     try:
         return f(*arguments)
