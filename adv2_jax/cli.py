@@ -28,7 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.table import Table
 from rich.text import Text
 
-from adv2_jax import __version__, data, models, report, threats
+from adv2_jax import __version__, data, models, presets, report, threats
 from adv2_jax.attacks import missing
 from adv2_jax.classifier import num_classes
 from adv2_jax.descent import OnStep
@@ -46,7 +46,7 @@ from adv2_jax.files import atomic, output_directory, read_summary, write_summary
 from adv2_jax.interpreters import ENCODER_LOSSES, INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.metrics import probabilities
 from adv2_jax.names import ATTACKS
-from adv2_jax.presets import PRESETS
+from adv2_jax.presets import PRESETS, Preset
 from adv2_jax.types import Classifier
 
 EMBEDDED = "the embedded network"
@@ -254,7 +254,8 @@ def _weights_key_argument(parser: Parser) -> None:
 def _effort_arguments(parser: Parser) -> None:
     """How much is done, and how."""
     add = parser.add_argument
-    add("--preset", default="default", choices=list(PRESETS), help="the attack's numbers (default: %(default)s)")
+    numbers = f"the attack's numbers: {', '.join(PRESETS)}, or file.json of your own (default: %(default)s)"
+    add("--preset", default="default", type=_preset_name, metavar="NAME", help=numbers)
     add(
         "--epsilon", type=_number, metavar="E", help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value"
     )
@@ -382,7 +383,7 @@ def _subject(arguments: argparse.Namespace) -> Subject:
     settings = Settings(
         interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
         threat=threat,
-        preset=arguments.preset,
+        preset=_preset(arguments),
         warm_steps=arguments.warm_steps,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -512,6 +513,22 @@ def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter
     if name == "rts":
         return rts_interpreter(encoder_loss=arguments.encoder_loss, encoder_weight=arguments.encoder_weight)
     return interpreter_of(name)
+
+
+def _preset(arguments: argparse.Namespace) -> str | dict[str, Preset]:
+    """A preset's name, or the presets of a file, whose numbers become a part of what was asked for."""
+    if arguments.preset in PRESETS:
+        return str(arguments.preset)
+    known = presets.read(arguments.preset)
+    arguments.numbers = {name: presets.to_dict(known[name]) for name in ("pgd", *arguments.interpreter) if name in known}
+    return known
+
+
+def _preset_name(name: str) -> str:
+    if name not in PRESETS and not name.endswith(".json"):
+        known = ", ".join(map(repr, PRESETS))
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {known}, or file.json)")
+    return name
 
 
 def _interpreter_name(name: str) -> str:

@@ -1,15 +1,21 @@
 """The numbers of an attack, an interpreter each: `paper` (the released constants), `default` (the best we found), `quick`."""
 
+import json
+import math
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
 import optax
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU
 from adv2_jax.descent import MapLoss
+from adv2_jax.errors import first_line
 from adv2_jax.interpreters import (
+    FACTORIES,
     Interpreter,
     MaskObjective,
     cam_interpreter,
@@ -24,6 +30,9 @@ from adv2_jax.threats import PIXEL, Threat
 
 T = TypeVar("T")
 Plan = Callable[[int], optax.Schedule]
+
+
+SHAPES = ("constant", "ramp", "decay", "geometric")
 
 
 @dataclass(frozen=True)
@@ -230,7 +239,7 @@ UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {"flow": {"paper": _re
 
 
 def resolve(
-    preset: str | Preset,
+    preset: str | Preset | Mapping[str, Preset],
     interpreter: str | Interpreter | None,
     *,
     threat: Threat | None = None,
@@ -240,7 +249,8 @@ def resolve(
     """A preset with the caller's own interpreter and step counts in it.
 
     Args:
-        preset: a key of `PRESETS`, or a `Preset`.
+        preset: a key of `PRESETS`; presets by interpreter, "pgd" among them, as `PRESETS` holds and `read` gives them; or a
+            `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
             takes the numbers of the preset, or those found for its name, or for the one that it is like: for MASK if it is a
             descent, for GRAD if it differentiates the network (`needs` names "act"), else for CAM; or None for plain PGD.
@@ -250,9 +260,9 @@ def resolve(
     Raises:
         ValueError: for an unknown preset or interpreter, or a negative number of steps.
     """
-    if isinstance(preset, str):
-        known = look_up(PRESETS, "preset", preset)
-        adapt = UNDER.get(threat.name, {}).get(preset) if threat else None
+    if not isinstance(preset, Preset):
+        known = look_up(PRESETS, "preset", preset) if isinstance(preset, str) else preset
+        adapt = UNDER.get(threat.name, {}).get(preset) if threat and isinstance(preset, str) else None
         named = {name: plan for name, plan in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         if isinstance(interpreter, Interpreter) and name not in named:
@@ -272,6 +282,113 @@ def resolve(
         warm_steps=preset.warm_steps if warm_steps is None else int(warm_steps),
         steps=preset.steps if steps is None else int(steps),
     )
+
+
+def to_dict(preset: Preset) -> dict[str, Any]:
+    """All numbers of a preset as JSON knows them; functions by their names. `from_dict` is the inverse."""
+    return {field.name: _plain(getattr(preset, field.name)) for field in fields(preset)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Interpreter):
+        kind, options = value.made or (value.name, ())
+        return {"kind": kind} | {name: _plain(own) for name, own in options}
+    if isinstance(value, Course):
+        return value.first if value.shape == "constant" else asdict(value)
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return {name: _plain(own) for name, own in value._asdict().items()}
+    return shown(value) if callable(value) else value
+
+
+def from_dict(name: str, numbers: Mapping[str, Any]) -> Preset:
+    """A preset of numbers as `to_dict` writes them; what is not there is that of `default`.
+
+    Args:
+        name: a key of `PRESETS["default"]`: "pgd" or an interpreter.
+        numbers: by the names of the attributes of `Preset`. A schedule is a number, or shape, first and last of a `Course`; an
+            interpreter has a kind, a key of `interpreters.FACTORIES`, and its options.
+
+    Raises:
+        ValueError: names what is unknown or out of its range.
+    """
+    base = look_up(PRESETS["default"], "preset of", name)
+    known = {field.name: getattr(base, field.name) for field in fields(base)}
+    found: dict[str, Any] = {}
+    for key, value in numbers.items():
+        look_up(known, f"{name}: number", key)
+        try:
+            found[key] = _read(key, value, known[key])
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {key} = {json.dumps(value)}: {error}") from None
+    return replace(base, **found)
+
+
+def _read(key: str, value: Any, default: Any) -> Any:
+    """The attribute of a `Preset` that a value of JSON stands for."""
+    if key == "interpreter":
+        return _read_interpreter(value, default)
+    if key == "map_loss":
+        return look_up({"map_l2": losses.map_l2, "map_mse": losses.map_mse}, "it", value)
+    if key in ("step_size", "balance", "tau"):
+        return paper_grad_balance if value == "paper_grad_balance" else _read_course(value)
+    if key == "momentum" and value is None:
+        return None
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return value
+    whole = isinstance(default, int)
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"must be {'a whole number' if whole else 'a finite number'}, 0 or more")
+    if key in ("momentum", "smoothing", "yielding") and value >= 1:
+        raise ValueError("must be below 1")
+    return value
+
+
+def _read_course(value: Any) -> Course:
+    course = constant(value) if isinstance(value, int | float) else Course(**value)
+    ends = course.first, course.last
+    if course.shape not in SHAPES or not all(isinstance(end, int | float) and 0 <= end < math.inf for end in ends):
+        raise ValueError(f"must be a number, or shape ({', '.join(SHAPES)}), first and last, finite and not negative")
+    if course.shape in ("decay", "geometric") and not min(ends) > 0:
+        raise ValueError("first and last must be above 0")
+    return course
+
+
+def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | None:
+    if default is None:
+        if value is not None:
+            raise ValueError("plain PGD has none")
+        return None
+    options = dict(value)
+    kind = options.pop("kind", default.name)
+    if isinstance(options.get("act"), str):
+        raise ValueError("act is a function, which only Python can give")
+    if objective := options.get("objective"):
+        scores = {"log_odds": losses.log_odds, "logit": losses.logit, "probability": losses.probability}
+        score = objective.get("score")
+        options["objective"] = MaskObjective(**objective)._replace(score=score and look_up(scores, "score", score))
+    made = look_up(FACTORIES, "kind", kind)(**options)
+    if made.name != default.name:
+        raise ValueError(f"must be a kind of {default.name}")
+    return made
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Preset]:
+    """Presets of a JSON file: interpreter (or "pgd") -> numbers, as `from_dict` reads them; the others are those of `default`.
+
+    Raises:
+        ValueError: names the file, and what is wrong in it.
+    """
+    try:
+        written = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(written, dict) or not all(isinstance(numbers, dict) for numbers in written.values()):
+            raise ValueError("must be an object of objects: interpreter, then its numbers")
+        return PRESETS["default"] | {name: from_dict(name, numbers) for name, numbers in written.items()}
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {first_line(error)}") from None
 
 
 def _alike(interpreter: Interpreter) -> str:

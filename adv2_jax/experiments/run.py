@@ -24,7 +24,7 @@ from adv2_jax.experiments.task import Settings, Task, check_own_maps, make_task
 from adv2_jax.files import intact, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
-from adv2_jax.presets import Preset, resolve
+from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
@@ -190,14 +190,15 @@ def _rows(
     jobs: Sequence[Job], names: Sequence[str], kept: Batches, settings: Settings, target_map: str
 ) -> tuple[list[Row], list[Row], np.ndarray]:
     """Two rows an interpreter, how they differ, and which images [N] failed under some attack."""
-    cost = {part[:2]: job.cost for job in jobs for part in job.parts(0)}
+    job_of = {part[:2]: job for job in jobs for part in job.parts(0)}
     rows, differences, failed = [], [], []
     for name in names:
         found = {kind: kept.measures(name, kind) for kind in ATTACKS}
         for kind, measures in found.items():
             seconds = float(measures.pop("seconds").sum())
             head = {"interpreter": name, "attack": kind, "threat": settings.threat.name, "target_map": target_map}
-            tail = {"gradient_evaluations": cost[name, kind], "seconds": round(seconds, 2)}
+            job = job_of[name, kind]
+            tail = {"gradient_evaluations": job.cost, "seconds": round(seconds, 2), "preset": to_dict(job.plan)}
             rows.append(head | row(measures, seed=settings.seed) | tail)
             failed.append(measures["failed"])
         pair = {"interpreter": name, "threat": settings.threat.name}

@@ -1,6 +1,6 @@
 """What a run is asked for: images, target classes, and target maps by kind."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +10,7 @@ from adv2_jax.data import ImageSet, targets
 from adv2_jax.experiments.select import Selection
 from adv2_jax.interpreters import INTERPRETERS, Interpreter
 from adv2_jax.models import user
+from adv2_jax.presets import Preset
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
 
@@ -22,7 +23,7 @@ class Settings(NamedTuple):
     Attributes:
         interpreters: names, or interpreters with options of their own.
         threat: threat model.
-        preset: name.
+        preset: name, or presets by interpreter (`presets.read`).
         warm_steps, steps: take the place of the preset's when given.
         batch_size: images at a time.
         seed: of target classes, target maps and bootstrap.
@@ -33,7 +34,7 @@ class Settings(NamedTuple):
 
     interpreters: Sequence[str | Interpreter]
     threat: Threat
-    preset: str = "default"
+    preset: str | Mapping[str, Preset] = "default"
     warm_steps: int | None = None
     steps: int | None = None
     batch_size: int = 32

@@ -19,7 +19,7 @@ from adv2_jax.experiments.task import interpreter_of
 from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
-from adv2_jax.presets import resolve
+from adv2_jax.presets import from_dict
 from adv2_jax.types import Classifier
 
 MEASURES = {"map_l1": metrics.map_l1, "map_iou75": metrics.iou_quantile}
@@ -67,12 +67,13 @@ def load_run(directory: Path) -> Run:
     with intact(directory / "summary.json"):
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         own = {made.name: made for made in asked if not isinstance(made, str)}
-        plans = {name: resolve(summary["config"].get("preset", "default"), own.get(name, name)) for name in names}
-        interpreters = {name: plan.interpreter for name, plan in plans.items() if plan.interpreter is not None}
+        numbers = {row["interpreter"]: row["preset"] for row in summary["rows"] if row["attack"] == "adv2"}
+        known = {name: own[name] if name in own else from_dict(name, numbers[name]).interpreter for name in names}
+        interpreters = {name: interpreter for name, interpreter in known.items() if interpreter is not None}
     with intact(path := directory / "results.npz"):
         _check_arrays(stored(path), interpreters)
-        known = read_some(path, {"labels", "targets"}.__contains__)
-    return Run(directory, summary, interpreters, known["labels"], known["targets"])
+        classes = read_some(path, {"labels", "targets"}.__contains__)
+    return Run(directory, summary, interpreters, classes["labels"], classes["targets"])
 
 
 def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:

@@ -12,7 +12,8 @@ can drive the descent as it drives an attack, and a surrogate that carries along
 import inspect
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec
 
 import jax
 from jax import Array
@@ -38,6 +39,7 @@ from adv2_jax.options import bind, shared, shown
 from adv2_jax.types import Activation, Classifier, HasFeatures, Image, Label, Logits, Map
 
 __all__ = [
+    "FACTORIES",
     "INTERPRETERS",
     "Context",
     "Explain",
@@ -63,6 +65,7 @@ __all__ = [
 ]
 
 
+P = ParamSpec("P")
 Explain = Callable[[Any, Image, Label], Map]
 
 
@@ -133,6 +136,7 @@ class Interpreter(NamedTuple):
             kind from step to step; it starts anew from each fresh solve.
         check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
         needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if its surrogate does.
+        made: the key of `FACTORIES` and the options that it was made with, if it was.
     """
 
     name: str
@@ -142,18 +146,30 @@ class Interpreter(NamedTuple):
     solver: Solver | None = None
     check: Callable[[Any, tuple[int, ...]], None] | None = None
     needs: tuple[str, ...] = ()
+    made: tuple[str, tuple[tuple[str, Any], ...]] | None = None
 
     def __repr__(self) -> str:
         return shown(self)
 
 
-@shared
+def recorded(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
+    """Decorator: the factory is `options.shared`, and what it makes knows how."""
+
+    @wraps(factory)
+    def make(*args: P.args, **options: P.kwargs) -> Interpreter:
+        made = factory.__name__.removesuffix("_interpreter"), tuple(options.items())
+        return factory(*args, **options)._replace(made=made)
+
+    return shared(make)
+
+
+@recorded
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, there is nothing to smooth."""
     return Interpreter("cam", cam, bind(_exact, draw=cam_with_logits), check=check_pooling, needs=("features", "head"))
 
 
-@shared
+@recorded
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
     surrogate = bind(_exact, draw=grad_cam_with_logits)
@@ -168,7 +184,7 @@ def _exact(model: HasFeatures, image: Image, label: Label, context: Context, *, 
     return Seen(*draw(model, image, label))
 
 
-@shared
+@recorded
 def grad_interpreter(*, pool: int | None = None) -> Interpreter:
     """GRAD, and the true map with a curved ReLU (`relu_curved`, kernel width `tau`) for the adversary.
 
@@ -185,7 +201,7 @@ def _curved_grad(model: Classifier, image: Image, label: Label, context: Context
     return Seen(*grad_with_logits(model, image, label, act=lambda z: relu_curved(z, context.tau), pool=pool))
 
 
-@shared
+@recorded
 def smooth_grad_interpreter(*, act: Activation | None = None, pool: int | None = None) -> Interpreter:
     """GRAD, and a map whose *first* derivative is smoothed for the adversary: the paper's way (§3.2).
 
@@ -209,7 +225,7 @@ def _smooth_grad(
     return Seen(logits_of(model, image), grad(model, image, label, act=smooth, pool=pool))
 
 
-@shared
+@recorded
 def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) -> Interpreter:
     """RTS, and with it ℓ_enc for the adversary, without which its attack "is often ineffective" (ADV² §3.4).
 
@@ -249,7 +265,7 @@ def _rts_with_penalty(
 ENCODER_LOSSES = {"head": head_loss, "mean": mean_loss}
 
 
-@shared
+@recorded
 def mask_interpreter(
     *,
     size: int | None = None,
@@ -355,6 +371,7 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "rts": rts_interpreter,
     "mask": mask_interpreter,
 }
+FACTORIES: dict[str, Callable[..., Interpreter]] = {**INTERPRETERS, "smooth_grad": smooth_grad_interpreter}
 
 
 def of_function(explain: Explain) -> Interpreter:
