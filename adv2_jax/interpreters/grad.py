@@ -37,13 +37,7 @@ def input_gradient(
 
 
 def grad_with_logits(
-    model: Classifier,
-    image: Image,
-    label: Label,
-    *,
-    act: Activation | None = None,
-    pool: int | None = None,
-    score: Score = log_odds,
+    model: Classifier, image: Image, label: Label, *, act: Activation | None, pool: int | None, score: Score = log_odds
 ) -> tuple[Logits, Map]:
     """The logits [K] and the map of `grad`, from one linearisation.
 
