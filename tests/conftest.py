@@ -20,10 +20,10 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 
 jax.config.update("jax_disable_most_optimizations", True)  # most programs run once: compiling them well does not pay
 # Two thirds of the time of the suite is XLA's, which compiles a third of the programs again and again: one cache for all processes
-# of a run. It starts empty
-CACHE = tempfile.TemporaryDirectory()
+# of a run, those that pytest starts (`-n 2`) among them. It starts empty
+CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory()
 for name, value in {
-    "jax_compilation_cache_dir": CACHE.name,
+    "jax_compilation_cache_dir": CACHE.name if CACHE else os.environ["JAX_COMPILATION_CACHE_DIR"],
     "jax_persistent_cache_min_compile_time_secs": 0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
 }.items():
