@@ -272,7 +272,11 @@ def descend(
     Raises:
         ValueError: for an unknown driver.
     """
-    schedule = jax.tree.map(lambda values: values if isinstance(values, Array) else np.asarray(values, np.float32), schedule)
+
+    def single(values: Any) -> Any:  # a float64 step size would make float64 parameters, which a loop does not carry
+        return values.astype(np.float32) if isinstance(values, Array) else np.asarray(values, np.float32)
+
+    schedule = jax.tree.map(single, schedule)
     if len(schedule.alpha) == 0:
         return states, Info(*(np.zeros((len(problems.target), 0), np.float32) for _ in Info._fields))
     return drive(model, _step_of(options), problems, states, schedule, span=span, driver=driver, on_step=on_step)

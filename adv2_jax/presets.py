@@ -291,8 +291,10 @@ def to_dict(preset: Preset) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Interpreter):
-        kind, options = value.made or (value.name, ())
-        return {"kind": kind} | {name: _plain(own) for name, own in options}
+        if value.made is None:
+            return {"kind": value.name}
+        kind = value.made.function.__name__.removesuffix("_interpreter")
+        return {"kind": kind} | {name: _plain(own) for name, own in value.made.options}
     if isinstance(value, Course):
         return value.first if value.shape == "constant" else asdict(value)
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

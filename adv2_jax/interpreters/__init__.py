@@ -35,7 +35,7 @@ from adv2_jax.interpreters.mask import (
     unrolled,
 )
 from adv2_jax.interpreters.rts import MaskWeights, check_masker, head_loss, mean_loss, rts
-from adv2_jax.options import bind, shared, shown
+from adv2_jax.options import Bound, bind, shared, shown
 from adv2_jax.types import Activation, Classifier, HasFeatures, Image, Label, Logits, Map
 
 __all__ = [
@@ -136,7 +136,7 @@ class Interpreter(NamedTuple):
             kind from step to step; it starts anew from each fresh solve.
         check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
         needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if its surrogate does.
-        made: the key of `FACTORIES` and the options that it was made with, if it was.
+        made: the factory of this module and the options that it was made with, if it was.
     """
 
     name: str
@@ -146,7 +146,7 @@ class Interpreter(NamedTuple):
     solver: Solver | None = None
     check: Callable[[Any, tuple[int, ...]], None] | None = None
     needs: tuple[str, ...] = ()
-    made: tuple[str, tuple[tuple[str, Any], ...]] | None = None
+    made: Bound | None = None
 
     def __repr__(self) -> str:
         return shown(self)
@@ -155,12 +155,12 @@ class Interpreter(NamedTuple):
 def recorded(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
     """Decorator: the factory is `options.shared`, and what it makes knows how."""
 
+    @shared
     @wraps(factory)
     def make(*args: P.args, **options: P.kwargs) -> Interpreter:
-        made = factory.__name__.removesuffix("_interpreter"), tuple(options.items())
-        return factory(*args, **options)._replace(made=made)
+        return factory(*args, **options)._replace(made=bind(make, **options))
 
-    return shared(make)
+    return make
 
 
 @recorded
