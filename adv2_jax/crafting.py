@@ -60,7 +60,7 @@ class Stages(NamedTuple):
 
     Attributes:
         warm, joint: options of the steps.
-        scorer: explained map and solver by which iterates are scored after each chunk of steps; None where steps score them.
+        scorer: the explained map, by which iterates are scored after each chunk of steps; None where steps score them.
         solver: of the interpreter.
         keeps_best: whether the best iterate is delivered.
         cuts: the numbers of joint steps at which chunks begin and end.
@@ -70,7 +70,7 @@ class Stages(NamedTuple):
 
     warm: Options
     joint: Options
-    scorer: tuple[Explain, Solver | None] | None
+    scorer: Explain | None
     solver: Solver | None
     keeps_best: bool
     cuts: tuple[int, ...]
@@ -153,7 +153,7 @@ def _craft(
         states, curves, pictures = carry
         states, info = run(states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1]))
         if stages.scorer is not None:
-            states = _rescore(model, problems, states, stages.joint, *stages.scorer, driver)
+            states = _rescore(model, problems, states, stages.joint, stages.scorer, stages.solver, driver)
         # each report is a number at its own steps, and 0 at those of other chunks
         return states, jax.tree.map(operator.add, curves, info), picture(pictures, slots[c], states.params)
 
@@ -205,7 +205,7 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
     return Stages(
         Options(threat),
         joint_options(preset, threat),
-        (interpreter.explain, interpreter.solver) if interpreter is not None and scores_apart(preset) else None,
+        interpreter.explain if interpreter is not None and scores_apart(preset) else None,
         None if interpreter is None else interpreter.solver,
         preset.score_every > 0,
         cuts,

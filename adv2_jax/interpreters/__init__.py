@@ -134,7 +134,7 @@ class Interpreter(NamedTuple):
             by the pass that differentiates it.
         solver: `explain` step by step, for an interpreter that is itself a descent. The surrogate carries a memory of the same
             kind from step to step; it starts anew from each fresh solve.
-        check: (model, image shape [H, W, 3]) -> None; raises a ValueError for a model, or images, that it cannot explain.
+        check: of (model, image shape [H, W, 3]); raises a ValueError for a model, or images, that it cannot explain.
         needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if its surrogate does.
         made: the factory of this module and the options that it was made with, if it was.
     """
@@ -144,7 +144,7 @@ class Interpreter(NamedTuple):
     surrogate: Surrogate
     faithful: bool = True
     solver: Solver | None = None
-    check: Callable[[Any, tuple[int, ...]], None] | None = None
+    check: Callable[[Any, tuple[int, ...]], object] | None = None
     needs: tuple[str, ...] = ()
     made: Bound | None = None
 
@@ -173,11 +173,7 @@ def cam_interpreter() -> Interpreter:
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, there is nothing to smooth."""
     surrogate = bind(_exact, draw=grad_cam_with_logits)
-    return Interpreter("grad_cam", grad_cam, surrogate, check=_check_features, needs=("features", "head"))
-
-
-def _check_features(model: HasFeatures, shape: tuple[int, ...]) -> None:
-    check_features(model, shape)
+    return Interpreter("grad_cam", grad_cam, surrogate, check=check_features, needs=("features", "head"))
 
 
 def _exact(model: HasFeatures, image: Image, label: Label, context: Context, *, draw: Callable[..., tuple[Logits, Map]]) -> Seen:
