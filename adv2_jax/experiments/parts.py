@@ -46,7 +46,7 @@ def attack_batch(
 ) -> Iterator[tuple[str, str, Arrays]]:
     """Interpreter, attack and arrays of each part of a batch at `places`; the last is filled up by repeating its last image."""
     chosen, goals = task.images.take(places), task.targets[places]
-    last = int(np.ptp(places)) + 1
+    last, keys = int(np.ptp(places)) + 1, image_keys(settings.seed, task.places[places])
 
     @cache
     def aim(interpreter: Interpreter) -> Arrays:
@@ -68,7 +68,7 @@ def attack_batch(
             on_step=on_step,
             snapshots=int((np.unique(places) < settings.snapshots).sum()),
             all_may_fail=True,
-            keys=image_keys(settings.seed, task.places[places]),
+            keys=keys,
         )
         seconds = np.array([time.perf_counter() - start])
         flows = None if settings.threat.displacement is None else jax.vmap(settings.threat.displacement)(result.params)
