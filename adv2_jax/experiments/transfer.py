@@ -66,9 +66,9 @@ def load_run(directory: Path) -> Run:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
-        own = {made.name: made for made in asked if not isinstance(made, str)}
-        numbers = {row["interpreter"]: row["preset"] for row in summary["rows"] if row["attack"] == "adv2"}
-        known = {name: own[name] if name in own else from_dict(name, numbers[name]).interpreter for name in names}
+        own = {one.name: one for one in asked if not isinstance(one, str)}
+        made = {row["interpreter"]: row["preset"]["interpreter"] for row in summary["rows"] if row["attack"] == "adv2"}
+        known = {name: own[name] if name in own else from_dict(name, {"interpreter": made[name]}).interpreter for name in names}
         interpreters = {name: interpreter for name, interpreter in known.items() if interpreter is not None}
     with intact(path := directory / "results.npz"):
         _check_arrays(stored(path), interpreters)
