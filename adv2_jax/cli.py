@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from importlib.metadata import distributions
@@ -228,7 +228,7 @@ def _subject_arguments(parser: Parser) -> None:
     add(
         "--interpreter",
         nargs="+",
-        type=_interpreter_name,
+        type=_choice(INTERPRETERS, "path/to/file.py:name", models.user.is_reference),
         metavar="NAME",
         help=f"{', '.join(INTERPRETERS)}, or path/to/file.py:name (default: all that the network has what they need for)",
     )
@@ -255,7 +255,13 @@ def _effort_arguments(parser: Parser) -> None:
     """How much is done, and how."""
     add = parser.add_argument
     numbers = f"the attack's numbers: {', '.join(PRESETS)}, or file.json of your own (default: %(default)s)"
-    add("--preset", default="default", type=_preset_name, metavar="NAME", help=numbers)
+    add(
+        "--preset",
+        default="default",
+        type=_choice(PRESETS, "file.json", lambda name: name.endswith(".json")),
+        metavar="NAME",
+        help=numbers,
+    )
     add(
         "--epsilon", type=_number, metavar="E", help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value"
     )
@@ -520,22 +526,19 @@ def _preset(arguments: argparse.Namespace) -> str | dict[str, Preset]:
     if arguments.preset in PRESETS:
         return str(arguments.preset)
     known = presets.read(arguments.preset)
-    arguments.numbers = {name: presets.to_dict(known[name]) for name in ("pgd", *arguments.interpreter) if name in known}
+    arguments.numbers = {name: presets.to_dict(preset) for name, preset in known.items()}
     return known
 
 
-def _preset_name(name: str) -> str:
-    if name not in PRESETS and not name.endswith(".json"):
-        known = ", ".join(map(repr, PRESETS))
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {known}, or file.json)")
-    return name
+def _choice(known: Collection[str], form: str, has_form: Callable[[str], bool]) -> Callable[[str], str]:
+    """What argparse's `choices` is to names that may have a form instead."""
 
+    def name_or_form(name: str) -> str:
+        if name not in known and not has_form(name):
+            raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(map(repr, known))}, or {form})")
+        return name
 
-def _interpreter_name(name: str) -> str:
-    if name not in INTERPRETERS and not models.user.is_reference(name):
-        known = ", ".join(map(repr, INTERPRETERS))
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {known}, or path/to/file.py:name)")
-    return name
+    return name_or_form
 
 
 def _demo(arguments: argparse.Namespace, command: str) -> None:
