@@ -13,13 +13,13 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/installed-dev
-	$(RUFF) check --line-length 132 --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
+	$(RUFF) check --line-length 100 --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
 		--per-file-ignores 'tests/*:D,notebooks/*:D' .
-	$(RUFF) format --line-length 132 --check .
+	$(RUFF) format --line-length 100 --check .
 	$(VENV)/bin/mypy
 
 format: $(VENV)/installed-dev
-	$(RUFF) format --line-length 132 .
+	$(RUFF) format --line-length 100 .
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,13 +6,24 @@
     m = adv2.interpreters.cam(model, image, label)
     result = adv2.attack(model, images, targets, target_maps, interpreter="cam")
 
-The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep Learning under Fire", USENIX Security 2020.
+The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep Learning under Fire",
+USENIX Security 2020.
 """
 
-from adv2_jax import activations, data, interpreters, losses, maps, metrics, models, presets, threats
+from adv2_jax import (
+    activations,
+    data,
+    interpreters,
+    losses,
+    maps,
+    metrics,
+    models,
+    presets,
+    threats,
+)
 from adv2_jax.attacks import Result, attack, explain
 from adv2_jax.crafting import Crafted, craft
-from adv2_jax.experiments.select import select
+from adv2_jax.runs.select import select
 from adv2_jax.types import Classifier
 
 __all__ = [

@@ -1,11 +1,14 @@
 """Activations whose backward pass is smooth, so that the gradient of a gradient exists.
 
-`relu_h`, `relu_curved` and `relu_sigmoid` are exactly ReLU in the forward pass; only a derivative is replaced (ADV² §3.2, Fig. 3).
-The replacement is a JVP rule, `tangent = phi'(z) * dz`, and is itself differentiated like any other function, so forward mode,
-reverse mode and any order of mixing them agree. `softplus` is a smooth activation in the forward pass too. All factors are computed
-in float32 or wider, since z² overflows float16 at 256, and take the type of z afterwards, which a JVP rule must keep.
+`relu_h`, `relu_curved` and `relu_sigmoid` are exactly ReLU in the forward pass; only a derivative
+is replaced (ADV² §3.2, Fig. 3). The replacement is a JVP rule, `tangent = phi'(z) * dz`, and is
+itself differentiated like any other function, so forward mode, reverse mode and any order of mixing
+them agree. `softplus` is a smooth activation in the forward pass too. All factors are computed in
+float32 or wider, since z² overflows float16 at 256, and take the type of z afterwards, which a JVP
+rule must keep.
 
-Factories are cached: the same options give the same function object, so `jit` sees a static argument it already knows.
+Factories are cached: the same options give the same function object, so `jit` sees a static
+argument it already knows.
 """
 
 import jax
@@ -26,8 +29,9 @@ TAU = 1e-4
 def relu_h(z: Array, tau: Array | float = TAU) -> Array:
     """ReLU whose derivative is h(z) = z / sqrt(z² + tau) + [z < 0] (ADV² §3.2).
 
-    Left of zero h is the derivative of z + sqrt(z² + tau), right of zero that of sqrt(z² + tau). It jumps at 0 (1 on the left, 0
-    on the right) and h'(z) = tau (z² + tau)^(-3/2) on both sides; at 0 the right branch is taken.
+    Left of zero h is the derivative of z + sqrt(z² + tau), right of zero that of sqrt(z² + tau). It
+    jumps at 0 (1 on the left, 0 on the right) and h'(z) = tau (z² + tau)^(-3/2) on both sides; at 0
+    the right branch is taken.
 
     Args:
         z: pre-activations, any shape.
@@ -41,9 +45,12 @@ def relu_h(z: Array, tau: Array | float = TAU) -> Array:
 
 @relu_h.defjvp
 def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (z, tau), (dz, _) = primals, tangents  # tau is an option: nothing is differentiated with respect to it
+    # tau is an option: nothing is differentiated with respect to it
+    (z, tau), (dz, _) = (primals, tangents)
     wide = at_least_float32(z)
-    return relu_h(z, tau), (wide * jax.lax.rsqrt(wide**2 + tau) + (z < 0)).astype(jnp.result_type(z)) * dz
+    return relu_h(z, tau), (wide * jax.lax.rsqrt(wide**2 + tau) + (z < 0)).astype(
+        jnp.result_type(z)
+    ) * dz
 
 
 @shared
@@ -70,18 +77,24 @@ def _relu_with_sigmoid(z: Array, beta: Array) -> Array:
 
 
 @_relu_with_sigmoid.defjvp
-def _relu_with_sigmoid_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _relu_with_sigmoid_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     (z, beta), (dz, _) = primals, tangents
-    return _relu_with_sigmoid(z, beta), jax.nn.sigmoid(beta * at_least_float32(z)).astype(jnp.result_type(z)) * dz
+    return _relu_with_sigmoid(z, beta), jax.nn.sigmoid(beta * at_least_float32(z)).astype(
+        jnp.result_type(z)
+    ) * dz
 
 
 @jax.custom_jvp
 def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
-    """ReLU with its exact derivative 1[z > 0], whose *second* derivative is tau / 2 (z² + tau)^(-3/2) in place of zero.
+    """ReLU with its exact derivative 1[z > 0], whose *second* derivative is tau / 2 (z² +
+    tau)^(-3/2) in place of zero.
 
-    The kernel is h' of `relu_h` at unit mass. A gradient map drawn with it is the true map to the last digit, and so is every
-    first derivative; only the curvature that an attack on the map descends is made up (the surrogate gradients of spiking
-    networks, Neftci et al. 2019). An attack thus has no gap between the map it optimises and the map the analyst sees.
+    The kernel is h' of `relu_h` at unit mass. A gradient map drawn with it is the true map to the
+    last digit, and so is every first derivative; only the curvature that an attack on the map
+    descends is made up (the surrogate gradients of spiking networks, Neftci et al. 2019). An attack
+    thus has no gap between the map it optimises and the map the analyst sees.
 
     Args:
         z: pre-activations, any shape.
@@ -94,7 +107,9 @@ def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
 
 
 @relu_curved.defjvp
-def _relu_curved_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _relu_curved_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents
     return relu_curved(z, tau), _step(z, tau) * dz
 
@@ -107,12 +122,15 @@ def _step(z: Array, tau: Array) -> Array:
 @_step.defjvp
 def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents
-    return _step(z, tau), (0.5 * tau * jax.lax.rsqrt(at_least_float32(z) ** 2 + tau) ** 3).astype(jnp.result_type(z)) * dz
+    return _step(z, tau), (0.5 * tau * jax.lax.rsqrt(at_least_float32(z) ** 2 + tau) ** 3).astype(
+        jnp.result_type(z)
+    ) * dz
 
 
 @shared
 def softplus(beta: float = 1.0) -> Activation:
-    """log(1 + exp(beta z)) / beta, a smooth activation in the forward pass too (Dombrowski et al., NeurIPS 2019).
+    """log(1 + exp(beta z)) / beta, a smooth activation in the forward pass too (Dombrowski et al.,
+    NeurIPS 2019).
 
     Args:
         beta: slope, > 0; tends to ReLU as beta grows.

@@ -12,7 +12,13 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from adv2_jax import threats
-from adv2_jax.classifier import Architecture, architecture, check_activation, num_classes, static_leaves
+from adv2_jax.capabilities import (
+    Architecture,
+    architecture,
+    check_activation,
+    num_classes,
+    static_leaves,
+)
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
 from adv2_jax.descent import Driver, Info, Numbers, OnStep, Options, Problem, init, step
@@ -23,14 +29,17 @@ from adv2_jax.types import Classifier, Image, Label, Map
 
 T = TypeVar("T")
 
-ULP = 2.0**-24  # of float32 in [.5, 1): whoever divides 8-bit images by 255 in float32 is on the grid of 8-bit images
+# of float32 in [.5, 1): whoever divides 8-bit images by 255 in float32 is on the grid of 8-bit
+# images
+ULP = 2.0**-24
 
 
 class Result(NamedTuple):
-    """A finished attack on N images. `float_*` is what it was before rounding; everything else is measured on the 8-bit images.
+    """A finished attack on N images. `float_*` is what it was before rounding; everything else is
+    measured on the 8-bit images.
 
-    An image on which the network gives logits, maps or gradients that are not finite numbers has failed: it is handed back
-    unchanged, and its logits and maps are not a number.
+    An image on which the network gives logits, maps or gradients that are not finite numbers has
+    failed: it is handed back unchanged, and its logits and maps are not a number.
 
     Attributes:
         images: uint8 [N, H, W, 3], adversarial.
@@ -39,11 +48,13 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w].
-        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of that name).
+        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of that
+            name).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
-        curves: what the n steps, those of the warm start too, reported for the iterates they started from, [N, n]; `map_l1` is
-            not a number where a step draws no map.
-        snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last is what is delivered.
+        curves: what the n steps, those of the warm start too, reported for the iterates they
+            started from, [N, n]; `map_l1` is not a number where a step draws no map.
+        snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last is what
+            is delivered.
         failed: bool [N].
     """
 
@@ -81,24 +92,29 @@ def attack(
     """Fool the classifier and the interpreter at once.
 
     Args:
-        model: any pytree with what the interpreter needs: `logits`, or `features` and `head` (`adv2_jax.types.Classifier`).
+        model: any pytree with what the interpreter needs: `logits`, or `features` and `head`
+            (`adv2_jax.types.Classifier`).
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
-        target_maps: [N, h, w] in [0, 1], the maps to be shown; an image whose map is not a number, as `explain` gives it where it
-            fails, fails here too. Plain PGD needs none.
-        interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a `models.Masked`), "mask", an `Interpreter` of your own, or
-            None for plain PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
-        threat: what may be changed: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or a `Threat` of your own.
+        target_maps: [N, h, w] in [0, 1], the maps to be shown; an image whose map is not a number,
+            as `explain` gives it where it fails, fails here too. Plain PGD needs none.
+        interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a
+            `models.ClassifierWithMasker`), "mask", an `Interpreter` of your own, or None for plain
+            PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
+        threat: what may be changed: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`,
+            or a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
         batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
         driver: "auto", "fori" or "host" (see `descent.descend`).
-        on_step: called with the number of steps newly done; `count_steps` says how many there will be.
-        snapshots: of how many images, M or all if there are fewer, to keep what they were on the way. At `snapshot_steps` the
-            descent then pauses for them.
-        all_may_fail: give a result of nothing but failed images too, instead of refusing the network.
-        keys: of `image_keys`, what an interpreter that draws random numbers draws them from; unless given, of seed 0 and the
-            images' places.
+        on_step: called with the number of steps newly done; `count_steps` says how many there will
+            be.
+        snapshots: of how many images, M or all if there are fewer, to keep what they were on the
+            way. At `snapshot_steps` the descent then pauses for them.
+        all_may_fail: give a result of nothing but failed images too, instead of refusing the
+            network.
+        keys: of `image_keys`, what an interpreter that draws random numbers draws them from; unless
+            given, of seed 0 and the images' places.
 
     Returns:
         The adversarial images and what they do.
@@ -107,32 +123,57 @@ def attack(
         ValueError: one line: what is wrong, the value, and what is allowed; or all images fail.
     """
     threat = threats.linf() if threat is None else threat
-    plan = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
+    resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     _check_batch_size(batch_size)
     benign = check_images(images)
     drawn = image_keys(0, np.arange(len(benign))) if keys is None else np.asarray(keys)
-    problems = _problems(model, benign, targets, target_maps, plan.interpreter, all_may_fail)._replace(key=drawn)
+    problems = _problems(
+        model, benign, targets, target_maps, resolved.interpreter, all_may_fail
+    )._replace(key=drawn)
     model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(_unit(image))
     n = len(benign)
     parts = [
-        _attack_batch(model, benign[index], batch, plan, threat, driver, on_step, min(snapshots, n) - i * batch_size)
+        _attack_batch(
+            model,
+            benign[index],
+            batch,
+            resolved,
+            threat,
+            driver,
+            on_step,
+            min(snapshots, n) - i * batch_size,
+        )
         for i, (index, batch) in enumerate(batches((np.arange(n), problems), batch_size))
     ]
     whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     taken, whole = whole.snapshots, jax.tree.map(itemgetter(slice(n)), whole._replace(snapshots=()))
     _check_failed(whole.failed, all_may_fail)
     (x, logits, maps), (float_x, float_logits, float_maps) = whole.seen, whole.float_seen
-    evaluations = gradient_evaluations(model, plan, threat, benign.shape[1:])
-    return Result(x, logits, maps, float_x, float_logits, float_maps, evaluations, whole.params, whole.curves, taken, whole.failed)
+    evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
+    return Result(
+        x,
+        logits,
+        maps,
+        float_x,
+        float_logits,
+        float_maps,
+        evaluations,
+        whole.params,
+        whole.curves,
+        taken,
+        whole.failed,
+    )
 
 
 def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
     """Raw data of a PRNG key for each image [N, ...], from a seed and the place of the image in its source alone."""
     with jax.transfer_guard("allow"):
         key, where = jax.random.key(seed % 2**32), np.asarray(places, np.uint32)
-        return jax.device_get(jax.vmap(lambda place: jax.random.key_data(jax.random.fold_in(key, place)))(where))
+        return jax.device_get(
+            jax.vmap(lambda place: jax.random.key_data(jax.random.fold_in(key, place)))(where)
+        )
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -156,18 +197,22 @@ def explain(
         model: the classifier.
         images: uint8 [N, H, W, 3] or floating point in [0, 1].
         labels: integers [N], the classes to explain.
-        interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image function (model, image, label) ->
-            map, which `jit` knows again only if it is the same object (or compares by value, as `options.bind` makes them).
+        interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image
+            function (model, image, label) -> map, which `jit` knows again only if it is the same
+            object (or compares by value, as `options.bind` makes them).
         batch_size: images at a time.
-        driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see `descent.drive`).
-        all_may_fail: return also where no image has finite logits and a finite map, instead of refusing the network.
+        driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see
+            `descent.drive`).
+        all_may_fail: return also where no image has finite logits and a finite map, instead of
+            refusing the network.
 
     Returns:
-        logits [N, K], maps [N, h, w] in [0, 1]. Where the map of an image has numbers that are not finite, all of it is not a
-        number.
+        logits [N, K], maps [N, h, w] in [0, 1]. Where the map of an image has numbers that are not
+        finite, all of it is not a number.
 
     Raises:
-        ValueError: one line: what is wrong, the value, and what is allowed; or no image has finite logits and a finite map.
+        ValueError: one line: what is wrong, the value, and what is allowed; or no image has finite
+            logits and a finite map.
     """
     _check_batch_size(batch_size)
     x = check_images(images)
@@ -183,7 +228,9 @@ def explain(
     return logits, maps
 
 
-def map_shape(model: Classifier, shape: tuple[int, ...], interpreter: Interpreter) -> tuple[int, ...]:
+def map_shape(
+    model: Classifier, shape: tuple[int, ...], interpreter: Interpreter
+) -> tuple[int, ...]:
     """h, w of the maps that an interpreter draws of images of a shape [H, W, 3]; nothing is computed."""
     return _map_shape(architecture(model), tuple(shape), interpreter.explain)
 
@@ -195,30 +242,37 @@ def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) ->
 
 def missing(model: Classifier, interpreter: Interpreter) -> str | None:
     """What a model lacks to be explained by an interpreter: "features", "head" or "masker"; None if it has all."""
-    return next((need for need in interpreter.needs if need != "act" and not hasattr(model, need)), None)
+    return next(
+        (need for need in interpreter.needs if need != "act" and not hasattr(model, need)), None
+    )
 
 
 def check_interpreter(
     model: Classifier, shape: tuple[int, ...], interpreter: Interpreter, *, attacked: bool = False
 ) -> tuple[int, ...]:
-    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3], and be attacked if it is to be.
+    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3], and
+    be attacked if it is to be.
 
     Raises:
         ValueError: if it cannot, or its maps have fewer than four entries (`no_map` has none).
     """
     lacking = missing(model, interpreter)
     if lacking == "masker":
-        kind = f"a models.Masked(classifier, masker), not a {type(model).__name__}"
+        kind = f"a models.ClassifierWithMasker(classifier, masker), not a {type(model).__name__}"
         raise ValueError(f"{interpreter.name} needs a masker: its model is {kind}")
     if lacking is not None:
-        needs, others = f"{interpreter.name} needs features and head", "grad and mask need logits only"
+        needs, others = (
+            f"{interpreter.name} needs features and head",
+            "grad and mask need logits only",
+        )
         raise ValueError(f"{needs}, and {type(model).__name__} has no method {lacking}; {others}")
     if attacked and "act" in interpreter.needs:
         check_activation(model, shape)
     if interpreter.check is not None:
         interpreter.check(model, shape)
     drawn = map_shape(model, shape, interpreter)
-    if 0 < math.prod(drawn) < 4:  # a map of one entry, scaled by its own minimum and maximum, is always 0
+    # a map of one entry, scaled by its own minimum and maximum, is always 0
+    if 0 < math.prod(drawn) < 4:
         raise ValueError(
             f"{interpreter.name} draws maps {list(drawn)} of images {list(shape)}: fewer than 2 x 2 entries show nothing; "
             "use larger images, or a network whose last features are finer"
@@ -226,56 +280,88 @@ def check_interpreter(
     return drawn
 
 
-def gradient_evaluations(model: Classifier, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
-    """Work of an attack on one image of a shape [H, W, 3], in units of one gradient of ℓ_prd in the image, a step of plain PGD.
+def gradient_evaluations(
+    model: Classifier, preset: Preset, threat: Threat, shape: tuple[int, ...]
+) -> float:
+    """Work of an attack on one image of a shape [H, W, 3], in units of one gradient of ℓ_prd in the
+    image, a step of plain PGD.
 
-    Counted are the multiply-adds of convolutions and dots in the traced steps, in the solver of the interpreter, and in the
-    scoring for keep-best where the steps' own maps are not the explained ones; one decimal. Nothing is computed. A network
-    without convolutions and dots is charged one for each step.
+    Counted are the multiply-adds of convolutions and dots in the traced steps, in the solver of the
+    interpreter, and in the scoring for keep-best where the steps' own maps are not the explained
+    ones; one decimal. Nothing is computed. A network without convolutions and dots is charged one
+    for each step.
     """
-    return _gradient_evaluations(architecture(model), plan, threat, tuple(shape))
+    return _gradient_evaluations(architecture(model), preset, threat, tuple(shape))
 
 
 @lru_cache(maxsize=256)  # a run asks once a batch
-def _gradient_evaluations(known: Architecture, plan: Preset, threat: Threat, shape: tuple[int, ...]) -> float:
-    interpreter, solver = plan.interpreter, None if plan.interpreter is None else plan.interpreter.solver
+def _gradient_evaluations(
+    known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
+) -> float:
+    interpreter, solver = (
+        preset.interpreter,
+        None if preset.interpreter is None else preset.interpreter.solver,
+    )
     unit = _work_of_step(known, Options(threat), None, shape)
     if not unit:
-        return float(plan.warm_steps + plan.steps)
-    spent = plan.warm_steps * unit + plan.steps * _work_of_step(known, joint_options(plan, threat), interpreter, shape)
+        return float(preset.warm_steps + preset.steps)
+    spent = preset.warm_steps * unit + preset.steps * _work_of_step(
+        known, joint_options(preset, threat), interpreter, shape
+    )
     model, image, label = _abstract(known, shape)
     memory = None if solver is None else jax.eval_shape(solver.init, image)
-    solving = 0 if solver is None else solver.steps * multiply_adds(solver.step, model, image, label, memory)
-    if scores_apart(plan):
+    solving = (
+        0
+        if solver is None
+        else solver.steps * multiply_adds(solver.step, model, image, label, memory)
+    )
+    if scores_apart(preset):
         assert interpreter is not None
-        looking = multiply_adds(partial(explain_one, interpreter=interpreter.explain, solver=solver), model, image, label, memory)
-        spent += math.ceil(plan.steps / plan.score_every) * (solving + looking)
+        looking = multiply_adds(
+            partial(explain_one, interpreter=interpreter.explain, solver=solver),
+            model,
+            image,
+            label,
+            memory,
+        )
+        spent += math.ceil(preset.steps / preset.score_every) * (solving + looking)
     return round((spent + solving) / unit, 1)
 
 
-@lru_cache(maxsize=256)  # every plan is compared with the same step of plain PGD
-def _work_of_step(known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]) -> int:
+@lru_cache(maxsize=256)  # every preset is compared with the same step of plain PGD
+def _work_of_step(
+    known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]
+) -> int:
     """Multiply-adds of one step on one image."""
     model, image, label = _abstract(known, shape)
     solver = None if interpreter is None else interpreter.solver
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    problem, numbers = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key), Numbers(*[np.float32(1)] * 3)
+    problem, numbers = (
+        Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key),
+        Numbers(*[np.float32(1)] * 3),
+    )
 
     def one(model: Classifier, problem: Problem, memory: Any) -> Any:
         return step(model, problem, init(problem, options, None, memory), numbers, options)
 
-    return multiply_adds(one, model, problem, None if solver is None else jax.eval_shape(solver.init, image))
+    return multiply_adds(
+        one, model, problem, None if solver is None else jax.eval_shape(solver.init, image)
+    )
 
 
 def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """A model, an image of a shape [H, W, 3] and a label without values."""
-    return known.model(), jax.ShapeDtypeStruct(shape, np.float32), jax.ShapeDtypeStruct((), np.int32)
+    return (
+        known.model(),
+        jax.ShapeDtypeStruct(shape, np.float32),
+        jax.ShapeDtypeStruct((), np.int32),
+    )
 
 
-def count_steps(plan: Preset, n: int, batch_size: int) -> int:
+def count_steps(preset: Preset, n: int, batch_size: int) -> int:
     """Steps that `attack` reports through `on_step` for n images."""
-    return math.ceil(n / min(batch_size, n)) * (plan.warm_steps + plan.steps)
+    return math.ceil(n / min(batch_size, n)) * (preset.warm_steps + preset.steps)
 
 
 def batches(arrays: T, size: int) -> Iterator[T]:
@@ -333,7 +419,9 @@ def _problems(
     expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter, attacked=True))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     if maps.shape != expected:
-        raise ValueError(f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}")
+        raise ValueError(
+            f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}"
+        )
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
@@ -347,7 +435,9 @@ def _check_batch_size(batch_size: int) -> None:
 
 def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
     if failed.all() and not all_may_fail:
-        raise ValueError("the network gives logits or gradients that are not finite numbers on these images")
+        raise ValueError(
+            "the network gives logits or gradients that are not finite numbers on these images"
+        )
 
 
 def finite(values: Any) -> np.ndarray:
@@ -360,10 +450,14 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> 
     """Class indices as int32 [N], one for each image of x and in the model's range."""
     classes = np.asarray(values)
     if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}")
+        raise ValueError(
+            f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}"
+        )
     k = num_classes(model, x.shape[1:])
     if classes.min() < 0 or classes.max() >= k:
-        raise ValueError(f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}")
+        raise ValueError(
+            f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}"
+        )
     return classes.astype(np.int32)
 
 
@@ -382,7 +476,7 @@ def _attack_batch(
     model: Classifier,
     benign: np.ndarray,
     problems: Problem,
-    plan: Preset,
+    preset: Preset,
     threat: Threat,
     driver: Driver,
     on_step: OnStep | None,
@@ -390,33 +484,60 @@ def _attack_batch(
 ) -> Attacked:
     """Attack one batch, and look at what comes of it; snapshots of the first `pictured` images, if that is above 0."""
     asked = jax.device_put(problems)
-    crafted = craft(model, asked, plan, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0))
+    crafted = craft(
+        model, asked, preset, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0)
+    )
     x = images_of(asked, crafted.params, threat)
-    x, params, last, curves = jax.tree.map(np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves)))
-    curves.map_l1[:, : None if plan.interpreter is None else plan.warm_steps] = np.nan  # of steps that draw no map
-    pictures = np.zeros((0, 0, *benign.shape[1:])) if crafted.pictures is None else jax.device_get(crafted.pictures).swapaxes(0, 1)
+    x, params, last, curves = jax.tree.map(
+        np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
+    )
+    # of steps that draw no map
+    curves.map_l1[:, : None if preset.interpreter is None else preset.warm_steps] = np.nan
+    pictures = (
+        np.zeros((0, 0, *benign.shape[1:]))
+        if crafted.pictures is None
+        else jax.device_get(crafted.pictures).swapaxes(0, 1)
+    )
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
     wide: Any = x.astype(np.float64)
-    rounded = [threat.round(wide[i], jax.tree.map(itemgetter(i), params), image) for i, image in enumerate(_unit(benign))]
+    rounded = [
+        threat.round(wide[i], jax.tree.map(itemgetter(i), params), image)
+        for i, image in enumerate(_unit(benign))
+    ]
     faces: tuple[Explain, Solver | None] = (
-        (no_map, None) if plan.interpreter is None else (plan.interpreter.explain, plan.interpreter.solver)
+        (no_map, None)
+        if preset.interpreter is None
+        else (preset.interpreter.explain, preset.interpreter.solver)
     )
-    seen, float_seen = ((images, *_seen(model, images, problems.target, *faces, driver)) for images in (to_uint8(rounded), x))
+    seen, float_seen = (
+        (images, *_seen(model, images, problems.target, *faces, driver))
+        for images in (to_uint8(rounded), x)
+    )
     failed = ~finite((last, problems.target_map, seen, float_seen))
     if failed.any():
         unchanged = jax.device_get(jax.vmap(threat.init)(problems.image))
         for values, old in zip(jax.tree.leaves(params), jax.tree.leaves(unchanged), strict=True):
             values[failed] = old[failed]
-        for (images, logits, maps), old in ((seen, to_uint8(_unit(benign))), (float_seen, problems.image)):
+        for (images, logits, maps), old in (
+            (seen, to_uint8(_unit(benign))),
+            (float_seen, problems.image),
+        ):
             images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
     return Attacked(seen, float_seen, params, curves, to_uint8(pictures), failed)
 
 
 def _seen(
-    model: Classifier, images: Any, labels: Any, interpreter: Explain, solver: Solver | None, driver: Driver
+    model: Classifier,
+    images: Any,
+    labels: Any,
+    interpreter: Explain,
+    solver: Solver | None,
+    driver: Driver,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Logits and maps of a batch of images, uint8 or in [0, 1], in NumPy; a map with a number that is not finite is NaN."""
     x, classes = jax.device_put((_unit(images, np.float32), labels))
-    logits, maps = map(np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2]))
+    logits, maps = map(
+        np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2])
+    )
     maps[~finite(maps)] = np.nan
     return logits, maps

@@ -12,7 +12,8 @@ NOISE = 0.1  # standard deviation about the constant colour
 
 
 def blend(image: Image, mask: Map, alternative: Image) -> Image:
-    """φ(x; m): the image where m = 1, the alternative where m = 0, a mixture between; linear in all three.
+    """φ(x; m): the image where m = 1, the alternative where m = 0, a mixture between; linear in all
+    three.
 
     Args:
         image: [H, W, 3] in [0, 1].

@@ -10,9 +10,10 @@ import jax
 def multiply_adds(f: Callable[..., Any], *arguments: Any) -> int:
     """Multiply-adds of the convolutions and dots of f(*arguments).
 
-    The body of a `scan` (and of a `fori_loop` of fixed length) counts once a turn. A `while_loop` counts as many turns as the
-    largest whole number that its condition compares with, which is the bound of those that count up (conjugate gradients, say),
-    else one. Of a `cond` the dearest branch counts. What XLA merges or drops afterwards is counted all the same.
+    The body of a `scan` (and of a `fori_loop` of fixed length) counts once a turn. A `while_loop`
+    counts as many turns as the largest whole number that its condition compares with, which is the
+    bound of those that count up (conjugate gradients, say), else one. Of a `cond` the dearest
+    branch counts. What XLA merges or drops afterwards is counted all the same.
 
     Args:
         f: any traceable function.
@@ -29,13 +30,22 @@ def _of_equation(equation: Any) -> int:
     name, parameters = equation.primitive.name, equation.params
     if name == "dot_general":
         contracted, _ = parameters["dimension_numbers"]
-        return _size(equation.outvars[0]) * math.prod(equation.invars[0].aval.shape[axis] for axis in contracted[0])
+        return _size(equation.outvars[0]) * math.prod(
+            equation.invars[0].aval.shape[axis] for axis in contracted[0]
+        )
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        # a dilated input, as in the gradient of a strided convolution, holds zeros, which cost nothing
-        return _size(equation.outvars[0]) * math.prod(kernel) // outputs // math.prod(parameters["lhs_dilation"])
-    if name == "custom_linear_solve":  # beside the solver it holds its transpose and the operator, which do not run
+        # a dilated input, as in the gradient of a strided convolution, holds zeros, which cost
+        # nothing
+        return (
+            _size(equation.outvars[0])
+            * math.prod(kernel)
+            // outputs
+            // math.prod(parameters["lhs_dilation"])
+        )
+    # beside the solver it holds its transpose and the operator, which do not run
+    if name == "custom_linear_solve":
         return _count(parameters["jaxprs"].solve)
     inner = [_count(jaxpr) for jaxpr in subprograms(parameters)]
     if name == "cond":
@@ -61,4 +71,11 @@ def subprograms(parameters: dict[str, Any]) -> Iterator[Any]:
 
 def _turns(condition: Any) -> int:
     literals = [v.val for equation in condition.eqns for v in equation.invars if hasattr(v, "val")]
-    return max((int(value) for value in literals if isinstance(value, int) or getattr(value, "dtype", None) == "int32"), default=1)
+    return max(
+        (
+            int(value)
+            for value in literals
+            if isinstance(value, int) or getattr(value, "dtype", None) == "int32"
+        ),
+        default=1,
+    )

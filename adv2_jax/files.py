@@ -24,23 +24,30 @@ log = logging.getLogger(__name__)
 SCHEMA = 1  # of summary.json and results.npz
 
 Wanted = Callable[[str], bool]
-StateDicts = Mapping[str, Mapping[str, Any]]  # path to a state dict in its file -> name -> array or tensor
+# path to a state dict in its file -> name -> array or tensor
+StateDicts = Mapping[str, Mapping[str, Any]]
 Headers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shapes and types by name
 
-EXPANSION, SMALL = 10, 2**26  # an .npz may unpack to ten times its bytes, or to 64 MiB: what holds memory to the size of the file
+# an .npz may unpack to ten times its bytes, or to 64 MiB: what holds memory to the size of the file
+EXPANSION, SMALL = (10, 2**26)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def _read_npz(path: Path, wanted: Wanted = lambda name: True) -> dict[str, np.ndarray]:
     with _archive(path) as archive:
-        return {name: _whole(archive, member) for name, member in _members(archive, path, wanted).items()}
+        return {
+            name: _whole(archive, member)
+            for name, member in _members(archive, path, wanted).items()
+        }
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         from safetensors.numpy import load_file
     except ImportError:
-        raise ValueError("reading .safetensors needs safetensors: pip install 'adv2_jax[weights]'") from None
+        raise ValueError(
+            "reading .safetensors needs safetensors: pip install 'adv2_jax[weights]'"
+        ) from None
     return load_file(path)
 
 
@@ -48,8 +55,12 @@ def _read_torch(path: Path) -> StateDicts:
     try:
         import torch
     except ImportError:
-        raise ValueError(f"reading {path.suffix} needs torch: pip install torch, or convert the file elsewhere") from None
-    harmless = [(_Ignored, name) for name in HARMLESS] + [(_IgnoredDict, name) for name in HARMLESS_DICTS]
+        raise ValueError(
+            f"reading {path.suffix} needs torch: pip install torch, or convert the file elsewhere"
+        ) from None
+    harmless = [(_Ignored, name) for name in HARMLESS] + [
+        (_IgnoredDict, name) for name in HARMLESS_DICTS
+    ]
     with warnings.catch_warnings(), torch.serialization.safe_globals(harmless):
         warnings.simplefilter("ignore")  # of old formats; what matters to the user is an error
         try:
@@ -79,28 +90,75 @@ class _IgnoredDict:
         return OrderedDict()
 
 
-# What trainers write beside the weights. torch refuses a whole file for one object that it does not know; objects of these
-# names become the inert ones above, so none of them has to be trusted, or installed.
+# What trainers write beside the weights. torch refuses a whole file for one object that it does not
+# know; objects of these names become the inert ones above, so none of them has to be trusted, or
+# installed.
 HARMLESS = (
-    *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "copyreg._reconstructor", "uuid.UUID", "decimal.Decimal"),
+    *(
+        "argparse.Namespace",
+        "types.SimpleNamespace",
+        "typing.Any",
+        "copyreg._reconstructor",
+        "uuid.UUID",
+        "decimal.Decimal",
+    ),
     *(
         f"builtins.{name}"
-        for name in ("object", "int", "float", "str", "bool", "tuple", "list", "frozenset", "slice", "range", "Ellipsis")
+        for name in (
+            "object",
+            "int",
+            "float",
+            "str",
+            "bool",
+            "tuple",
+            "list",
+            "frozenset",
+            "slice",
+            "range",
+            "Ellipsis",
+        )
     ),
     *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-    *(f"{module}.{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
-    *(f"{module}.Pure{kind}Path" for module in ("pathlib", "pathlib._local") for kind in ("Posix", "Windows")),
-    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(
+        f"{module}.{kind}Path"
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows")
+    ),
+    *(
+        f"{module}.Pure{kind}Path"
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows")
+    ),
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core")
+        for name in ("scalar", "_reconstruct")
+    ),
     *("numpy.dtype", "numpy.ndarray"),
     *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
     *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
-    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path", "Bytes")),
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "String", "Integer", "Float", "Boolean", "Enum", "Path", "Bytes")
+    ),
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
 )
 HARMLESS_DICTS = (
-    *("builtins.dict", "collections.defaultdict", "yacs.config.CfgNode", "easydict.EasyDict", "addict.addict.Dict"),
-    *(f"{package}.utilities.parsing.AttributeDict" for package in ("pytorch_lightning", "lightning.pytorch")),
-    *(f"{package}.utilities.data_structures.AttributeDict" for package in ("lightning_fabric", "lightning.fabric")),
+    *(
+        "builtins.dict",
+        "collections.defaultdict",
+        "yacs.config.CfgNode",
+        "easydict.EasyDict",
+        "addict.addict.Dict",
+    ),
+    *(
+        f"{package}.utilities.parsing.AttributeDict"
+        for package in ("pytorch_lightning", "lightning.pytorch")
+    ),
+    *(
+        f"{package}.utilities.data_structures.AttributeDict"
+        for package in ("lightning_fabric", "lightning.fabric")
+    ),
 )
 
 
@@ -121,7 +179,11 @@ def _state_dicts(entries: Any, path: str = "") -> StateDicts:
         return {}
     named = {key: value for key, value in entries.items() if isinstance(key, str)}
     tensors = {key: value for key, value in named.items() if hasattr(value, "detach")}
-    found: StateDicts = {path: tensors} if any(value.is_floating_point() and value.ndim for value in tensors.values()) else {}
+    found: StateDicts = (
+        {path: tensors}
+        if any(value.is_floating_point() and value.ndim for value in tensors.values())
+        else {}
+    )
     for key, value in named.items():
         if not key.startswith("optim"):
             found = {**found, **_state_dicts(value, f"{path}.{key}" if path else key)}
@@ -134,30 +196,52 @@ def _choose(state_dicts: StateDicts, key: str | None, path: Path) -> Mapping[str
     others = [name for name in state_dicts if name not in ("", usual)]
     if key is not None:
         key = key.rstrip(".")
-        every = {f"{outer}.{name}".lstrip("."): array for outer, arrays in state_dicts.items() for name, array in arrays.items()}
+        every = {
+            f"{outer}.{name}".lstrip("."): array
+            for outer, arrays in state_dicts.items()
+            for name, array in arrays.items()
+        }
         found = _below(every, key) or _below(state_dicts.get(usual, {}), key)
         if not found:
-            names = others + list(dict.fromkeys(name.partition(".")[0] for name in state_dicts.get(usual, every)))
+            names = others + list(
+                dict.fromkeys(name.partition(".")[0] for name in state_dicts.get(usual, every))
+            )
             raise ValueError(f"it holds no weights called {key!r}, but {listed(names, ', ')}")
         return found
     if usual not in state_dicts:
-        raise ValueError(f"it holds several state dicts, {listed(others, ', ')}: choose one ({CHOICE})")
+        raise ValueError(
+            f"it holds several state dicts, {listed(others, ', ')}: choose one ({CHOICE})"
+        )
     if others:
-        log.warning("%s: %s is read; there is also %s (%s)", path, usual or "its outer level", listed(others, ", "), CHOICE)
+        log.warning(
+            "%s: %s is read; there is also %s (%s)",
+            path,
+            usual or "its outer level",
+            listed(others, ", "),
+            CHOICE,
+        )
     return state_dicts[usual]
 
 
 def _usual(state_dicts: StateDicts) -> str:
     """The path to where training checkpoints keep the weights; empty for the outer level."""
     path, paths = "", [f"{name}." for name in state_dicts]
-    while inner := [f"{path}{name}." for name in NESTED if any(known.startswith(f"{path}{name}.") for known in paths)]:
+    while inner := [
+        f"{path}{name}."
+        for name in NESTED
+        if any(known.startswith(f"{path}{name}.") for known in paths)
+    ]:
         path = inner[0]
     return path.removesuffix(".")
 
 
 def _below(arrays: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The arrays whose names begin with a name and a dot, without these."""
-    return {key.removeprefix(f"{name}."): array for key, array in arrays.items() if key.startswith(f"{name}.")}
+    return {
+        key.removeprefix(f"{name}."): array
+        for key, array in arrays.items()
+        if key.startswith(f"{name}.")
+    }
 
 
 def _numpy(array: Any) -> np.ndarray:
@@ -195,7 +279,9 @@ def _format(path: Path) -> str:
     if any(name.endswith(".npy") for name in members):
         return ".npz"
     if any(name.endswith("/constants.pkl") for name in members):
-        raise ValueError("it is a TorchScript program, only a state dict is read: torch.save(torch.jit.load(FILE).state_dict(), …)")
+        raise ValueError(
+            "it is a TorchScript program, only a state dict is read: torch.save(torch.jit.load(FILE).state_dict(), …)"
+        )
     if any(name.endswith("/data.pkl") for name in members) or start[:2] == b"\x80\x02":
         return ".pth"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
@@ -204,27 +290,36 @@ def _format(path: Path) -> str:
         if start.startswith(signature):
             raise ValueError(f"it is {meaning}")
     if path.suffix.lower() not in READERS:
-        raise ValueError(f"suffix {path.suffix!r} is not one of {', '.join(READERS)}, nor does it begin as such files do")
+        raise ValueError(
+            f"suffix {path.suffix!r} is not one of {', '.join(READERS)}, nor does it begin as such files do"
+        )
     return path.suffix.lower()
 
 
 def read_arrays(path: str | os.PathLike[str], key: str | None = None) -> dict[str, np.ndarray]:
-    """All arrays of a file, by name. Nothing is ever unpickled but plain tensors, by torch, which refuses the rest.
+    """All arrays of a file, by name. Nothing is ever unpickled but plain tensors, by torch, which
+    refuses the rest.
 
     Args:
-        path: `.npz`, `.safetensors`, or, where torch is installed, what `torch.save` writes (`.pth`, `.pt`, `.th`, `.pth.tar`,
-            `.ckpt`, `.bin`; the contents decide): a state dict, or a training checkpoint that holds one as `state_dict`,
-            `model_state_dict` or `model`. Entries of it that are not tensors are passed over, and half precision becomes float32.
-        key: which arrays: the dotted path to another state dict of a checkpoint (`state_dict_ema`), or the first names of arrays
-            (`model_ema` of `model_ema.conv1.weight`); is taken off the names.
+        path: `.npz`, `.safetensors`, or, where torch is installed, what `torch.save` writes
+            (`.pth`, `.pt`, `.th`, `.pth.tar`, `.ckpt`, `.bin`; the contents decide): a state dict,
+            or a training checkpoint that holds one as `state_dict`, `model_state_dict` or `model`.
+            Entries of it that are not tensors are passed over, and half precision becomes float32.
+        key: which arrays: the dotted path to another state dict of a checkpoint (`state_dict_ema`),
+            or the first names of arrays (`model_ema` of `model_ema.conv1.weight`); is taken off the
+            names.
 
     Raises:
-        ValueError: one line that names the file and what is wrong: missing, another format, truncated, pickled objects, several
-            state dicts of which none is the usual one, or none under `key`.
+        ValueError: one line that names the file and what is wrong: missing, another format,
+            truncated, pickled objects, several state dicts of which none is the usual one, or none
+            under `key`.
     """
     path = Path(path)
     with intact(path):
-        return {name: _numpy(array) for name, array in _choose(READERS[_format(path)](path), key, path).items()}
+        return {
+            name: _numpy(array)
+            for name, array in _choose(READERS[_format(path)](path), key, path).items()
+        }
 
 
 def array_names(path: str | os.PathLike[str]) -> list[str]:
@@ -250,14 +345,17 @@ def read_some(path: str | os.PathLike[str], wanted: Wanted) -> dict[str, np.ndar
 
 
 def read_pictures(path: str | os.PathLike[str], n: int) -> dict[str, np.ndarray]:
-    """All arrays of an `.npz`, but of those with three axes or more (images, maps) only the first n entries; no others are held.
+    """All arrays of an `.npz`, but of those with three axes or more (images, maps) only the first n
+    entries; no others are held.
 
     Raises:
         ValueError: as `read_arrays`.
     """
     path = Path(path)
     with intact(path), _archive(path) as archive:
-        return {name: _first(archive, member, n) for name, member in _members(archive, path).items()}
+        return {
+            name: _first(archive, member, n) for name, member in _members(archive, path).items()
+        }
 
 
 class Member(NamedTuple):
@@ -278,23 +376,30 @@ def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
             yield archive
 
 
-def _members(archive: zipfile.ZipFile, path: Path, wanted: Wanted = lambda name: True) -> dict[str, Member]:
+def _members(
+    archive: zipfile.ZipFile, path: Path, wanted: Wanted = lambda name: True
+) -> dict[str, Member]:
     """The arrays of an archive by name, which together must not be much larger than its file."""
     entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
     entries = {name: entry for name, entry in entries.items() if wanted(name)}
     packed, unpacked = path.stat().st_size, sum(entry.file_size for entry in entries.values())
     if unpacked > max(SMALL, EXPANSION * packed):
-        raise ValueError(f"its {packed} bytes unpack to {unpacked}, over {EXPANSION} times as many: save it without compression")
+        raise ValueError(
+            f"its {packed} bytes unpack to {unpacked}, over {EXPANSION} times as many: save it without compression"
+        )
     return {name: _member(archive, name, entry) for name, entry in entries.items()}
 
 
 def _member(archive: zipfile.ZipFile, name: str, entry: zipfile.ZipInfo) -> Member:
-    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # NumPy writes no other, which unpack without bounds
+    # NumPy writes no other, which unpack without bounds
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name!r} is compressed in another way than NumPy's")
     with archive.open(entry) as member:
         shape, dtype, order = _header(member)
         if (told := math.prod(shape) * dtype.itemsize) != (held := entry.file_size - member.tell()):
-            raise ValueError(f"{name!r} holds {held} bytes, an array of {dtype} {list(shape)} takes {told}")
+            raise ValueError(
+                f"{name!r} holds {held} bytes, an array of {dtype} {list(shape)} takes {told}"
+            )
     return Member(entry, shape, dtype, order)
 
 
@@ -322,7 +427,8 @@ def _header(member: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], Literal[
         raise ValueError(f"version {version} of NumPy's format is not read")
     shape, fortran, dtype = HEADERS[version](member)
     if dtype.hasobject:
-        raise ValueError("without allow_pickle there are no objects")  # NumPy's word, which becomes ours
+        # NumPy's word, which becomes ours
+        raise ValueError("without allow_pickle there are no objects")
     if min(shape, default=0) < 0:
         raise ValueError(f"it tells of an array {list(shape)}")
     return shape, dtype, "F" if fortran else "C"
@@ -367,7 +473,8 @@ def atomic(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def output_directory(path: str) -> Iterator[Path]:
-    """A directory that can be written to; made if it is not there, and unmade if nothing was written to it.
+    """A directory that can be written to; made if it is not there, and unmade if nothing was
+    written to it.
 
     Raises:
         ValueError: names the directory and why it cannot be written to.
@@ -404,7 +511,8 @@ def read_summary(directory: Path) -> dict[str, Any]:
     """The `summary.json` of a finished run.
 
     Raises:
-        ValueError: names the directory that holds none, or the file that is damaged or of another schema.
+        ValueError: names the directory that holds none, or the file that is damaged or of another
+            schema.
     """
     path = directory / "summary.json"
     if not path.exists():
@@ -425,7 +533,9 @@ def check_schema(summary: Mapping[str, Any], name: object = "summary") -> None:
         ValueError: names both schemas.
     """
     if summary.get("schema") != SCHEMA:
-        raise ValueError(f"{name} has schema {summary.get('schema')!r}, this adv2 reads schema {SCHEMA}")
+        raise ValueError(
+            f"{name} has schema {summary.get('schema')!r}, this adv2 reads schema {SCHEMA}"
+        )
 
 
 class Stream(NamedTuple):
@@ -442,7 +552,11 @@ def write_streams(path: str | os.PathLike[str], streams: Iterable[tuple[str, Str
         for name, (shape, dtype, blocks) in streams:
             entry = zipfile.ZipInfo(f"{name}.npy", (1980, 1, 1, 0, 0, 0))
             entry.compress_type = zipfile.ZIP_DEFLATED
-            header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+            header = {
+                "descr": np.lib.format.dtype_to_descr(dtype),
+                "fortran_order": False,
+                "shape": shape,
+            }
             with archive.open(entry, "w", force_zip64=True) as member:
                 np.lib.format.write_array_header_1_0(member, header)
                 for block in blocks:
@@ -457,7 +571,9 @@ def stored(path: str | os.PathLike[str]) -> Headers:
     """
     path = Path(path)
     with intact(path), _archive(path) as archive:
-        return {name: (member.shape, member.dtype) for name, member in _members(archive, path).items()}
+        return {
+            name: (member.shape, member.dtype) for name, member in _members(archive, path).items()
+        }
 
 
 def _write_npz(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> None:
@@ -471,11 +587,17 @@ def _write_safetensors(file: IO[bytes], arrays: Mapping[str, np.ndarray]) -> Non
     try:
         from safetensors.numpy import save
     except ImportError:
-        raise ValueError("writing .safetensors needs safetensors: pip install 'adv2_jax[weights]'") from None
-    file.write(save({key: np.asarray(array, order="C") for key, array in arrays.items()}))  # it forgets about strides
+        raise ValueError(
+            "writing .safetensors needs safetensors: pip install 'adv2_jax[weights]'"
+        ) from None
+    # it forgets about strides
+    file.write(save({key: np.asarray(array, order="C") for key, array in arrays.items()}))
 
 
-WRITERS: dict[str, Callable[[IO[bytes], Mapping[str, np.ndarray]], None]] = {".npz": _write_npz, ".safetensors": _write_safetensors}
+WRITERS: dict[str, Callable[[IO[bytes], Mapping[str, np.ndarray]], None]] = {
+    ".npz": _write_npz,
+    ".safetensors": _write_safetensors,
+}
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -485,7 +607,9 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ValueError: names the file and what is wrong with it.
     """
     if Path(path).suffix.lower() not in WRITERS:
-        raise ValueError(f"cannot write {path}: suffix {Path(path).suffix!r} is not one of {', '.join(WRITERS)}")
+        raise ValueError(
+            f"cannot write {path}: suffix {Path(path).suffix!r} is not one of {', '.join(WRITERS)}"
+        )
     if Path(path).is_dir():
         raise ValueError(f"cannot write {path}: it is a folder")
     if not Path(path).parent.is_dir():

@@ -11,7 +11,8 @@ from adv2_jax.types import Label, Logits, Map
 def log_odds(logits: Logits, label: Label) -> Array:
     """u_c = z_c - logsumexp_{j != c} z_j, the log of f_c / (1 - f_c).
 
-    In float32 f_c rounds to exactly 1 for confident networks and its gradient is lost; u_c never saturates.
+    In float32 f_c rounds to exactly 1 for confident networks and its gradient is lost; u_c never
+    saturates.
 
     Args:
         logits: [K], K >= 2.

@@ -13,23 +13,25 @@ from adv2_jax.types import Map
 def min_max(raw: Array) -> Map:
     """Scale a map to [0, 1] by its own minimum and maximum.
 
-    A constant map gives zeros with a zero gradient. Constant means: its range is within float rounding of its largest absolute
-    value, so the rule does not depend on the scale of the map.
+    A constant map gives zeros with a zero gradient. Constant means: its range is within float
+    rounding of its largest absolute value, so the rule does not depend on the scale of the map.
 
     Args:
         raw: [h, w], any range and floating-point type.
 
     Returns:
-        [h, w] in [0, 1], float32 or wider; with NaN in it if the raw map is not finite, so that it can be seen.
+        [h, w] in [0, 1], float32 or wider; with NaN in it if the raw map is not finite, so that it
+        can be seen.
     """
     raw = at_least_float32(raw)
-    # by place: JAX's gradient of min compares all entries with the minimum, which XLA may compute anew with other rounding, so
-    # that none is equal and the gradient is 0/0
+    # by place: JAX's gradient of min compares all entries with the minimum, which XLA may compute
+    # anew with other rounding, so that none is equal and the gradient is 0/0
     low, high = raw.reshape(-1)[raw.argmin()], raw.reshape(-1)[raw.argmax()]
     span = high - low
     resolution = 4 * jnp.finfo(raw.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
     constant = jnp.isfinite(span) & (span <= resolution)
-    # the inner `where` keeps 0/0 out of the branch that the outer one discards: its gradient would be NaN
+    # the inner `where` keeps 0/0 out of the branch that the outer one discards: its gradient would
+    # be NaN
     return jnp.where(constant, 0, (raw - low) / jnp.where(constant, 1, span))
 
 
@@ -69,7 +71,8 @@ def total_variation(m: Map) -> Array:
 
 
 def blur(values: Array, sigma: float) -> Array:
-    """Gaussian blur of [H, W, ...] along its first two axes; what would lie beyond the edge has no weight.
+    """Gaussian blur of [H, W, ...] along its first two axes; what would lie beyond the edge has no
+    weight.
 
     Args:
         values: [H, W, ...].
@@ -82,7 +85,8 @@ def blur(values: Array, sigma: float) -> Array:
 
 def _gaussian(n: int, sigma: float, dtype: Any) -> Array:
     """Matrix [n, n] that blurs n values; each row sums to 1."""
-    place = jnp.arange(n, dtype=dtype)  # or a network would be given float64 images where JAX knows them
+    # or a network would be given float64 images where JAX knows them
+    place = jnp.arange(n, dtype=dtype)
     distance = place[:, None] - place[None]
     return jax.nn.softmax(-0.5 * (distance / sigma) ** 2, axis=-1)
 

@@ -1,6 +1,8 @@
-"""Measures of an attack (method: ADV² §4.1); batches of finished, 8-bit images in, one number an image out, in NumPy.
+"""Measures of an attack (method: ADV² §4.1); batches of finished, 8-bit images in, one number an
+image out, in NumPy.
 
-images [N, H, W, 3], uint8 or in [0, 1]    logits [N, K]    maps [N, h, w] in [0, 1]    masks [N, H, W] bool
+images [N, H, W, 3], uint8 or in [0, 1]    logits [N, K]    maps [N, h, w] in [0, 1]    masks [N, H,
+W] bool
 """
 
 from functools import partial
@@ -56,11 +58,12 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75) -> np.ndarray:
-    """IoU of the largest entries of two maps, those above the quantile of each: [N, h, w] twice -> [N] in [0, 1].
+    """IoU of the largest entries of two maps, those above the quantile of each: [N, h, w] twice ->
+    [N] in [0, 1].
 
-    The entries are chosen by rank: all that are as large as the k-th largest, where k of h w lie above the quantile. So a
-    plateau at the top is taken whole. One at the bottom is not: what a map leaves at its minimum, it does not mark.
-    Two unrelated maps score .14 at the 75th percentile.
+    The entries are chosen by rank: all that are as large as the k-th largest, where k of h w lie
+    above the quantile. So a plateau at the top is taken whole. One at the bottom is not: what a map
+    leaves at its minimum, it does not mark. Two unrelated maps score .14 at the 75th percentile.
     """
 
     def top(m: np.ndarray) -> np.ndarray:
@@ -90,7 +93,8 @@ def l2(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
 def _change(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
     """images - benign as float64, in units of pixel value, each of them uint8 or in [0, 1].
 
-    8-bit images are subtracted as whole numbers, so that a change by 8 levels is 8/255 to the last digit.
+    8-bit images are subtracted as whole numbers, so that a change by 8 levels is 8/255 to the last
+    digit.
 
     Raises:
         ValueError: for other integers, whose unit is unknown.
@@ -98,7 +102,9 @@ def _change(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
     arrays = [np.asarray(values) for values in (images, benign)]
     for array in arrays:
         if array.dtype != np.uint8 and not jnp.issubdtype(array.dtype, jnp.floating):
-            raise ValueError(f"images must be uint8, or floating point in [0, 1], got {array.dtype}")
+            raise ValueError(
+                f"images must be uint8, or floating point in [0, 1], got {array.dtype}"
+            )
     x, x0 = (array.astype(np.float64) * (1 if array.dtype == np.uint8 else 255) for array in arrays)
     return (x - x0) / 255
 
@@ -109,7 +115,8 @@ def mean_displacement(flows: ArrayLike) -> np.ndarray:
 
 
 def pointing_game(maps: ArrayLike, masks: ArrayLike) -> np.ndarray:
-    """Whether the map's largest value lies on the object (Zhang et al. 2018): [N, h, w], [N, H, W] bool -> [N] bool.
+    """Whether the map's largest value lies on the object (Zhang et al. 2018): [N, h, w], [N, H, W]
+    bool -> [N] bool.
 
     Maps are upsampled bilinearly to the size of the masks first.
     """

@@ -1,4 +1,5 @@
-"""Options as values: functions and factories whose equal options give equal objects, which print and pickle.
+"""Options as values: functions and factories whose equal options give equal objects, which print
+and pickle.
 
 `jit` knows a static argument again if it is equal to one before: then nothing is compiled twice.
 """
@@ -16,9 +17,11 @@ T = TypeVar("T")
 
 
 def shared(factory: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: a factory called again with equal options, defaults spelt out or not, returns the object it made before.
+    """Decorator: a factory called again with equal options, defaults spelt out or not, returns the
+    object it made before.
 
-    The last 256 objects are remembered. What is made anew after that is equal to what it was if all in it compares by value.
+    The last 256 objects are remembered. What is made anew after that is equal to what it was if all
+    in it compares by value.
     """
     signature = inspect.signature(factory)
 
@@ -37,7 +40,8 @@ def shared(factory: Callable[P, T]) -> Callable[P, T]:
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bound:
-    """A function with some of its keyword arguments set, made by `bind`; unlike `functools.partial` it compares by value.
+    """A function with some of its keyword arguments set, made by `bind`; unlike `functools.partial`
+    it compares by value.
 
     Not a tuple: JAX keeps weak references to functions.
     """
@@ -78,7 +82,11 @@ def _name(value: Any) -> Any:
 
 
 def _found(value: Any) -> Any:
-    return attrgetter(value.name)(importlib.import_module(value.module)) if isinstance(value, _Name) else value
+    return (
+        attrgetter(value.name)(importlib.import_module(value.module))
+        if isinstance(value, _Name)
+        else value
+    )
 
 
 def _bind_all(function: Any, names: list[str], values: list[Any]) -> Bound:
@@ -95,6 +103,12 @@ def shown(value: Any) -> str:
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         defaults = {field.name: field.default for field in dataclasses.fields(value)}
     else:
-        return getattr(value, "__name__", repr(value)).strip("_") if callable(value) else repr(value)
-    written = [f"{name}={shown(own)}" for name, own in fields.items() if name not in defaults or own != defaults[name]]
+        return (
+            getattr(value, "__name__", repr(value)).strip("_") if callable(value) else repr(value)
+        )
+    written = [
+        f"{name}={shown(own)}"
+        for name, own in fields.items()
+        if name not in defaults or own != defaults[name]
+    ]
     return f"{type(value).__name__}({', '.join(written)})"

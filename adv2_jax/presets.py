@@ -29,7 +29,7 @@ from adv2_jax.options import shown
 from adv2_jax.threats import PIXEL, Threat
 
 T = TypeVar("T")
-Plan = Callable[[int], optax.Schedule]
+Schedule = Callable[[int], optax.Schedule]
 
 
 SHAPES = ("constant", "ramp", "decay", "geometric")
@@ -37,10 +37,12 @@ SHAPES = ("constant", "ramp", "decay", "geometric")
 
 @dataclass(frozen=True)
 class Course:
-    """How a number runs over the joint steps, whatever their count n: called with n it gives the optax schedule.
+    """How a number runs over the joint steps, whatever their count n: called with n it gives the
+    optax schedule.
 
     Attributes:
-        shape: "constant"; "ramp", a straight line; "decay", half a cosine; "geometric", a constant factor a step.
+        shape: "constant"; "ramp", a straight line; "decay", half a cosine; "geometric", a constant
+            factor a step.
         first, last: its values at steps 0 and n.
     """
 
@@ -89,29 +91,34 @@ class Preset:
     """The numbers of one attack.
 
     Attributes:
-        interpreter: the interpreter with the surrogate the numbers were found for; None is plain PGD.
+        interpreter: the interpreter with the surrogate the numbers were found for; None is plain
+            PGD.
         warm_steps: steps of plain PGD before the joint stage.
         steps: joint steps.
-        step_size: n -> optax schedule of α over n joint steps, in pixel values (see `Threat.steepest`).
+        step_size: n -> optax schedule of α over n joint steps, in pixel values (see
+            `Threat.steepest`).
         balance: n -> optax schedule of λ over n joint steps.
         tau: n -> optax schedule of the surrogate's width.
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
-        momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat model.
+        momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat
+            model.
         smoothing: label smoothing, joint stage.
-        yielding: how fast the map term gives way where the prediction does not hold (see `descent.Options`).
+        yielding: how fast the map term gives way where the prediction does not hold (see
+            `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
-        score_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate scores every iterate that a step
-            starts from, for free, and so does plain PGD, by its loss; for another surrogate the explained map is drawn and scored
-            after every so many joint steps, and a solver's memory starts anew from it.
+        score_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate
+            scores every iterate that a step starts from, for free, and so does plain PGD, by its
+            loss; for another surrogate the explained map is drawn and scored after every so many
+            joint steps, and a solver's memory starts anew from it.
         warm_step_size: α of the warm start.
     """
 
     interpreter: Interpreter | None
     warm_steps: int
     steps: int
-    step_size: Plan
-    balance: Plan
-    tau: Plan = _TAU
+    step_size: Schedule
+    balance: Schedule
+    tau: Schedule = _TAU
     map_loss: MapLoss = losses.map_l2
     momentum: float | None = None
     smoothing: float = 0.0
@@ -129,7 +136,8 @@ def paper_grad_balance(n: int) -> optax.Schedule:
     factors: dict[int, float] = {}
     for at, factor in ((301, 4.0), (502, 2.5), (603, 5.0)):
         step = round(at * n / 704)
-        factors[step] = factors.get(step, 1.0) * factor  # in a short run several changes may fall on one step
+        # in a short run several changes may fall on one step
+        factors[step] = factors.get(step, 1.0) * factor
     return optax.piecewise_constant_schedule(0.001, factors)
 
 
@@ -173,8 +181,9 @@ _DEFAULT_GRAD = replace(
     tau=geometric(0.1, 5e-4),
     momentum=0.6,
 )
-# The released constants and the literal formula, but for two things that the loop has no words for: steps along signs (eq. 4), not
-# along the normalised gradient, and a weight λ like that of CAM for the bisection between the two losses.
+# The released constants and the literal formula, but for two things that the loop has no words for:
+# steps along signs (eq. 4), not along the normalised gradient, and a weight λ like that of CAM for
+# the bisection between the two losses.
 _PAPER_MASK = replace(
     _PAPER_CAM,
     interpreter=mask_interpreter(
@@ -195,7 +204,8 @@ _DEFAULT_MASK = replace(
     tau=constant(0.03),
     score_every=10,
 )
-# As few steps as still do, and therefore long ones; all but MASK spend 56 gradients, so that they share one run of plain PGD
+# As few steps as still do, and therefore long ones; all but MASK spend 56 gradients, so that they
+# share one run of plain PGD
 _QUICK_STEPS = {"pgd": 56, "grad": 28, "cam": 56, "grad_cam": 56, "rts": 17, "mask": 12}
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -221,21 +231,29 @@ PRESETS["quick"] = {
     for name, steps in _QUICK_STEPS.items()
 }
 # the map is where half as many steps end
-PRESETS["quick"]["mask"] = replace(PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), score_every=6)
+PRESETS["quick"]["mask"] = replace(
+    PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), score_every=6
+)
 
 
-def _released_flow(plan: Preset) -> Preset:
+def _released_flow(preset: Preset) -> Preset:
     """The numbers of steps of the released StAdv code; its learning rate is that of `threats.flow` at steps of one pixel value."""
-    return replace(plan, steps=800) if plan.interpreter is None else replace(plan, warm_steps=200, steps=600)
+    return (
+        replace(preset, steps=800)
+        if preset.interpreter is None
+        else replace(preset, warm_steps=200, steps=600)
+    )
 
 
-def _patient(plan: Preset) -> Preset:
+def _patient(preset: Preset) -> Preset:
     """At least 300 steps: a flow comes as close to a map as a change of pixel values, but takes longer."""
-    return replace(plan, steps=max(plan.steps, 300))
+    return replace(preset, steps=max(preset.steps, 300))
 
 
 # by threat model and preset: what becomes of every interpreter's numbers
-UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {"flow": {"paper": _released_flow, "default": _patient}}
+UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {
+    "flow": {"paper": _released_flow, "default": _patient}
+}
 
 
 def resolve(
@@ -249,12 +267,15 @@ def resolve(
     """A preset with the caller's own interpreter and step counts in it.
 
     Args:
-        preset: a key of `PRESETS`; presets by interpreter, "pgd" among them, as `PRESETS` holds and `read` gives them; or a
-            `Preset`.
-        interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its interpreter); an `Interpreter`, which
-            takes the numbers of the preset, or those found for its name, or for the one that it is like: for MASK if it is a
-            descent, for GRAD if it differentiates the network (`needs` names "act"), else for CAM; or None for plain PGD.
-        threat: what may be changed; a preset called by its name has other numbers for some (`UNDER`).
+        preset: a key of `PRESETS`; presets by interpreter, "pgd" among them, as `PRESETS` holds and
+            `read` gives them; or a `Preset`.
+        interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its
+            interpreter); an `Interpreter`, which takes the numbers of the preset, or those found
+            for its name, or for the one that it is like: for MASK if it is a descent, for GRAD if
+            it differentiates the network (`needs` names "act"), else for CAM; or None for plain
+            PGD.
+        threat: what may be changed; a preset called by its name has other numbers for some
+            (`UNDER`).
         warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
 
     Raises:
@@ -262,14 +283,18 @@ def resolve(
     """
     if not isinstance(preset, Preset):
         known = look_up(PRESETS, "preset", preset) if isinstance(preset, str) else preset
-        adapt = UNDER.get(threat.name, {}).get(preset) if threat and isinstance(preset, str) else None
-        named = {name: plan for name, plan in known.items() if name != "pgd"}
+        adapt = (
+            UNDER.get(threat.name, {}).get(preset) if threat and isinstance(preset, str) else None
+        )
+        named = {name: preset for name, preset in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         if isinstance(interpreter, Interpreter) and name not in named:
             name = _alike(interpreter)
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
         preset = adapt(preset) if adapt else preset
-    elif isinstance(interpreter, str) and (preset.interpreter is None or preset.interpreter.name != interpreter):
+    elif isinstance(interpreter, str) and (
+        preset.interpreter is None or preset.interpreter.name != interpreter
+    ):
         own = None if preset.interpreter is None else preset.interpreter.name
         raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")
     if not isinstance(interpreter, str):
@@ -307,8 +332,9 @@ def from_dict(name: str, numbers: Mapping[str, Any]) -> Preset:
 
     Args:
         name: a key of `PRESETS["default"]`: "pgd" or an interpreter.
-        numbers: by the names of the attributes of `Preset`. A schedule is a number, or shape, first and last of a `Course`; an
-            interpreter has a kind, a key of `interpreters.FACTORIES`, and its options.
+        numbers: by the names of the attributes of `Preset`. A schedule is a number, or shape, first
+            and last of a `Course`; an interpreter has a kind, a key of `interpreters.FACTORIES`,
+            and its options.
 
     Raises:
         ValueError: names what is unknown or out of its range.
@@ -340,7 +366,11 @@ def _read(key: str, value: Any, default: Any) -> Any:
             raise ValueError("must be true or false")
         return value
     whole = isinstance(default, int)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not 0 <= value < math.inf:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if whole else int | float)
+        or not 0 <= value < math.inf
+    ):
         raise ValueError(f"must be {'a whole number' if whole else 'a finite number'}, 0 or more")
     if key in ("momentum", "smoothing", "yielding") and value >= 1:
         raise ValueError("must be below 1")
@@ -350,8 +380,12 @@ def _read(key: str, value: Any, default: Any) -> Any:
 def _read_course(value: Any) -> Course:
     course = constant(value) if isinstance(value, int | float) else Course(**value)
     ends = course.first, course.last
-    if course.shape not in SHAPES or not all(isinstance(end, int | float) and 0 <= end < math.inf for end in ends):
-        raise ValueError(f"must be a number, or shape ({', '.join(SHAPES)}), first and last, finite and not negative")
+    if course.shape not in SHAPES or not all(
+        isinstance(end, int | float) and 0 <= end < math.inf for end in ends
+    ):
+        raise ValueError(
+            f"must be a number, or shape ({', '.join(SHAPES)}), first and last, finite and not negative"
+        )
     if course.shape in ("decay", "geometric") and not min(ends) > 0:
         raise ValueError("first and last must be above 0")
     return course
@@ -367,9 +401,15 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
     if isinstance(options.get("act"), str):
         raise ValueError("act is a function, which only Python can give")
     if objective := options.get("objective"):
-        scores = {"log_odds": losses.log_odds, "logit": losses.logit, "probability": losses.probability}
+        scores = {
+            "log_odds": losses.log_odds,
+            "logit": losses.logit,
+            "probability": losses.probability,
+        }
         score = objective.get("score")
-        options["objective"] = MaskObjective(**objective)._replace(score=score and look_up(scores, "score", score))
+        options["objective"] = MaskObjective(**objective)._replace(
+            score=score and look_up(scores, "score", score)
+        )
     made = look_up(FACTORIES, "kind", kind)(**options)
     if made.name != default.name:
         raise ValueError(f"must be a kind of {default.name}")
@@ -377,16 +417,21 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Preset]:
-    """Presets of a JSON file: interpreter (or "pgd") -> numbers, as `from_dict` reads them; the others are those of `default`.
+    """Presets of a JSON file: interpreter (or "pgd") -> numbers, as `from_dict` reads them; the
+    others are those of `default`.
 
     Raises:
         ValueError: names the file, and what is wrong in it.
     """
     try:
         written = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(written, dict) or not all(isinstance(numbers, dict) for numbers in written.values()):
+        if not isinstance(written, dict) or not all(
+            isinstance(numbers, dict) for numbers in written.values()
+        ):
             raise ValueError("must be an object of objects: interpreter, then its numbers")
-        return PRESETS["default"] | {name: from_dict(name, numbers) for name, numbers in written.items()}
+        return PRESETS["default"] | {
+            name: from_dict(name, numbers) for name, numbers in written.items()
+        }
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -1,9 +1,11 @@
 """Threat models as data: what the adversary may change, as functions on one image.
 
-An attack optimises parameters; a threat model says where they start, which image they make, how they are brought back into the
-allowed set, what they cost and which way is down. Factories are cached, so equal options give the same object.
+An attack optimises parameters; a threat model says where they start, which image they make, how
+they are brought back into the allowed set, what they cost and which way is down. Factories are
+cached, so equal options give the same object.
 
-What is delivered is an 8-bit image, so the radius of a ball is promised for that: `round` stays inside.
+What is delivered is an 8-bit image, so the radius of a ball is promised for that: `round` stays
+inside.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,8 @@ Transformation = Callable[[], optax.GradientTransformation]
 
 PIXEL = 1 / 255
 HALVINGS = 12  # of the interval in which `l2` looks for a factor
-DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))  # corners of the 3 x 3 window that starts one pixel up and left
+# corners of the 3 x 3 window that starts one pixel up and left
+DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))
 
 
 def free(params: Params) -> Array:
@@ -49,14 +52,19 @@ class Threat(NamedTuple):
         init: image [H, W, 3] -> parameters (any pytree) of the unchanged image.
         apply: (parameters, image) -> adversarial image in [0, 1].
         project: (parameters, image) -> allowed parameters near them.
-        penalty: parameters -> [], added to every loss; its gradient must be finite, at the start too.
-        steepest: makes the optax transformation from gradients (or their moving sum) to the directions that steps go along. Step
-            sizes are in pixel values, as for `linf`; a threat model with another unit scales to it here.
-        optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among them; None is `steepest`.
+        penalty: parameters -> [], added to every loss; its gradient must be finite, at the start
+            too.
+        steepest: makes the optax transformation from gradients (or their moving sum) to the
+            directions that steps go along. Step sizes are in pixel values, as for `linf`; a threat
+            model with another unit scales to it here.
+        optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among
+            them; None is `steepest`.
         displacement: parameters -> flow [H, W, 2] in pixels, where they have one.
-        round: (x, parameters, benign image) -> the nearest *allowed* image to x = apply(parameters, image) that an 8-bit file can
-            hold, values k/255. Is called with arrays of jax in the loop, and with float64 arrays of NumPy for what is delivered.
-        check: raises a ValueError for a benign image, float64 [H, W, 3], that has no allowed 8-bit image.
+        round: (x, parameters, benign image) -> the nearest *allowed* image to x = apply(parameters,
+            image) that an 8-bit file can hold, values k/255. Is called with arrays of jax in the
+            loop, and with float64 arrays of NumPy for what is delivered.
+        check: raises a ValueError for a benign image, float64 [H, W, 3], that has no allowed 8-bit
+            image.
     """
 
     name: str
@@ -76,18 +84,25 @@ class Threat(NamedTuple):
 
 @shared
 def linf(epsilon: float = 8 / 255) -> Threat:
-    """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4), for the 8-bit image that is delivered too.
+    """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4), for the 8-bit image that is
+    delivered too.
 
     Args:
-        epsilon: radius in units of pixel value, in [1/255, 1]. The paper uses 8/255. Of an 8-bit image whole levels can be
-            changed: the 0.031 of the released code, 7.9 levels, allows 7.
+        epsilon: radius in units of pixel value, in [1/255, 1]. The paper uses 8/255. Of an 8-bit
+            image whole levels can be changed: the 0.031 of the released code, 7.9 levels, allows 7.
 
     Raises:
         ValueError: if epsilon is outside [1/255, 1].
     """
     _check_radius(epsilon, epsilon <= 1, "lie in [1/255, 1]")
 
-    return Threat("linf", jnp.zeros_like, _add, bind(_into_box, epsilon=epsilon), round=bind(_round_in_box, epsilon=epsilon))
+    return Threat(
+        "linf",
+        jnp.zeros_like,
+        _add,
+        bind(_into_box, epsilon=epsilon),
+        round=bind(_round_in_box, epsilon=epsilon),
+    )
 
 
 def _into_box(delta: Array, image: Image, *, epsilon: float) -> Array:
@@ -97,7 +112,8 @@ def _into_box(delta: Array, image: Image, *, epsilon: float) -> Array:
 
 def _round_in_box(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
     xp = x.__array_namespace__()
-    # half-way errors of the products below: without it the bound of an image on the 8-bit grid might fall a level short
+    # half-way errors of the products below: without it the bound of an image on the 8-bit grid
+    # might fall a level short
     slack = 2048 * xp.finfo(x.dtype).eps
     low, high = xp.ceil((image - epsilon) * 255 - slack), xp.floor((image + epsilon) * 255 + slack)
     return xp.clip(xp.round(x * 255), xp.maximum(low, 0), xp.minimum(high, 255)) / 255
@@ -115,9 +131,10 @@ def _check_radius(epsilon: float, holds: bool, allowed: str) -> None:
 def l2(epsilon: float = 0.5) -> Threat:
     """|| x - x° ||_2 <= epsilon and x in [0, 1], for the 8-bit image that is delivered too.
 
-    `project` clips to [0, 1], then shrinks the change into the ball: the box is convex and holds the benign image, so the shrunk
-    change stays in it. (It is not the Euclidean projection on the intersection.) `round` shrinks the change, by bisection, until
-    its rounded image is in the ball. Steps go along the normalised gradient; one of 1/255 is a quarter of the radius long.
+    `project` clips to [0, 1], then shrinks the change into the ball: the box is convex and holds
+    the benign image, so the shrunk change stays in it. (It is not the Euclidean projection on the
+    intersection.) `round` shrinks the change, by bisection, until its rounded image is in the ball.
+    Steps go along the normalised gradient; one of 1/255 is a quarter of the radius long.
 
     Args:
         epsilon: radius in units of pixel value, 1/255 or more.
@@ -133,11 +150,18 @@ def l2(epsilon: float = 0.5) -> Threat:
         "round": _round_in_ball,
         "check": _check_near_grid,
     }
-    return Threat("l2", jnp.zeros_like, _add, **{field: bind(f, epsilon=epsilon) for field, f in functions.items()})
+    return Threat(
+        "l2",
+        jnp.zeros_like,
+        _add,
+        **{field: bind(f, epsilon=epsilon) for field, f in functions.items()},
+    )
 
 
 def _into_ball(delta: Array, image: Image, *, epsilon: float) -> Array:
-    return optax.projections.projection_l2_ball(optax.projections.projection_box(delta, -image, 1 - image), epsilon)
+    return optax.projections.projection_l2_ball(
+        optax.projections.projection_box(delta, -image, 1 - image), epsilon
+    )
 
 
 def _along_gradient(*, epsilon: float) -> optax.GradientTransformation:
@@ -149,11 +173,14 @@ def _round_in_ball(x: Image, params: Params, image: Image, *, epsilon: float) ->
 
     def shrunk(share: Any) -> tuple[Image, Any]:
         rounded = nearest(image + share * (x - image), params, image)
-        return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (1 - 8 * xp.finfo(x.dtype).eps)
+        return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (
+            1 - 8 * xp.finfo(x.dtype).eps
+        )
 
     whole, fits = shrunk(1)
     low, high = xp.zeros_like(x[0, 0, 0]), xp.ones_like(x[0, 0, 0])
-    for _ in range(HALVINGS):  # each value of the rounded change grows with the share, so its norm does
+    # each value of the rounded change grows with the share, so its norm does
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         inside = shrunk(middle)[1]
         low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
@@ -171,11 +198,13 @@ def _check_near_grid(image: np.ndarray, *, epsilon: float) -> None:
 
 @shared
 def flow(penalty: float = 5e-4) -> Threat:
-    """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et al. 2018).
+    """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et
+    al. 2018).
 
-    The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp` has a gradient, and unbounded.
-    A step of 1/255 moves by .02 pixels, by the sign; or, without momentum, by Adam with amsgrad at the released code's learning
-    rate, .01. Behind momentum the sign finds closer maps than Adam, and smoother flows.
+    The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp`
+    has a gradient, and unbounded. A step of 1/255 moves by .02 pixels, by the sign; or, without
+    momentum, by Adam with amsgrad at the released code's learning rate, .01. Behind momentum the
+    sign finds closer maps than Adam, and smoother flows.
 
     Args:
         penalty: weight of `flow_penalty`, 0 or more.
@@ -279,14 +308,20 @@ def _partition(*, flow: Transformation, delta: Transformation) -> optax.Gradient
     return optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
 
 
-THREATS: dict[str, Callable[..., Threat]] = {"linf": linf, "l2": l2, "flow": flow, "linf+flow": linf_flow}
+THREATS: dict[str, Callable[..., Threat]] = {
+    "linf": linf,
+    "l2": l2,
+    "flow": flow,
+    "linf+flow": linf_flow,
+}
 
 
 def warp(image: Image, flow: Array) -> Image:
     """x(p) = x°(p + flow(p)), bilinear; coordinates are clamped to the image.
 
-    Between the pixels q and q + 1 the slope is that from q to q + 1, also at q itself: so it is not zero at zero flow. It is in
-    the last row (downwards) and the last column (to the right), since what is beyond them is the same.
+    Between the pixels q and q + 1 the slope is that from q to q + 1, also at q itself: so it is not
+    zero at zero flow. It is in the last row (downwards) and the last column (to the right), since
+    what is beyond them is the same.
 
     Args:
         image: [H, W, 3] in [0, 1].
@@ -297,14 +332,20 @@ def warp(image: Image, flow: Array) -> Image:
     """
     rows, columns = jnp.mgrid[: image.shape[0], : image.shape[1]]
     places = [rows + flow[..., 0], columns + flow[..., 1]]
-    x = jax.vmap(lambda channel: map_coordinates(channel, places, order=1, mode="nearest"), in_axes=2, out_axes=2)(image)
+    x = jax.vmap(
+        lambda channel: map_coordinates(channel, places, order=1, mode="nearest"),
+        in_axes=2,
+        out_axes=2,
+    )(image)
     return _clipped(x)
 
 
 def flow_penalty(flow: Array) -> Array:
-    """Σ_p Σ_{q in N(p)} √(Δdy² + Δdx² + 1e-8), N the four diagonal neighbours, the border repeated: [H, W, 2] -> [] > 0.
+    """Σ_p Σ_{q in N(p)} √(Δdy² + Δdx² + 1e-8), N the four diagonal neighbours, the border repeated:
+    [H, W, 2] -> [] > 0.
 
-    The released code's form of StAdv's flow loss. The constant keeps the gradient finite where neighbours agree.
+    The released code's form of StAdv's flow loss. The constant keeps the gradient finite where
+    neighbours agree.
     """
     h, w, _ = flow.shape
     padded = jnp.pad(flow, ((1, 1), (1, 1), (0, 0)), mode="edge")

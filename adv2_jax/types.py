@@ -21,6 +21,7 @@ Label = Array
 Map = Array
 
 Activation = Callable[[Array], Array]
+Score = Callable[[Logits, Label], Array]  # of a class, []
 
 
 @runtime_checkable

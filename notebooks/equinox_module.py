@@ -14,7 +14,10 @@ class Net(eqx.Module):
 
     def __init__(self, key):
         one, two, three = jax.random.split(key, 3)
-        self.convs = [eqx.nn.Conv2d(3, 16, 3, 2, 1, key=one), eqx.nn.Conv2d(16, 32, 3, 2, 1, key=two)]
+        self.convs = [
+            eqx.nn.Conv2d(3, 16, 3, 2, 1, key=one),
+            eqx.nn.Conv2d(16, 32, 3, 2, 1, key=two),
+        ]
         self.linear = eqx.nn.Linear(32, 10, key=three)
 
     def features(self, image, act=jax.nn.relu):  # Equinox has the channels first

@@ -11,7 +11,8 @@ import adv2_jax as adv2
 POINTS = 8
 
 
-def integrated_gradients(model, image, label, act=None):  # `act` is for the attack: its maps need a second derivative
+# `act` is for the attack: its maps need a second derivative
+def integrated_gradients(model, image, label, act=None):
     def gradient(share):
         return adv2.interpreters.input_gradient(model, share * image, label, act=act)[0]
 

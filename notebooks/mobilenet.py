@@ -50,7 +50,9 @@ class MobileNet:
         stride, padding = operation["stride"], operation["padding"]
         if operation["op"] == "dwconv":
             return bias + depthwise(x, kernel[:, :, 0], stride)
-        return bias + lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return bias + lax.conv_general_dilated(
+            x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
 
 
 def depthwise(x, kernel, stride):
@@ -59,11 +61,18 @@ def depthwise(x, kernel, stride):
     padding = [(0, 0), *lax.padtype_to_pads(x.shape[1:3], (k, k), (stride, stride), "SAME"), (0, 0)]
     padded = jnp.pad(x, padding)
     h, w = (size - k + 1 for size in padded.shape[1:3])
-    return sum(padded[:, i : i + h : stride, j : j + w : stride] * kernel[i, j] for i in range(k) for j in range(k))
+    return sum(
+        padded[:, i : i + h : stride, j : j + w : stride] * kernel[i, j]
+        for i in range(k)
+        for j in range(k)
+    )
 
 
 def mobilenet(path):
     """The network of a weights file and the graph beside it."""
     weights, graph = Path(path), Path(path).with_suffix(".graph.json")
     with np.load(weights, allow_pickle=False) as arrays:
-        return MobileNet({name: jnp.asarray(arrays[name]) for name in arrays.files}, graph.read_text(encoding="utf-8"))
+        return MobileNet(
+            {name: jnp.asarray(arrays[name]) for name in arrays.files},
+            graph.read_text(encoding="utf-8"),
+        )

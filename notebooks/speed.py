@@ -30,7 +30,9 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def ratios(model: adv2.Classifier, name: str, batch_size: int, steps: int, repeats: int) -> tuple[float, float]:
+def ratios(
+    model: adv2.Classifier, name: str, batch_size: int, steps: int, repeats: int
+) -> tuple[float, float]:
     """Seconds of one step under the default preset, and of an attack of `steps` steps."""
     rng = np.random.default_rng(0)
     side = {"pgd": 1, "grad": 32}.get(name, 8)
@@ -46,13 +48,17 @@ def ratios(model: adv2.Classifier, name: str, batch_size: int, steps: int, repea
     schedule = Numbers(*(np.full(steps, value) for value in numbers))
     leaves, step = batched_step(model, options)
     one = median_seconds(lambda: step(leaves, problems, states, numbers), repeats)
-    whole = median_seconds(lambda: descend(model, problems, states, schedule, options), max(3, repeats // 6))
+    whole = median_seconds(
+        lambda: descend(model, problems, states, schedule, options), max(3, repeats // 6)
+    )
     return one, whole
 
 
 def main() -> None:
     """Parse the arguments and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=30)
@@ -62,10 +68,14 @@ def main() -> None:
     images = jnp.zeros((b, 32, 32, 3)) + 0.5
     forward = jax.jit(jax.vmap(lambda m, x: m.head(m.features(x)), (None, 0)))
     unit = median_seconds(lambda: forward(model, images), options.repeats)
-    print(f"{jax.devices()[0].device_kind}, batch {b}: one forward pass {1e3 * unit / b:.3f} ms an image")
+    print(
+        f"{jax.devices()[0].device_kind}, batch {b}: one forward pass {1e3 * unit / b:.3f} ms an image"
+    )
     for name in ("pgd", "cam", "grad_cam", "grad"):
         one, whole = ratios(model, name, b, n, options.repeats)
-        print(f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps")
+        print(
+            f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps"
+        )
 
 
 if __name__ == "__main__":

@@ -42,6 +42,11 @@ def network(path=None):
     """With the weights of an .npz; without one, random ones."""
     if path is None:
         rng = np.random.default_rng(0)
-        return Tokens({name: jnp.float32(rng.standard_normal(shape) / shape[0] ** 0.5) for name, shape in SHAPES.items()})
+        return Tokens(
+            {
+                name: jnp.float32(rng.standard_normal(shape) / shape[0] ** 0.5)
+                for name, shape in SHAPES.items()
+            }
+        )
     with np.load(path) as weights:
         return Tokens({name: jnp.asarray(weights[name]) for name in SHAPES})

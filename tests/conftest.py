@@ -18,7 +18,8 @@ from adv2_jax.activations import relu
 # before jax 0.8 it is experimental
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
-jax.config.update("jax_disable_most_optimizations", True)  # most programs run once: compiling them well does not pay
+# most programs run once: compiling them well does not pay
+jax.config.update("jax_disable_most_optimizations", True)
 # Two thirds of the time of the suite is XLA's, which compiles a third of the programs again and again: one cache for all processes
 # of a run, those that pytest starts (`-n 2`) among them. It starts empty
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory()
@@ -57,8 +58,16 @@ def randomised():
         rng = np.random.default_rng(seed)
         graph, state = nnx.split(nnx.eval_shape(build))
         flat = nnx.to_flat_state(state)
-        drawn = [jnp.asarray(_draw(path[-1], variable.shape, rng), jnp.float32) for path, variable in flat]
-        return nnx.merge(graph, nnx.from_flat_state([(path, v.replace(a)) for (path, v), a in zip(flat, drawn, strict=True)]))
+        drawn = [
+            jnp.asarray(_draw(path[-1], variable.shape, rng), jnp.float32)
+            for path, variable in flat
+        ]
+        return nnx.merge(
+            graph,
+            nnx.from_flat_state(
+                [(path, v.replace(a)) for (path, v), a in zip(flat, drawn, strict=True)]
+            ),
+        )
 
     return make
 
@@ -80,7 +89,10 @@ def tiny_by_name():
 @pytest.fixture(scope="session")
 def masker(randomised):
     """The masker of a classifier of 10 classes, on an encoder like `tiny`."""
-    return randomised(lambda: models.Masker(models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 12)
+    return randomised(
+        lambda: models.Masker(models.CifarResNet(1, width=4, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)),
+        12,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +133,12 @@ def make_linear():
     def make(seed=0):
         rng = np.random.default_rng(seed)
         shapes = {"mix": (4, 4, 3, 5), "weights": (5, 3), "bias": (3,)}
-        return Linear(**{name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()})
+        return Linear(
+            **{
+                name: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+                for name, shape in shapes.items()
+            }
+        )
 
     return make
 
@@ -142,7 +159,11 @@ class Small:
     def features(self, image, act=relu):
         x = 4 * image[None] - 2
         for kernel in self.kernels:
-            x = act(jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
+            x = act(
+                jax.lax.conv_general_dilated(
+                    x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+                )
+            )
         return x[0]
 
     def head(self, features):
@@ -156,7 +177,9 @@ def make_small():
     def make(seed=0):
         rng = np.random.default_rng(seed)
         shapes = [(3, 3, 3, 8), (3, 3, 8, 16), (16, 10)]
-        *kernels, weights = (jnp.asarray(_draw("kernel", shape, rng), jnp.float32) for shape in shapes)
+        *kernels, weights = (
+            jnp.asarray(_draw("kernel", shape, rng), jnp.float32) for shape in shapes
+        )
         return Small(tuple(kernels), 6 * weights)
 
     return make

@@ -18,8 +18,12 @@ PINNED = 8  # channels of the last features that are kept whole
 def drawn(shapes):
     """Weights for shapes by name: no BatchNorm is the identity, no bias is zero; features of 5 to 13 rms, logits alike."""
     random = np.random.RandomState(0)
-    gain = 2 if "features.conv0.weight" in shapes else 1  # a residual network adds up what a dense one averages
-    return {key: _draw(key, shape, gain, random).astype(np.float32) for key, shape in sorted(shapes.items())}
+    # a residual network adds up what a dense one averages
+    gain = 2 if "features.conv0.weight" in shapes else 1
+    return {
+        key: _draw(key, shape, gain, random).astype(np.float32)
+        for key, shape in sorted(shapes.items())
+    }
 
 
 def _draw(key, shape, gain, random):
@@ -44,7 +48,11 @@ def torchvision_network(name):
 
     with torch.device("meta"):  # initialising takes longer than all the rest
         network = torchvision.models.get_model(name, weights=None)
-    shapes = {key: tuple(value.shape) for key, value in network.state_dict().items() if "num_batches_tracked" not in key}
+    shapes = {
+        key: tuple(value.shape)
+        for key, value in network.state_dict().items()
+        if "num_batches_tracked" not in key
+    }
     arrays = {key: torch.from_numpy(array).double() for key, array in drawn(shapes).items()}
     network.load_state_dict(arrays, strict=False, assign=True)  # the counters are not used
     return network.eval()

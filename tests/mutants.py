@@ -32,7 +32,11 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 
 
 def _changed_bytes(rng: random.Random, data: bytes) -> bytes:
-    at, other, n = rng.randrange(len(data) + 1), rng.randrange(len(data) + 1), min(len(data), int(2 ** rng.uniform(0, 8)))
+    at, other, n = (
+        rng.randrange(len(data) + 1),
+        rng.randrange(len(data) + 1),
+        min(len(data), int(2 ** rng.uniform(0, 8))),
+    )
     before, after = data[:at], data[at:]
     return rng.choice(
         (
@@ -59,8 +63,28 @@ SHORT = r"""
 , ; = : # -- - -h a.png a.png,1 b.png,2,0 cat shapes shapes:0 shapes:3 shapes:-1 shapes: shapes:9999999 tfds: tfds:mnist tfds:/
 x.npz x.npz/test x.py:y .py: x.safetensors /dev/null
 """
-CONTROL = ["", " ", "\r", "\n", "\r\n", "\t", "\x0b", "\x85", "\u2028", "\u202e", "\ufeff", "\udcff", "\x1b[31m", "e\u0301"]
-LONG = [*("9" * n for n in (9, 10, 20, 5000)), "a" * 300, "x" * 200_000, "n01440764 tench, Tinca tinca"]
+CONTROL = [
+    "",
+    " ",
+    "\r",
+    "\n",
+    "\r\n",
+    "\t",
+    "\x0b",
+    "\x85",
+    "\u2028",
+    "\u202e",
+    "\ufeff",
+    "\udcff",
+    "\x1b[31m",
+    "e\u0301",
+]
+LONG = [
+    *("9" * n for n in (9, 10, 20, 5000)),
+    "a" * 300,
+    "x" * 200_000,
+    "n01440764 tench, Tinca tinca",
+]
 WORDS = [*SHORT.split(), *CONTROL, *LONG]
 
 
@@ -98,11 +122,19 @@ def npz(rng: random.Random, arrays: dict[str, np.ndarray]) -> bytes:
         np.savez(file, **changed(rng, arrays))
         return file.getvalue()
     if how < 0.74:
-        return bomb(rng.choice(list(arrays)[:2]), rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)), arrays)
+        return bomb(
+            rng.choice(list(arrays)[:2]),
+            rng.choice((zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+            arrays,
+        )
     victim = rng.choice(list(arrays))
-    with zipfile.ZipFile(file, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    with zipfile.ZipFile(
+        file, "w", rng.choice((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
+    ) as archive:
         for name, array in arrays.items():
-            entry, data = (f"{name}.npy", npy(array)) if name != victim else _odd_member(rng, name, array)
+            entry, data = (
+                (f"{name}.npy", npy(array)) if name != victim else _odd_member(rng, name, array)
+            )
             archive.writestr(entry, data)
     return file.getvalue()
 
@@ -118,8 +150,13 @@ def npy(array: np.ndarray) -> bytes:
 def _zeros(kind: int) -> bytes:
     """An archive of a third of a gigabyte of zeros."""
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", kind) as archive, archive.open("zeros.npy", "w", force_zip64=True) as member:
-        member.write(_header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (300, {MIB}), }}"))
+    with (
+        zipfile.ZipFile(file, "w", kind) as archive,
+        archive.open("zeros.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(
+            _header(f"{{'descr': '|u1', 'fortran_order': False, 'shape': (300, {MIB}), }}")
+        )
         for _ in range(300):
             member.write(bytes(MIB))
     return file.getvalue()
@@ -135,9 +172,44 @@ def bomb(name: str, kind: int, arrays: dict[str, np.ndarray]) -> bytes:
     return file.getvalue()
 
 
-SHAPES = (10**12, (10**12,), (10**6, 10**6), (2**62, 2), (2**64,), (2**31, 8, 8, 3), (-1,), (0,), (1.5,), "x", None)
-TYPES = ("|O", "<f3", "<U999999999", "|V0", "<M8", ">f4", "<c8", "|S1", "<f16", [("a", "<f4")], "", 7)
-NO_HEADERS = ("", "{}", "[" * 200, "(" * 9000, "{'descr': 1}", "import os", "\0", "x" * 60000, "{'descr': '\\d'}")
+SHAPES = (
+    10**12,
+    (10**12,),
+    (10**6, 10**6),
+    (2**62, 2),
+    (2**64,),
+    (2**31, 8, 8, 3),
+    (-1,),
+    (0,),
+    (1.5,),
+    "x",
+    None,
+)
+TYPES = (
+    "|O",
+    "<f3",
+    "<U999999999",
+    "|V0",
+    "<M8",
+    ">f4",
+    "<c8",
+    "|S1",
+    "<f16",
+    [("a", "<f4")],
+    "",
+    7,
+)
+NO_HEADERS = (
+    "",
+    "{}",
+    "[" * 200,
+    "(" * 9000,
+    "{'descr': 1}",
+    "import os",
+    "\0",
+    "x" * 60000,
+    "{'descr': '\\d'}",
+)
 
 
 def _odd_member(rng: random.Random, name: str, array: np.ndarray) -> tuple[str, bytes]:
@@ -145,7 +217,10 @@ def _odd_member(rng: random.Random, name: str, array: np.ndarray) -> tuple[str, 
     entry, data = f"{name}.npy", npy(array)
 
     def lying(descr, shape):
-        return _header(f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}") + data[128:]
+        return (
+            _header(f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}")
+            + data[128:]
+        )
 
     return rng.choice(
         (
@@ -165,7 +240,11 @@ def _odd_member(rng: random.Random, name: str, array: np.ndarray) -> tuple[str, 
 
 def _header(text: str) -> bytes:
     line = text.encode("latin-1", "replace") + b"\n"
-    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(line)) + line if len(line) < 2**16 else b"\x93NUMPY\x09\x00"
+    return (
+        b"\x93NUMPY\x01\x00" + struct.pack("<H", len(line)) + line
+        if len(line) < 2**16
+        else b"\x93NUMPY\x09\x00"
+    )
 
 
 ODD = (np.nan, np.inf, -np.inf, -1, 1e38, 0.5, 2**31, 2**40, 255, 256, 1e-40)
@@ -198,7 +277,25 @@ def changed(rng: random.Random, arrays: dict[str, np.ndarray]) -> dict[str, np.n
 
 def _changed_array(rng: random.Random, a: np.ndarray) -> np.ndarray:
     numbers = a.dtype.kind in "fiub"
-    types = ("f2", "f4", "f8", "i1", "i4", "i8", "u1", "u2", "u8", "?", "c8", "U3", "S2", "O", "M8[s]", ">f4", ">i8")
+    types = (
+        "f2",
+        "f4",
+        "f8",
+        "i1",
+        "i4",
+        "i8",
+        "u1",
+        "u2",
+        "u8",
+        "?",
+        "c8",
+        "U3",
+        "S2",
+        "O",
+        "M8[s]",
+        ">f4",
+        ">i8",
+    )
 
     def with_odd_value():
         found = np.array(a, rng.choice((np.float32, np.float64)) if numbers else object)
@@ -243,7 +340,9 @@ def tensors(rng: random.Random, arrays: dict[str, np.ndarray]) -> bytes:
     how = rng.random()
     if how < 0.3:
         wanted = {
-            k: np.ascontiguousarray(v) for k, v in changed(rng, arrays).items() if v.dtype.kind in "fiub" and v.dtype.isnative
+            k: np.ascontiguousarray(v)
+            for k, v in changed(rng, arrays).items()
+            if v.dtype.kind in "fiub" and v.dtype.isnative
         }
         return safetensors.save(wanted)
     data = safetensors.save(arrays)
@@ -261,7 +360,25 @@ def tensors(rng: random.Random, arrays: dict[str, np.ndarray]) -> bytes:
     return struct.pack("<Q", len(text)) + text + body
 
 
-ODD_JSON = [None, True, 0, 1, -1, 3, 1.5, 1e300, 2**63, 10**30, float("nan"), float("inf"), [], {}, [[]], [1, 2], {"x": 1}]
+ODD_JSON = [
+    None,
+    True,
+    0,
+    1,
+    -1,
+    3,
+    1.5,
+    1e300,
+    2**63,
+    10**30,
+    float("nan"),
+    float("inf"),
+    [],
+    {},
+    [[]],
+    [1, 2],
+    {"x": 1},
+]
 ODD_JSON += ["", "x", "é\n", "9" * 400]
 
 
@@ -290,7 +407,16 @@ def tampered(rng: random.Random, tree: object, words: Sequence[str]) -> object:
 
 # Pictures
 
-FORMATS = {"png": "PNG", "jpg": "JPEG", "bmp": "BMP", "gif": "GIF", "tif": "TIFF", "webp": "WEBP", "ppm": "PPM", "jp2": "JPEG2000"}
+FORMATS = {
+    "png": "PNG",
+    "jpg": "JPEG",
+    "bmp": "BMP",
+    "gif": "GIF",
+    "tif": "TIFF",
+    "webp": "WEBP",
+    "ppm": "PPM",
+    "jp2": "JPEG2000",
+}
 MODES = {
     "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     "JPEG": ("L", "RGB", "CMYK"),
@@ -303,7 +429,11 @@ MODES = {
 }
 
 
-EXIF = (b"garbage!", b"MM\0*\0\0\0\x08\xff\xff", b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0")
+EXIF = (
+    b"garbage!",
+    b"MM\0*\0\0\0\x08\xff\xff",
+    b"II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x09\0\0\0",
+)
 SIZES = ((8, 8), (8, 8), (12, 10), (1, 1), (1, 4000), (4000, 1), (3, 200))
 
 
@@ -345,7 +475,11 @@ def _said_to_be_large(rng: random.Random, kind: str, data: bytes) -> tuple[bytes
     elif kind == "GIF":
         at = data.find(b",")
         data = data[:6] + struct.pack("<HH", *small) + data[10:]
-        data = data[: at + 5] + struct.pack("<HH", *small) + data[at + 9 :] if at > 0 and rng.random() < 0.7 else data
+        data = (
+            data[: at + 5] + struct.pack("<HH", *small) + data[at + 9 :]
+            if at > 0 and rng.random() < 0.7
+            else data
+        )
     elif kind == "JPEG":
         at = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2"))
         data = data[: at + 5] + struct.pack(">HH", small[1], small[0]) + data[at + 9 :]
@@ -358,5 +492,7 @@ def _said_to_be_large(rng: random.Random, kind: str, data: bytes) -> tuple[bytes
         data = re.sub(rb"^(P\d)\s+\d+\s+\d+", rb"\1 %d %d" % (w, h), data)
     elif kind == "WEBP":
         at = data.find(b"\x9d\x01\x2a")
-        data = data[: at + 3] + struct.pack("<HH", 16383, 16383) + data[at + 7 :] if at > 0 else data
+        data = (
+            data[: at + 3] + struct.pack("<HH", 16383, 16383) + data[at + 7 :] if at > 0 else data
+        )
     return data, min(w * h, MOST)

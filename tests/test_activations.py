@@ -58,10 +58,19 @@ CASES = {
     "wide h": (partial(relu_h, tau=0.01), h_closed(0.01)),
     "sigmoid": (relu_sigmoid(), sigmoid_closed(1.0)),
     "steep sigmoid": (relu_sigmoid(10.0), sigmoid_closed(10.0)),
-    "curved": (partial(relu_curved, tau=3e-3), (ramp, lambda z: (z > 0) * 1.0, *kernels(3e-3, 0.5))),
-    "narrow curved": (partial(relu_curved, tau=1e-4), (ramp, lambda z: (z > 0) * 1.0, *kernels(1e-4, 0.5))),
+    "curved": (
+        partial(relu_curved, tau=3e-3),
+        (ramp, lambda z: (z > 0) * 1.0, *kernels(3e-3, 0.5)),
+    ),
+    "narrow curved": (
+        partial(relu_curved, tau=1e-4),
+        (ramp, lambda z: (z > 0) * 1.0, *kernels(1e-4, 0.5)),
+    ),
     "softplus": (softplus(), sigmoid_closed(1.0, lambda z: np.log1p(np.exp(z)))),
-    "steep softplus": (softplus(10.0), sigmoid_closed(10.0, lambda z: np.log1p(np.exp(10 * z)) / 10)),
+    "steep softplus": (
+        softplus(10.0),
+        sigmoid_closed(10.0, lambda z: np.log1p(np.exp(10 * z)) / 10),
+    ),
     "relu": (relu, (ramp, lambda z: (z > 0) * 1.0, np.zeros_like, np.zeros_like)),
 }
 STRAIGHT = [name for name in CASES if "softplus" not in name]
@@ -94,16 +103,22 @@ def test_half_precision_keeps_its_type_and_the_derivatives(name, order, dtype):
     """Options are float32 arrays here, as in an attack: they must not widen what they meet. float16 cannot square 300."""
     activation, closed = CASES[name]
     if isinstance(activation, partial):
-        activation = partial(activation.func, **{key: jnp.float32(value) for key, value in activation.keywords.items()})
+        activation = partial(
+            activation.func,
+            **{key: jnp.float32(value) for key, value in activation.keywords.items()},
+        )
     z = jnp.asarray([*Z, -300, 300], dtype)
     modes = itertools.product((jax.grad, forward), repeat=order)
     found = [jax.vmap(reduce(lambda f, mode: mode(f), chain, activation))(z) for chain in modes]
-    exact = closed[order](np.asarray(z, float).clip(-30, 30))  # where NumPy's exp does not overflow; the same but for the value
+    # where NumPy's exp does not overflow; the same but for the value
+    exact = closed[order](np.asarray(z, float).clip(-30, 30))
     exact = np.where(abs(z) > 30, np.maximum(z, 0), exact) if order == 0 else exact
     for values in found:
         assert values.dtype == dtype
         # a few roundings of the result's type
-        np.testing.assert_allclose(values.astype(float), exact, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-3)
+        np.testing.assert_allclose(
+            values.astype(float), exact, rtol=4 * float(jnp.finfo(dtype).eps), atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -138,8 +153,14 @@ def test_first_derivative_at_zero_is_zero(name):
 
 def test_curved_kernel_has_the_mass_of_the_jump_it_replaces():
     z = np.linspace(-30, 30, 600_001)
-    mass = jax.vmap(jax.grad(jax.grad(partial(relu_curved, tau=0.01))))(jnp.asarray(z, jnp.float32)).mean() * 60
-    assert mass == pytest.approx(1.0, abs=1e-4)  # the tails beyond ±30 hold 1 - z / sqrt(z² + tau) = 6e-6
+    mass = (
+        jax.vmap(jax.grad(jax.grad(partial(relu_curved, tau=0.01))))(
+            jnp.asarray(z, jnp.float32)
+        ).mean()
+        * 60
+    )
+    # the tails beyond ±30 hold 1 - z / sqrt(z² + tau) = 6e-6
+    assert mass == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,7 +182,9 @@ def test_tau_may_be_traced_and_the_gradient_ignores_it(activation):
 
 @pytest.mark.parametrize("name", CASES)
 def test_plain_numbers_will_do(name):
-    assert jax.grad(CASES[name][0])(0.5) == pytest.approx(CASES[name][1][1](np.float64(0.5)), rel=1e-5)
+    assert jax.grad(CASES[name][0])(0.5) == pytest.approx(
+        CASES[name][1][1](np.float64(0.5)), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("factory", [relu_sigmoid, softplus])
@@ -178,4 +201,6 @@ def test_an_option_spelt_out_is_the_same_object(factory):
 
 
 def test_all_names_exist():
-    assert all(callable(getattr(activations, name)) for name in activations.__all__ if name != "TAU")
+    assert all(
+        callable(getattr(activations, name)) for name in activations.__all__ if name != "TAU"
+    )

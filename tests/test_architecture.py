@@ -12,20 +12,23 @@ import adv2_jax
 ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
     {"types", "options", "errors", "names", "precision", "cost"},
-    {"activations", "maps", "losses", "files"},
-    {"classifier", "blending"},
+    {"activations", "maps", "losses", "files", "identity"},
+    {"capabilities", "blending"},
     {"interpreters", "threats", "models", "data", "metrics"},
     {"descent"},
     {"presets"},
     {"crafting"},
     {"attacks"},
-    {"experiments"},
+    {"runs", "training"},
     {"report"},
     {"cli"},
     {"__main__"},
 ]
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
-SOURCES = {path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8")) for path in ROOT.rglob("*.py")}
+SOURCES = {
+    path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
+    for path in ROOT.rglob("*.py")
+}
 MODULES = [path for path in SOURCES if path != Path("__init__.py")]
 
 
@@ -67,7 +70,12 @@ def test_report_needs_no_jax():
     reached, new = set(), {"report"}
     while new:
         files = [path for path in MODULES if module_of(path) in new]
-        heavy = {name for path in files for name in imports(path) if name.split(".")[0] in ("jax", "flax", "optax")}
+        heavy = {
+            name
+            for path in files
+            for name in imports(path)
+            if name.split(".")[0] in ("jax", "flax", "optax")
+        }
         assert heavy == set()
         reached |= new
         new = set().union(*map(used, files)) - reached
@@ -88,7 +96,17 @@ def test_everything_public_has_a_docstring(path):
 
 
 def test_importing_the_package_loads_nothing_heavy():
-    heavy = ["tensorflow", "tensorflow_datasets", "torch", "orbax", "PIL", "matplotlib", "safetensors"]
+    heavy = [
+        "tensorflow",
+        "tensorflow_datasets",
+        "torch",
+        "orbax",
+        "PIL",
+        "matplotlib",
+        "safetensors",
+    ]
     program = f"import sys, adv2_jax; print(*(name for name in {heavy} if name in sys.modules))"
-    finished = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, check=True
+    )
     assert finished.stdout.split() == []

@@ -9,12 +9,19 @@ import pytest
 from adv2_jax import attack, explain, interpreters, metrics, presets, threats
 from adv2_jax.attacks import count_steps, gradient_evaluations
 from adv2_jax.crafting import snapshot_steps
-from adv2_jax.interpreters import INTERPRETERS, Interpreter, cam_interpreter, smooth_grad_interpreter
-from adv2_jax.models import Masked
+from adv2_jax.interpreters import (
+    INTERPRETERS,
+    Interpreter,
+    cam_interpreter,
+    smooth_grad_interpreter,
+)
+from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.presets import PRESETS, Preset, constant, resolve
 
 PIXEL = 1 / 255
-CAM = Preset(cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0))
+CAM = Preset(
+    cam_interpreter(), warm_steps=3, steps=6, step_size=constant(PIXEL), balance=constant(1.0)
+)
 PGD = replace(CAM, interpreter=None)
 # scored apart from its steps, every second one, as a surrogate must be whose map is not the explained one
 APART = replace(CAM, interpreter=cam_interpreter()._replace(faithful=False), score_every=2)
@@ -25,7 +32,7 @@ NAMES = ", ".join(INTERPRETERS)
 
 @pytest.fixture(scope="module")
 def model(make_small, masker):
-    return Masked(make_small(), masker)
+    return ClassifierWithMasker(make_small(), masker)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,10 @@ def targets(ranking):
 @pytest.fixture(scope="module")
 def benign(model, images, labels):
     """interpreter name -> benign maps."""
-    return {name: explain(model, images, labels, interpreter=f().explain)[1] for name, f in INTERPRETERS.items()}
+    return {
+        name: explain(model, images, labels, interpreter=f().explain)[1]
+        for name, f in INTERPRETERS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +67,13 @@ def run(model, images, targets, benign):
 
     def call(plan=CAM, **changes):
         name = plan.interpreter.name if plan.interpreter else "cam"
-        arguments = {"model": model, "images": images, "targets": targets, "target_maps": benign[name], **changes}
+        arguments = {
+            "model": model,
+            "images": images,
+            "targets": targets,
+            "target_maps": benign[name],
+            **changes,
+        }
         return attack(preset=plan, interpreter=plan.interpreter, **arguments)
 
     return call
@@ -109,14 +125,20 @@ def test_radius_is_used_and_holds(run, images, epsilon, plan):
 
 @pytest.mark.parametrize("threat", [threats.linf(7.3 / 255), threats.l2(0.3)], ids=["linf", "l2"])
 def test_radius_holds_around_images_off_the_8_bit_grid(run, images, threat):
-    off = np.clip(images / 255 + np.random.default_rng(0).uniform(-0.4, 0.4, images.shape) / 255, 0, 1).astype(np.float32)
+    off = np.clip(
+        images / 255 + np.random.default_rng(0).uniform(-0.4, 0.4, images.shape) / 255, 0, 1
+    ).astype(np.float32)
     result = run(images=off, threat=threat, steps=10)
     norm, epsilon = (metrics.linf, 7.3 / 255) if threat.name == "linf" else (metrics.l2, 0.3)
-    assert (norm(result.images, off) <= epsilon).all() and (norm(result.images, off) > 0.8 * epsilon).all()
+    assert (norm(result.images, off) <= epsilon).all() and (
+        norm(result.images, off) > 0.8 * epsilon
+    ).all()
 
 
 def test_an_image_that_no_8_bit_image_is_near_enough_to_is_refused(run, images):
-    with pytest.raises(ValueError, match=r"from the nearest 8-bit image, more than epsilon = 0\.02"):
+    with pytest.raises(
+        ValueError, match=r"from the nearest 8-bit image, more than epsilon = 0\.02"
+    ):
         run(images=np.clip(images + 0.5, 0, 255) / 255, threat=threats.l2(0.02))
 
 
@@ -139,12 +161,18 @@ def test_attack_without_interpreter_needs_no_maps_and_gives_none(run, targets):
 
 
 @pytest.mark.parametrize("plan", [CAM, APART], ids=["cam", "apart"])
-def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run, images, targets, benign, plan):
+def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(
+    run, images, targets, benign, plan
+):
     together = run(plan).images
     for batch_size in (1, 4):
         np.testing.assert_array_equal(run(plan, batch_size=batch_size).images, together)
     order = np.array([4, 0, 5, 3, 1, 2])
-    change = {"images": images[order], "targets": targets[order], "target_maps": benign["cam"][order]}
+    change = {
+        "images": images[order],
+        "targets": targets[order],
+        "target_maps": benign["cam"][order],
+    }
     np.testing.assert_array_equal(run(plan, **change).images, together[order])
 
 
@@ -152,7 +180,8 @@ def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run, i
 def test_both_drivers_deliver_the_same(run, plan):
     host, fori = run(plan, driver="host"), run(plan, driver="fori")
     differs = np.abs(host.images.astype(int) - fori.images)
-    assert differs.max() <= 2 and (differs > 0).mean() < 0.01  # a sign may flip where float32 rounds around zero
+    # a sign may flip where float32 rounds around zero
+    assert differs.max() <= 2 and (differs > 0).mean() < 0.01
 
 
 @pytest.mark.parametrize("driver", ["fori", "host"])
@@ -170,10 +199,14 @@ def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, masker
         caplog.clear()
         with jax.log_compiles():
             run(**{"batch_size": 5, **changes})
-        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.getMessage().startswith("Compiling")
+        ]
 
     assert compiled(threat=threats.linf(8 / 255))
-    other = Masked(make_small(1), masker)
+    other = ClassifierWithMasker(make_small(1), masker)
     assert compiled(threat=threats.linf(8 / 255), model=other, images=images[::-1].copy()) == []
     other_numbers = replace(CAM, balance=constant(3.0), step_size=constant(PIXEL / 2))
     assert compiled(threat=threats.linf(8 / 255), plan=other_numbers) == []
@@ -188,14 +221,22 @@ def delivered_score(result, targets, target_maps):
 
 
 @pytest.mark.parametrize(
-    ("plan", "unscored"), [(replace(CAM, score_every=1, rounded=True), 1), (APART, 0)], ids=["faithful", "apart"]
+    ("plan", "unscored"),
+    [(replace(CAM, score_every=1, rounded=True), 1), (APART, 0)],
+    ids=["faithful", "apart"],
 )
 @pytest.mark.parametrize("steps", [2, 20])
-def test_best_iterate_is_never_worse_than_the_last_that_was_scored(run, targets, benign, plan, unscored, steps):
+def test_best_iterate_is_never_worse_than_the_last_that_was_scored(
+    run, targets, benign, plan, unscored, steps
+):
     """A faithful step scores the iterate it starts from: where the last step leads is never seen, and never delivered."""
     options = {"threat": WIDE, "warm_steps": 20}
     fixed = replace(plan, balance=presets.constant(1.0), step_size=presets.constant(1 / 255))
-    last = delivered_score(run(replace(fixed, score_every=0), steps=steps - unscored, **options), targets, benign["cam"])
+    last = delivered_score(
+        run(replace(fixed, score_every=0), steps=steps - unscored, **options),
+        targets,
+        benign["cam"],
+    )
     best = delivered_score(run(fixed, steps=steps, **options), targets, benign["cam"])
     assert (last < 1).any()
     assert (best <= last + 1e-5).all()  # float32 maps
@@ -231,17 +272,25 @@ def counted(calls):
 def test_gradient_evaluations_are_those_spent(run, model, calls, counted, faithful, score_every):
     """A step on CAM is a gradient of the network, and the weights of the head; a fresh look runs forward twice."""
     widths = presets.ramp(1.0, 8.0)
-    plan = replace(CAM, interpreter=counted._replace(faithful=faithful), score_every=score_every, steps=7, tau=widths)
+    plan = replace(
+        CAM,
+        interpreter=counted._replace(faithful=faithful),
+        score_every=score_every,
+        steps=7,
+        tau=widths,
+    )
     gradient_evaluations(model, plan, threats.linf(), (16, 16, 3))  # is traced here, and kept
     for values in calls.values():
         values.clear()
     result = run(plan)
     jax.effects_barrier()
-    scorings = len(calls["explain"]) - 2  # the other two look at the result, before and after rounding
+    # the other two look at the result, before and after rounding
+    scorings = len(calls["explain"]) - 2
     assert scorings == (0 if faithful or not score_every else -(-7 // score_every))
     spent = plan.warm_steps + len(calls["surrogate"]) + scorings
     assert result.gradient_evaluations == pytest.approx(spent, rel=0.05)
-    np.testing.assert_allclose(sorted(calls["surrogate"]), range(1, 8), rtol=1e-6)  # each step by its place in the schedule
+    # each step by its place in the schedule
+    np.testing.assert_allclose(sorted(calls["surrogate"]), range(1, 8), rtol=1e-6)
 
 
 @PLANS
@@ -282,7 +331,12 @@ def test_every_preset_has_every_interpreter():
 @pytest.mark.parametrize("n", [0, 1, 7, 100])
 def test_schedules_of_every_preset_are_finite_and_positive(n):
     for plan in (plan for table in PRESETS.values() for plan in table.values()):
-        numbers = np.array([[schedule(n)(i) for i in range(n)] for schedule in (plan.step_size, plan.balance, plan.tau)])
+        numbers = np.array(
+            [
+                [schedule(n)(i) for i in range(n)]
+                for schedule in (plan.step_size, plan.balance, plan.tau)
+            ]
+        )
         assert np.isfinite(numbers).all() and (numbers >= 0).all()
         assert (numbers[[0, 2]] > 0).all()
 
@@ -313,19 +367,35 @@ def test_steps_take_the_place_of_the_presets():
 
 
 def test_steps_of_the_released_flow_code():
-    plans = [presets.resolve("paper", name, threat=threats.flow()) for name in (None, *INTERPRETERS)]
-    assert [(plan.warm_steps, plan.steps) for plan in plans] == [(0, 800)] + [(200, 600)] * len(INTERPRETERS)
-    assert all(plan.step_size(600)(i) == PIXEL == plan.warm_step_size for plan in plans for i in (0, 599))
+    plans = [
+        presets.resolve("paper", name, threat=threats.flow()) for name in (None, *INTERPRETERS)
+    ]
+    assert [(plan.warm_steps, plan.steps) for plan in plans] == [(0, 800)] + [(200, 600)] * len(
+        INTERPRETERS
+    )
+    assert all(
+        plan.step_size(600)(i) == PIXEL == plan.warm_step_size for plan in plans for i in (0, 599)
+    )
     assert all(plan.momentum is None for plan in plans)
 
 
 def test_other_numbers_for_a_flow_only(run, targets):
     assert presets.resolve("default", "cam", threat=threats.flow()).steps == 300
-    for threat in (None, threats.linf(0.2), threats.l2(), threats.Threat("mine", *threats.flow()[1:])):
+    for threat in (
+        None,
+        threats.linf(0.2),
+        threats.l2(),
+        threats.Threat("mine", *threats.flow()[1:]),
+    ):
         assert presets.resolve("default", "cam", threat=threat) == PRESETS["default"]["cam"]
     assert presets.resolve(CAM, "cam", threat=threats.flow()) == CAM
     result = run(CAM, threat=threats.flow())
-    assert result.gradient_evaluations == pytest.approx(9, rel=0.02) and result.params.shape == (6, 16, 16, 2)
+    assert result.gradient_evaluations == pytest.approx(9, rel=0.02) and result.params.shape == (
+        6,
+        16,
+        16,
+        2,
+    )
 
 
 def test_own_interpreter_takes_the_numbers_found_for_its_name():
@@ -338,21 +408,54 @@ def test_own_interpreter_takes_the_numbers_found_for_its_name():
 
 PHOTO = np.zeros((6, 16, 16, 3), np.float32)
 WRONG = {
-    "not a number": ({"images": np.full_like(PHOTO, np.nan)}, "images must lie in [0, 1], got nan..nan"),
+    "not a number": (
+        {"images": np.full_like(PHOTO, np.nan)},
+        "images must lie in [0, 1], got nan..nan",
+    ),
     "out of range": ({"images": PHOTO + 2}, "images must lie in [0, 1], got 2.0..2.0"),
     "negative": ({"images": PHOTO - 0.5}, "images must lie in [0, 1], got -0.5..-0.5"),
-    "integers": ({"images": PHOTO.astype(int)}, "images must be uint8, or floating point in [0, 1], got int64"),
+    "integers": (
+        {"images": PHOTO.astype(int)},
+        "images must be uint8, or floating point in [0, 1], got int64",
+    ),
     "one image": ({"images": PHOTO[0]}, "images must be [N, H, W, 3] with N >= 1, got [16, 16, 3]"),
-    "channels first": ({"images": PHOTO.transpose(0, 3, 1, 2)}, "images must be [N, H, W, 3] with N >= 1, got [6, 3, 16, 16]"),
-    "no image": ({"images": PHOTO[:0]}, "images must be [N, H, W, 3] with N >= 1, got [0, 16, 16, 3]"),
-    "too few targets": ({"targets": [1, 2]}, "targets must be integers [6], one an image, got int64 [2]"),
-    "fractions": ({"targets": np.ones(6)}, "targets must be integers [6], one an image, got float64 [6]"),
-    "class 10": ({"targets": [0, 1, 2, 3, 4, 10]}, "targets must lie in 0..9, the model's classes, got 0..10"),
-    "class -1": ({"targets": [0, 1, 2, 3, 4, -1]}, "targets must lie in 0..9, the model's classes, got -1..4"),
+    "channels first": (
+        {"images": PHOTO.transpose(0, 3, 1, 2)},
+        "images must be [N, H, W, 3] with N >= 1, got [6, 3, 16, 16]",
+    ),
+    "no image": (
+        {"images": PHOTO[:0]},
+        "images must be [N, H, W, 3] with N >= 1, got [0, 16, 16, 3]",
+    ),
+    "too few targets": (
+        {"targets": [1, 2]},
+        "targets must be integers [6], one an image, got int64 [2]",
+    ),
+    "fractions": (
+        {"targets": np.ones(6)},
+        "targets must be integers [6], one an image, got float64 [6]",
+    ),
+    "class 10": (
+        {"targets": [0, 1, 2, 3, 4, 10]},
+        "targets must lie in 0..9, the model's classes, got 0..10",
+    ),
+    "class -1": (
+        {"targets": [0, 1, 2, 3, 4, -1]},
+        "targets must lie in 0..9, the model's classes, got -1..4",
+    ),
     "no maps": ({"target_maps": None}, "target_maps must be [6, 4, 4] for cam, got []"),
-    "large maps": ({"target_maps": np.zeros((6, 8, 8))}, "target_maps must be [6, 4, 4] for cam, got [6, 8, 8]"),
-    "bright maps": ({"target_maps": np.full((6, 4, 4), 1.5)}, "target_maps must lie in [0, 1], got 1.5..1.5"),
-    "void maps": ({"target_maps": np.full((6, 4, 4), np.nan)}, "target_maps must lie in [0, 1], got nan..nan"),
+    "large maps": (
+        {"target_maps": np.zeros((6, 8, 8))},
+        "target_maps must be [6, 4, 4] for cam, got [6, 8, 8]",
+    ),
+    "bright maps": (
+        {"target_maps": np.full((6, 4, 4), 1.5)},
+        "target_maps must lie in [0, 1], got 1.5..1.5",
+    ),
+    "void maps": (
+        {"target_maps": np.full((6, 4, 4), np.nan)},
+        "target_maps must lie in [0, 1], got nan..nan",
+    ),
     "interpreter": ({"interpreter": "lime"}, f"interpreter 'lime' is not one of {NAMES}"),
     "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default, quick"),
     "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
@@ -366,7 +469,13 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_arguments_are_one_line_that_names_the_value(model, images, targets, benign, case):
     change, message = WRONG[case]
-    arguments = {"images": images, "targets": targets, "target_maps": benign["cam"], "steps": 1, "warm_steps": 0}
+    arguments = {
+        "images": images,
+        "targets": targets,
+        "target_maps": benign["cam"],
+        "steps": 1,
+        "warm_steps": 0,
+    }
     with pytest.raises(ValueError) as caught:
         attack(model, **{**arguments, **change})
     assert str(caught.value) == message
@@ -388,7 +497,9 @@ def test_wrong_arguments_of_explain(model, images, change, message):
 
 def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, benign):
     for batch_size in (1, 4, 64):
-        logits, maps = explain(model, images, labels, interpreter=interpreters.cam, batch_size=batch_size)
+        logits, maps = explain(
+            model, images, labels, interpreter=interpreters.cam, batch_size=batch_size
+        )
         np.testing.assert_array_equal(logits.argmax(-1), labels)
         np.testing.assert_allclose(maps, benign["cam"], atol=1e-5)  # float32
 
@@ -420,7 +531,8 @@ def test_lambda_of_the_paper_ends_where_it_should(n):
 
 def test_explain_takes_names_interpreters_and_functions(model, images, labels):
     maps = [
-        explain(model, images, labels, interpreter=interpreter)[1] for interpreter in ("cam", cam_interpreter(), interpreters.cam)
+        explain(model, images, labels, interpreter=interpreter)[1]
+        for interpreter in ("cam", cam_interpreter(), interpreters.cam)
     ]
     np.testing.assert_array_equal(maps[0], maps[1])
     np.testing.assert_array_equal(maps[0], maps[2])
@@ -442,11 +554,15 @@ def test_snapshots_change_nothing_and_end_with_what_is_delivered(run, images, re
 
 
 def test_snapshots_are_the_iterates(run):
-    constant_steps = replace(CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), score_every=0)
+    constant_steps = replace(
+        CAM, warm_steps=2, steps=6, step_size=constant(PIXEL), balance=constant(1.0), score_every=0
+    )
     assert snapshot_steps(constant_steps) == [0, 2, 3, 4, 5, 6, 7, 8]
     whole = run(constant_steps, snapshots=6)
     for i, steps in ((1, 0), (3, 2), (5, 4)):
-        np.testing.assert_array_equal(whole.snapshots[:, i], run(replace(constant_steps, steps=steps)).images)
+        np.testing.assert_array_equal(
+            whole.snapshots[:, i], run(replace(constant_steps, steps=steps)).images
+        )
 
 
 def test_curves_begin_at_the_benign_image(run, model, images, targets, benign, result):

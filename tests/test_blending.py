@@ -40,7 +40,10 @@ def float32(*arrays):
 
 
 def test_blend_is_the_one_of_a_plain_loop(x, m, other):
-    np.testing.assert_allclose(blending.blend(*float32(x, m, other)), blended(x, m, other), atol=1e-6)  # float32
+    # float32
+    np.testing.assert_allclose(
+        blending.blend(*float32(x, m, other)), blended(x, m, other), atol=1e-6
+    )
 
 
 def test_a_mask_of_ones_shows_the_image_one_of_zeros_the_alternative(x, other):
@@ -61,7 +64,9 @@ def test_blend_is_differentiable_in_all_three(double, slope, x, m, other, argume
     factor, v = rng.standard_normal(x.shape), rng.standard_normal(arguments[argument].shape)
 
     def f(changed):
-        return jnp.sum(factor * blending.blend(*arguments[:argument], changed, *arguments[argument + 1 :]) ** 2)
+        return jnp.sum(
+            factor * blending.blend(*arguments[:argument], changed, *arguments[argument + 1 :]) ** 2
+        )
 
     found = jnp.vdot(jax.grad(f)(arguments[argument]), v)
     np.testing.assert_allclose(found, slope(f, arguments[argument], v), rtol=1e-7)
@@ -70,7 +75,9 @@ def test_blend_is_differentiable_in_all_three(double, slope, x, m, other, argume
 
 def test_blurred_is_a_blur_by_parts_of_the_shorter_side(x):
     (image,) = float32(x)
-    np.testing.assert_allclose(blending.blurred(image), maps.blur(image, blending.BLUR * H), atol=1e-6)
+    np.testing.assert_allclose(
+        blending.blurred(image), maps.blur(image, blending.BLUR * H), atol=1e-6
+    )
 
 
 def test_blur_takes_away_what_is_fine():
@@ -80,16 +87,25 @@ def test_blur_takes_away_what_is_fine():
 
 
 def test_coloured_is_one_colour_with_noise():
-    drawn = jax.vmap(lambda key: blending.coloured(key, jnp.zeros((16, 16, 3))))(jax.random.split(jax.random.key(0), 300))
+    drawn = jax.vmap(lambda key: blending.coloured(key, jnp.zeros((16, 16, 3))))(
+        jax.random.split(jax.random.key(0), 300)
+    )
     assert drawn.shape == (300, 16, 16, 3) and drawn.min() >= 0 and drawn.max() <= 1
     # noise pushes nothing beyond 0 or 1 where the colour is four deviations away, so its statistics can be seen there
     colours = np.median(drawn, axis=(1, 2))
     clear = (colours > 4 * blending.NOISE) & (colours < 1 - 4 * blending.NOISE)
-    noise = (np.asarray(drawn) - colours[:, None, None])[np.broadcast_to(clear[:, None, None], drawn.shape)]
-    assert abs(noise.mean()) < 0.01 * blending.NOISE + 1e-3 and noise.std() == pytest.approx(blending.NOISE, rel=0.05)
+    noise = (np.asarray(drawn) - colours[:, None, None])[
+        np.broadcast_to(clear[:, None, None], drawn.shape)
+    ]
+    assert abs(noise.mean()) < 0.01 * blending.NOISE + 1e-3 and noise.std() == pytest.approx(
+        blending.NOISE, rel=0.05
+    )
     # 900 colours, uniform in [0, 1]: mean .5 and deviation 12^-1/2, each known to .01
-    assert colours.mean() == pytest.approx(0.5, abs=0.04) and colours.std() == pytest.approx(12**-0.5, abs=0.03)
-    assert np.abs(np.corrcoef(colours.T) - np.eye(3)).max() < 0.25  # channels are drawn apart; deviation 300^-1/2 = .06
+    assert colours.mean() == pytest.approx(0.5, abs=0.04) and colours.std() == pytest.approx(
+        12**-0.5, abs=0.03
+    )
+    # channels are drawn apart; deviation 300^-1/2 = .06
+    assert np.abs(np.corrcoef(colours.T) - np.eye(3)).max() < 0.25
 
 
 def test_alternatives_are_blurred_or_coloured_as_often(x):
@@ -98,7 +114,9 @@ def test_alternatives_are_blurred_or_coloured_as_often(x):
     drawn = jax.vmap(blending.alternative, (0, None))(keys, image)
     is_blurred = np.abs(drawn - blending.blurred(image)).max((1, 2, 3)) < 1e-5
     assert abs(is_blurred.mean() - 0.5) < 0.1  # four deviations of 400 tosses
-    assert len({colour.tobytes() for colour in np.asarray(drawn)[~is_blurred]}) == (~is_blurred).sum()
+    assert (
+        len({colour.tobytes() for colour in np.asarray(drawn)[~is_blurred]}) == (~is_blurred).sum()
+    )
     assert drawn.min() >= 0 and drawn.max() <= 1
 
 

@@ -14,10 +14,11 @@ import pytest
 from flax import nnx
 
 from adv2_jax import cli, interpreters, models
-from adv2_jax.experiments import train_masker
-from adv2_jax.experiments.tables import by_rows
+from adv2_jax.cli.main import parser
 from adv2_jax.files import write_arrays, write_summary
 from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.runs import faithfulness
+from adv2_jax.runs.tables import by_rows
 
 N, K = 6, 3
 
@@ -37,8 +38,27 @@ def network(tiny_by_name, tmp_path_factory):
 
 
 def attack(network, out, *words, images=None):
-    base = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--out", str(out)]
-    return cli.main([*base, "--images", str(images or network / "images.npz"), "--warm-steps", "1", "--steps", "3", *words])
+    base = [
+        "attack",
+        "--model",
+        "tiny",
+        "--weights",
+        str(network / "weights.npz"),
+        "--out",
+        str(out),
+    ]
+    return cli.main(
+        [
+            *base,
+            "--images",
+            str(images or network / "images.npz"),
+            "--warm-steps",
+            "1",
+            "--steps",
+            "3",
+            *words,
+        ]
+    )
 
 
 @pytest.mark.slow
@@ -46,15 +66,30 @@ def test_a_mask_is_charged_for_the_steps_of_its_own_descents(network, tmp_path):
     assert attack(network, tmp_path / "out", "--interpreter", "mask", "--limit", "2") == 0
     rows = json.loads((tmp_path / "out" / "summary.json").read_text())["rows"]
     solver = interpreters.mask_interpreter().solver
-    spent = 1 + solver.steps + 3 * 5 + solver.steps + 0.4  # to start from, joint steps, scored once: a third of a gradient or so
-    assert spent <= rows[1]["gradient_evaluations"] <= 1.15 * spent  # a tiny network: blurs count beside its convolutions
-    assert rows[0]["gradient_evaluations"] == round(rows[1]["gradient_evaluations"])  # PGD's steps are whole
+    # to start from, joint steps, scored once: a third of a gradient or so
+    spent = 1 + solver.steps + 3 * 5 + solver.steps + 0.4
+    # a tiny network: blurs count beside its convolutions
+    assert spent <= rows[1]["gradient_evaluations"] <= 1.15 * spent
+    # PGD's steps are whole
+    assert rows[0]["gradient_evaluations"] == round(rows[1]["gradient_evaluations"])
 
 
 def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    row = {"interpreter": "grad_cam", "attack": "adv2", "threat": "linf", "n": 10000} | dict.fromkeys(cli.COLUMNS, 0.123)
-    cli._print(by_rows(cli.TITLE, cli.COLUMNS, [row | {"gradient_evaluations": 19720, "seconds": 12345.678}], spread=False))
+    row = {
+        "interpreter": "grad_cam",
+        "attack": "adv2",
+        "threat": "linf",
+        "n": 10000,
+    } | dict.fromkeys(cli.commands.COLUMNS, 0.123)
+    cli.console.print_sheet(
+        by_rows(
+            cli.commands.TITLE,
+            cli.commands.COLUMNS,
+            [row | {"gradient_evaluations": 19720, "seconds": 12345.678}],
+            spread=False,
+        )
+    )
     assert "…" not in capsys.readouterr().out
 
 
@@ -62,7 +97,12 @@ def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
 def test_attack_writes_the_contract(network, tmp_path, capsys):
     out = tmp_path / "deep" / "run"
     assert attack(network, out, "--interpreter", "grad", "cam", "--limit", "4", "--seed", "3") == 0
-    assert sorted(path.name for path in out.iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "log.jsonl",
+        "report.html",
+        "results.npz",
+        "summary.json",
+    ]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["schema"] == 1
     assert summary["config"]["command"].startswith("adv2 attack --model tiny")
@@ -87,15 +127,20 @@ def test_attack_writes_the_contract(network, tmp_path, capsys):
         "seconds",
     }
     assert all(row.keys() >= keys for row in summary["rows"])
-    cost = {"cam": 4, "grad": 7}  # a step of the warm start, and three: a gradient of a gradient is two
+    # a step of the warm start, and three: a gradient of a gradient is two
+    cost = {"cam": 4, "grad": 7}
     for row in summary["rows"]:
-        assert row["n"] == 4 and row["gradient_evaluations"] == pytest.approx(cost[row["interpreter"]], rel=0.05)
+        assert row["n"] == 4 and row["gradient_evaluations"] == pytest.approx(
+            cost[row["interpreter"]], rel=0.05
+        )
     with np.load(out / "results.npz") as results:
         assert results["images"].shape == results["grad/adv2/images"].shape == (4, 8, 8, 3)
         assert results["grad/adv2/images"].dtype == np.uint8
         assert results["cam/pgd/maps"].shape == results["cam/target_maps"].shape == (4, 2, 2)
         assert (results["targets"] != results["labels"]).all()
-        assert results["cam/adv2/map_l1"].mean() == pytest.approx(summary["rows"][3]["map_l1"], rel=1e-6)
+        assert results["cam/adv2/map_l1"].mean() == pytest.approx(
+            summary["rows"][3]["map_l1"], rel=1e-6
+        )
     printed = capsys.readouterr()
     assert "report.html" in printed.out
     assert printed.err == ""  # no terminal, no progress bar
@@ -116,7 +161,9 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
     arrays["targets"] = (arrays["labels"] + 2) % K
     arrays["target_maps"] = np.random.default_rng(1).random((N, 2, 2), np.float32)
     write_arrays(tmp_path / "own.npz", arrays)
-    assert attack(network, tmp_path / "out", "--interpreter", "cam", images=tmp_path / "own.npz") == 0
+    assert (
+        attack(network, tmp_path / "out", "--interpreter", "cam", images=tmp_path / "own.npz") == 0
+    )
     with np.load(tmp_path / "out" / "results.npz") as results:
         np.testing.assert_array_equal(results["targets"], arrays["targets"])
         np.testing.assert_array_equal(results["cam/target_maps"], arrays["target_maps"])
@@ -125,10 +172,29 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("threat", "epsilon", "penalty"),
-    [("l2", 0.5, None), ("flow", None, 5e-4), ("linf+flow", 8 / 255, 5e-4), ("linf", 8 / 255, None)],
+    [
+        ("l2", 0.5, None),
+        ("flow", None, 5e-4),
+        ("linf+flow", 8 / 255, 5e-4),
+        ("linf", 8 / 255, None),
+    ],
 )
 def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
-    assert attack(network, tmp_path / "out", "--interpreter", "cam", "--limit", "2", "--threat", threat, "--preset", "paper") == 0
+    assert (
+        attack(
+            network,
+            tmp_path / "out",
+            "--interpreter",
+            "cam",
+            "--limit",
+            "2",
+            "--threat",
+            threat,
+            "--preset",
+            "paper",
+        )
+        == 0
+    )
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["config"]["epsilon"], summary["config"]["penalty"]) == (epsilon, penalty)
     rows = summary["rows"]
@@ -136,11 +202,19 @@ def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, pe
     with np.load(tmp_path / "out" / "results.npz") as results:
         for row in rows:
             key = f"cam/{row['attack']}/flow"
-            assert (key in results) == ("mean_displacement" in row) == ("flow_penalty" in row) == (penalty is not None)
+            assert (
+                (key in results)
+                == ("mean_displacement" in row)
+                == ("flow_penalty" in row)
+                == (penalty is not None)
+            )
             if key in results:
                 assert results[key].shape == (2, 8, 8, 2) and results[key].dtype == np.float32
-                assert row["mean_displacement"] == pytest.approx(np.hypot(*np.moveaxis(results[key], -1, 0)).mean(), rel=1e-5)
-                assert 0 < row["mean_displacement"] <= 0.04 * 2**0.5  # four steps of .01 in each direction
+                assert row["mean_displacement"] == pytest.approx(
+                    np.hypot(*np.moveaxis(results[key], -1, 0)).mean(), rel=1e-5
+                )
+                # four steps of .01 in each direction
+                assert 0 < row["mean_displacement"] <= 0.04 * 2**0.5
 
 
 IMAGES = np.zeros((2, 8, 8, 3), np.uint8)
@@ -150,16 +224,37 @@ BAD_FILES = {
     "lacks images": {"labels": LABELS},
     "uint8 in 0..255, got float32": {"images": IMAGES.astype(np.float32), "labels": LABELS},
     "not finite": {"images": np.full(IMAGES.shape, np.nan, np.float32), "labels": LABELS},
-    "0..300": {"images": np.linspace(0, 300, IMAGES.size).astype(int).reshape(IMAGES.shape), "labels": LABELS},
+    "0..300": {
+        "images": np.linspace(0, 300, IMAGES.size).astype(int).reshape(IMAGES.shape),
+        "labels": LABELS,
+    },
     "empty": {"images": IMAGES[:0], "labels": LABELS[:0]},
     "[N, H, W, 3], got [2, 8, 8, 1]": {"images": IMAGES[..., :1], "labels": LABELS},
-    "label 9 of image 1 is out of range: the network has 3 classes": {"images": IMAGES, "labels": np.array([0, 9])},
+    "label 9 of image 1 is out of range: the network has 3 classes": {
+        "images": IMAGES,
+        "labels": np.array([0, 9]),
+    },
     "got -1 at image 0": {"images": IMAGES, "labels": np.array([-1, 0])},
-    "labels must be below 2**31, got 4294967296 at image 1": {"images": IMAGES, "labels": np.array([0, 2**32])},
+    "labels must be below 2**31, got 4294967296 at image 1": {
+        "images": IMAGES,
+        "labels": np.array([0, 2**32]),
+    },
     "labels must be integers [2]": {"images": IMAGES, "labels": np.zeros(3, np.int32)},
-    "target 3 of image 0 is out of range": {"images": IMAGES, "labels": LABELS, "targets": np.array([3, 1])},
-    "the target of image 1 is its label": {"images": IMAGES, "labels": LABELS, "targets": np.array([1, 0])},
-    "target_maps must be floats [2, h, w]": {"images": IMAGES, "labels": LABELS, "target_maps": np.zeros((2, 4))},
+    "target 3 of image 0 is out of range": {
+        "images": IMAGES,
+        "labels": LABELS,
+        "targets": np.array([3, 1]),
+    },
+    "the target of image 1 is its label": {
+        "images": IMAGES,
+        "labels": LABELS,
+        "targets": np.array([1, 0]),
+    },
+    "target_maps must be floats [2, h, w]": {
+        "images": IMAGES,
+        "labels": LABELS,
+        "target_maps": np.zeros((2, 4)),
+    },
     "target_maps must lie in [0, 1], got 0.0..2.0": {
         "images": IMAGES,
         "labels": LABELS,
@@ -172,7 +267,12 @@ BAD_FILES = {
 @pytest.mark.parametrize("expected", BAD_FILES)
 def test_bad_image_files_are_refused(network, tmp_path, capsys, expected):
     np.savez(tmp_path / "bad.npz", **BAD_FILES[expected])
-    refused(attack(network, tmp_path / "out", images=tmp_path / "bad.npz"), capsys, expected, tmp_path / "out")
+    refused(
+        attack(network, tmp_path / "out", images=tmp_path / "bad.npz"),
+        capsys,
+        expected,
+        tmp_path / "out",
+    )
 
 
 @pytest.mark.parametrize("name", ["images.npz", "weights.npz"])
@@ -180,7 +280,9 @@ def test_truncated_files_are_refused(network, tmp_path, capsys, name):
     whole, cut = (network / name).read_bytes(), tmp_path / name
     cut.write_bytes(whole[: len(whole) // 2])
     words = ["--weights" if name == "weights.npz" else "--images", str(cut)]
-    refused(attack(network, tmp_path / "out", *words), capsys, f"cannot read {cut}", tmp_path / "out")
+    refused(
+        attack(network, tmp_path / "out", *words), capsys, f"cannot read {cut}", tmp_path / "out"
+    )
 
 
 BAD_WORDS = {
@@ -192,7 +294,12 @@ BAD_WORDS = {
     "epsilon = 2.0 must lie in [1/255, 1]": ["--epsilon", "2"],
     "epsilon = nan must lie in [1/255, 1]": ["--epsilon", "nan"],
     "epsilon = 0.0 must be a finite number, 1/255 or more": ["--threat", "l2", "--epsilon", "0"],
-    "penalty = -1.0 must be a finite number, 0 or more": ["--threat", "linf+flow", "--flow-penalty", "-1"],
+    "penalty = -1.0 must be a finite number, 0 or more": [
+        "--threat",
+        "linf+flow",
+        "--flow-penalty",
+        "-1",
+    ],
     "--epsilon is not for --threat flow": ["--threat", "flow", "--epsilon", "0.1"],
     "--flow-penalty is not for --threat l2": ["--threat", "l2", "--flow-penalty", "0.1"],
     "invalid choice: 'l1' (choose from": ["--threat", "l1"],
@@ -208,7 +315,9 @@ BAD_WORDS = {
 
 @pytest.mark.parametrize("expected", BAD_WORDS)
 def test_bad_words_are_refused(network, tmp_path, capsys, expected):
-    refused(attack(network, tmp_path / "out", *BAD_WORDS[expected]), capsys, expected, tmp_path / "out")
+    refused(
+        attack(network, tmp_path / "out", *BAD_WORDS[expected]), capsys, expected, tmp_path / "out"
+    )
 
 
 def test_model_without_weights_is_refused(tmp_path, capsys):
@@ -219,17 +328,32 @@ def test_model_without_weights_is_refused(tmp_path, capsys):
 
 
 def train(network, out, *words):
-    images = np.tile(np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8), (2, 1, 1, 1))
+    images = np.tile(
+        np.random.default_rng(0).integers(0, 256, (10, 8, 8, 3), np.uint8), (2, 1, 1, 1)
+    )
     write_arrays(network / "train.npz", {"images": images, "labels": np.arange(20) % K})
     write_arrays(network / "one.npz", {"images": images, "labels": np.zeros(20, int)})
-    base = ["train", "classifier", "--model", "tiny", "--images", str(network / "train.npz"), "--epochs", "2"]
+    base = [
+        "train",
+        "classifier",
+        "--model",
+        "tiny",
+        "--images",
+        str(network / "train.npz"),
+        "--epochs",
+        "2",
+    ]
     return cli.main([*base, "--batch-size", "6", "--out", str(out), *words])
 
 
 @pytest.mark.slow
 def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert train(network, tmp_path / "out") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "summary.json",
+        "weights.npz",
+    ]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["counts"] == {"train": 18, "held_out": 2}
     assert len(summary["losses"]) == 6
@@ -243,7 +367,7 @@ def test_classifiers_train_on_plain_scenes_too(tmp_path, capsys, monkeypatch, ki
     def asked(source, **options):
         raise ValueError(f"plain {options['plain']} of {source}")
 
-    monkeypatch.setattr(cli, "training_sets", asked)
+    monkeypatch.setattr(cli.training, "training_sets", asked)
     assert cli.main(["train", kind, "--images", "shapes", "--out", str(tmp_path / "out")]) == 2
     assert f"plain {plain} of shapes" in capsys.readouterr().err
 
@@ -260,7 +384,12 @@ BAD_TRAINING = {
 @pytest.mark.parametrize("expected", BAD_TRAINING)
 def test_bad_training_is_refused(network, tmp_path, capsys, expected, monkeypatch):
     monkeypatch.chdir(network)
-    refused(train(network, tmp_path / "out", *BAD_TRAINING[expected]), capsys, expected, tmp_path / "out")
+    refused(
+        train(network, tmp_path / "out", *BAD_TRAINING[expected]),
+        capsys,
+        expected,
+        tmp_path / "out",
+    )
 
 
 @contextlib.contextmanager
@@ -282,7 +411,7 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     words = ["--checkpoint-every", "2", "--no-mirror"]
     assert train(network, tmp_path / "whole", *words) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", lambda: interrupted_at(5))
+        patch.setattr(cli.training, "progress_bars", lambda: interrupted_at(5))
         assert train(network, tmp_path / "out", *words) == 130
     assert "--resume goes on from it" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoints"]
@@ -291,16 +420,28 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     assert train(network, tmp_path / "out", *words, "--seed", "5", "--resume") == 2
     assert "seed was 0, is 5" in capsys.readouterr().err
     assert train(network, tmp_path / "out", *words, "--resume") == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "summary.json", "weights.npz"]
-    assert (tmp_path / "out" / "weights.npz").read_bytes() == (tmp_path / "whole" / "weights.npz").read_bytes()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "report.html",
+        "summary.json",
+        "weights.npz",
+    ]
+    assert (tmp_path / "out" / "weights.npz").read_bytes() == (
+        tmp_path / "whole" / "weights.npz"
+    ).read_bytes()
 
 
 def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
     start = ["--weights", str(network / "weights.npz"), "--head-only", "--learning-rate", "1e-9"]
     assert train(network, tmp_path / "same", *start) == 0
-    old, new = (dict(np.load(path)) for path in (network / "weights.npz", tmp_path / "same" / "weights.npz"))
-    assert all(np.allclose(old[key], new[key], atol=1e-6) for key in old)  # a rate of 1e-9 moves nothing
-    write_arrays(network / "five.npz", {"images": np.zeros((20, 8, 8, 3), np.uint8), "labels": np.arange(20) % 5})
+    old, new = (
+        dict(np.load(path)) for path in (network / "weights.npz", tmp_path / "same" / "weights.npz")
+    )
+    # a rate of 1e-9 moves nothing
+    assert all(np.allclose(old[key], new[key], atol=1e-6) for key in old)
+    write_arrays(
+        network / "five.npz",
+        {"images": np.zeros((20, 8, 8, 3), np.uint8), "labels": np.arange(20) % 5},
+    )
     assert train(network, tmp_path / "five", *start, "--images", str(network / "five.npz")) == 0
     with np.load(tmp_path / "five" / "weights.npz") as five:
         assert five["linear.weight"].shape == (5, 8)
@@ -321,11 +462,25 @@ def train_rts(network):
 
     def call(out, *words):
         images, weights = (str(network / name) for name in ("images.npz", "weights.npz"))
-        base = ["train", "rts", "--model", "tiny", "--weights", weights, "--images", images, "--held-out", images]
+        base = [
+            "train",
+            "rts",
+            "--model",
+            "tiny",
+            "--weights",
+            weights,
+            "--images",
+            images,
+            "--held-out",
+            images,
+        ]
         return cli.main([*base, "--epochs", "3", "--batch-size", "3", "--out", str(out), *words])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_masker, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")})  # sooner
+        # sooner
+        patch.setattr(
+            faithfulness, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")}
+        )
         yield call
 
 
@@ -339,32 +494,54 @@ def rts(train_rts, tmp_path_factory):
 
 @pytest.mark.slow
 def test_rts_training_writes_a_masker_that_loads(rts):
-    assert sorted(path.name for path in rts.iterdir()) == ["masker.npz", "report.html", "summary.json"]
+    assert sorted(path.name for path in rts.iterdir()) == [
+        "masker.npz",
+        "report.html",
+        "summary.json",
+    ]
     summary = json.loads((rts / "summary.json").read_text())
     assert summary["counts"] == {"train": 6, "held_out": 6} and len(summary["losses"]) == 6
-    assert summary["config"]["model"] == "tiny" and summary["config"]["command"].startswith("adv2 train rts --model tiny")
+    assert summary["config"]["model"] == "tiny" and summary["config"]["command"].startswith(
+        "adv2 train rts --model tiny"
+    )
     first, second = summary["quality"]
     assert (first["interpreter"], second["interpreter"], first["n"]) == ("rts", "cam", 6)
-    assert first["kept"] > 0 and 0 < first["removed"] < 1 and first["iou"] is None
+    assert (
+        first["confidence_kept"] > 0
+        and 0 < first["confidence_removed"] < 1
+        and first["iou"] is None
+    )
     masker = models.load_masker(rts / "masker.npz")
     assert masker(np.zeros((8, 8, 3), np.float32), 0).shape == (4, 4)
 
 
 @pytest.mark.slow
 def test_rts_is_attacked_with_its_masker(network, rts, tmp_path):
-    words = ["--masker", str(rts / "masker.npz"), "--encoder-loss", "mean", "--encoder-weight", "0.5"]
+    words = [
+        "--masker",
+        str(rts / "masker.npz"),
+        "--encoder-loss",
+        "mean",
+        "--encoder-weight",
+        "0.5",
+    ]
     assert attack(network, tmp_path / "rts", "--interpreter", "rts", *words) == 0
     summary = json.loads((tmp_path / "rts" / "summary.json").read_text())
-    assert [(row["interpreter"], row["attack"], row["n"]) for row in summary["rows"]] == [("rts", "pgd", N), ("rts", "adv2", N)]
+    assert [(row["interpreter"], row["attack"], row["n"]) for row in summary["rows"]] == [
+        ("rts", "pgd", N),
+        ("rts", "adv2", N),
+    ]
     with np.load(tmp_path / "rts" / "results.npz") as results:
         assert results["rts/adv2/maps"].shape == (N, 4, 4)
 
 
 @pytest.mark.slow
-def test_interrupted_rts_training_goes_on_to_the_same_masker(train_rts, rts, tmp_path, capsys, monkeypatch):
+def test_interrupted_rts_training_goes_on_to_the_same_masker(
+    train_rts, rts, tmp_path, capsys, monkeypatch
+):
     out, words = tmp_path / "out", ["--checkpoint-every", "2"]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", lambda: interrupted_at(3))
+        patch.setattr(cli.training, "progress_bars", lambda: interrupted_at(3))
         assert train_rts(out, *words) == 130
     assert "--resume goes on from it" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["checkpoints"]
@@ -377,7 +554,10 @@ def test_interrupted_rts_training_goes_on_to_the_same_masker(train_rts, rts, tmp
 def wrong_labels(network):
     """The file of the images with labels that the network gets wrong."""
     with np.load(network / "images.npz") as arrays:
-        write_arrays(network / "wrong.npz", {"images": arrays["images"], "labels": (arrays["labels"] + 1) % K})
+        write_arrays(
+            network / "wrong.npz",
+            {"images": arrays["images"], "labels": (arrays["labels"] + 1) % K},
+        )
     return str(network / "wrong.npz")
 
 
@@ -386,7 +566,10 @@ BAD_RTS_TRAINING = {
     "the masker draws maps of 5 classes, the network has 3": lambda network, other: [
         *("--encoder", "tiny", "--encoder-weights", str(other))
     ],
-    "--model own.py:network needs --encoder and --encoder-weights": lambda network, other: ["--model", "own.py:network"],
+    "--model own.py:network needs --encoder and --encoder-weights": lambda network, other: [
+        "--model",
+        "own.py:network",
+    ],
     "absent must lie in [0, 1), got 1.0": lambda network, other: ["--absent", "1"],
     "'-1' is not a number, 0 or more": lambda network, other: ["--area=-1"],
     "'inf' is not a number, 0 or more": lambda network, other: ["--power", "inf"],
@@ -398,9 +581,16 @@ BAD_RTS_TRAINING = {
 
 
 @pytest.mark.parametrize("expected", BAD_RTS_TRAINING)
-def test_bad_rts_training_is_refused(network, own, other_classes, train_rts, tmp_path, capsys, expected, monkeypatch):
+def test_bad_rts_training_is_refused(
+    network, own, other_classes, train_rts, tmp_path, capsys, expected, monkeypatch
+):
     monkeypatch.chdir(network)  # where own.py is
-    refused(train_rts(tmp_path / "out", *BAD_RTS_TRAINING[expected](network, other_classes)), capsys, expected, tmp_path / "out")
+    refused(
+        train_rts(tmp_path / "out", *BAD_RTS_TRAINING[expected](network, other_classes)),
+        capsys,
+        expected,
+        tmp_path / "out",
+    )
 
 
 BAD_RTS = {
@@ -415,22 +605,36 @@ BAD_RTS = {
 @pytest.mark.parametrize("expected", BAD_RTS)
 def test_bad_attacks_on_rts_are_refused(network, tmp_path, capsys, expected, monkeypatch):
     monkeypatch.chdir(network)
-    refused(attack(network, tmp_path / "out", *BAD_RTS[expected]), capsys, expected, tmp_path / "out")
+    refused(
+        attack(network, tmp_path / "out", *BAD_RTS[expected]), capsys, expected, tmp_path / "out"
+    )
 
 
 def test_a_masker_of_other_classes_is_refused(network, other_classes, tmp_path, capsys):
     masker = models.Masker(models.load("tiny", other_classes), rngs=nnx.Rngs(0))
     models.save_masker(masker, "tiny", tmp_path / "masker.npz")
-    code = attack(network, tmp_path / "out", "--interpreter", "rts", "--masker", str(tmp_path / "masker.npz"))
+    code = attack(
+        network, tmp_path / "out", "--interpreter", "rts", "--masker", str(tmp_path / "masker.npz")
+    )
     refused(code, capsys, "the masker draws maps of 5 classes, the network has 3", tmp_path / "out")
 
 
 def test_rts_is_among_the_interpreters_only_where_there_is_a_masker(masker):
-    embedded, named = (cli._parser().parse_args(["attack", "--out", "run", *words]) for words in ([], ["--model", "tiny"]))
-    assert isinstance(cli._masker(embedded), models.Masker) and cli._masker(named) is None
+    embedded, named = (
+        parser().parse_args(["attack", "--out", "run", *words])
+        for words in ([], ["--model", "tiny"])
+    )
+    assert (
+        isinstance(cli.subject.masker_of(embedded), models.Masker)
+        and cli.subject.masker_of(named) is None
+    )
     classifier = masker.encoder
-    assert cli._interpreters(None, models.Masked(classifier, masker)) == list(INTERPRETERS)
-    assert cli._interpreters(None, classifier) == [name for name in INTERPRETERS if name != "rts"]
+    assert cli.subject._interpreters(None, models.ClassifierWithMasker(classifier, masker)) == list(
+        INTERPRETERS
+    )
+    assert cli.subject._interpreters(None, classifier) == [
+        name for name in INTERPRETERS if name != "rts"
+    ]
 
 
 NETWORK = """
@@ -466,7 +670,10 @@ def test_own_network_by_file_and_name(network, own, tmp_path):
     words = ["--interpreter", "cam", "--limit", "2"]
     assert attack(network, tmp_path / "named", *words) == 0
     assert attack(network, tmp_path / "own", *words, "--model", f"{own}:network") == 0
-    with np.load(tmp_path / "named" / "results.npz") as a, np.load(tmp_path / "own" / "results.npz") as b:
+    with (
+        np.load(tmp_path / "named" / "results.npz") as a,
+        np.load(tmp_path / "own" / "results.npz") as b,
+    ):
         np.testing.assert_array_equal(a["cam/adv2/images"], b["cam/adv2/images"])
 
 
@@ -480,9 +687,22 @@ BAD_NETWORKS = {
 
 @pytest.mark.parametrize("expected", BAD_NETWORKS)
 def test_bad_networks_are_refused(network, own, tmp_path, capsys, expected):
-    words = ["attack", "--model", f"{own}:{BAD_NETWORKS[expected]}", "--images", str(network / "images.npz")]
-    weights = [] if BAD_NETWORKS[expected] == "Bare" else ["--weights", str(network / "weights.npz")]
-    refused(cli.main([*words, *weights, "--out", str(tmp_path / "out")]), capsys, expected, tmp_path / "out")
+    words = [
+        "attack",
+        "--model",
+        f"{own}:{BAD_NETWORKS[expected]}",
+        "--images",
+        str(network / "images.npz"),
+    ]
+    weights = (
+        [] if BAD_NETWORKS[expected] == "Bare" else ["--weights", str(network / "weights.npz")]
+    )
+    refused(
+        cli.main([*words, *weights, "--out", str(tmp_path / "out")]),
+        capsys,
+        expected,
+        tmp_path / "out",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -502,12 +722,18 @@ def test_folders_are_attacked_like_arrays(network, folders, tmp_path):
     for name, images in (("arrays", None), ("nested", folders[0]), ("flat", folders[1])):
         size = [] if images is None else ["--size", "8"]
         assert attack(network, tmp_path / name, "--interpreter", "cam", *size, images=images) == 0
-    results = {name: dict(np.load(tmp_path / name / "results.npz")) for name in ("arrays", "nested", "flat")}
-    np.testing.assert_array_equal(results["flat"]["cam/adv2/images"], results["arrays"]["cam/adv2/images"])
+    results = {
+        name: dict(np.load(tmp_path / name / "results.npz"))
+        for name in ("arrays", "nested", "flat")
+    }
+    np.testing.assert_array_equal(
+        results["flat"]["cam/adv2/images"], results["arrays"]["cam/adv2/images"]
+    )
     np.testing.assert_array_equal(results["flat"]["names"], [f"{i}.png" for i in range(N)])
     assert sorted(results["nested"]["labels"]) == sorted(results["arrays"]["labels"])
     assert all(
-        name.startswith(f"{label}/") for name, label in zip(results["nested"]["names"], results["nested"]["labels"], strict=True)
+        name.startswith(f"{label}/")
+        for name, label in zip(results["nested"]["names"], results["nested"]["labels"], strict=True)
     )
 
 
@@ -518,9 +744,21 @@ def test_wrong_images_of_numbered_folders_come_with_advice(network, tmp_path, ca
             folder = tmp_path / "photos" / str(max(label, 1))  # class 0 lies in the wrong folder
             folder.mkdir(parents=True, exist_ok=True)
             image.fromarray(pixels).save(folder / f"{i}.png")
-    assert attack(network, tmp_path / "out", "--interpreter", "cam", "--size", "8", images=tmp_path / "photos") == 0
     assert (
-        "images left out: the network gets them wrong\nthe class folders were taken by their numbers; " in capsys.readouterr().out
+        attack(
+            network,
+            tmp_path / "out",
+            "--interpreter",
+            "cam",
+            "--size",
+            "8",
+            images=tmp_path / "photos",
+        )
+        == 0
+    )
+    assert (
+        "images left out: the network gets them wrong\nthe class folders were taken by their numbers; "
+        in capsys.readouterr().out
     )
 
 
@@ -534,7 +772,7 @@ def test_folders_are_cropped_to_what_the_network_was_trained_on(network, folders
 def test_normalisation_of_named_networks(network, own, tmp_path, capsys):
     colours = ["--mean", "0.5", "0.5", "0.5", "--std", "0.25", "0.25", "0.25"]
     words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--out", "run"]
-    model = cli._model(cli._parser().parse_args([*words, *colours]))
+    model = cli.subject.model_of(parser().parse_args([*words, *colours]))
     assert (model.mean, model.std) == ((0.5,) * 3, (0.25,) * 3)
     code = attack(network, tmp_path / "other", *colours, "--model", f"{own}:network")
     refused(code, capsys, "--mean is for the networks that come with adv2", tmp_path / "other")
@@ -546,14 +784,25 @@ def test_weights_are_converted(network, tmp_path, capsys):
     with np.load(network / "weights.npz") as arrays:
         foreign = {f"module.{key}": value for key, value in arrays.items()}
     write_arrays(tmp_path / "foreign.npz", foreign)
-    words = ["convert", str(tmp_path / "foreign.npz"), "--out", str(tmp_path / "mine.safetensors"), "--model"]
+    words = [
+        "convert",
+        str(tmp_path / "foreign.npz"),
+        "--out",
+        str(tmp_path / "mine.safetensors"),
+        "--model",
+    ]
     assert cli.main([*words, "tiny"]) == 0
     printed = capsys.readouterr().out
     assert "37 of 37 keys fit tiny" in printed and "taken off every key: module." in printed
-    loaded, known = (models.load("tiny", path) for path in (tmp_path / "mine.safetensors", network / "weights.npz"))
+    loaded, known = (
+        models.load("tiny", path)
+        for path in (tmp_path / "mine.safetensors", network / "weights.npz")
+    )
     jax.tree.map(np.testing.assert_array_equal, loaded, known)
     (tmp_path / "mine.safetensors").unlink()
-    refused(cli.main([*words, "resnet18"]), capsys, "do not fit resnet18", tmp_path / "mine.safetensors")
+    refused(
+        cli.main([*words, "resnet18"]), capsys, "do not fit resnet18", tmp_path / "mine.safetensors"
+    )
 
 
 def test_a_file_in_place_of_the_directory_is_refused(network, tmp_path, capsys):
@@ -573,7 +822,7 @@ def test_interrupt_leaves_nothing_behind(network, tmp_path, capsys, monkeypatch)
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run", interrupt)
+    monkeypatch.setattr(cli.commands, "run", interrupt)
     assert attack(network, tmp_path / "new" / "out") == 130
     assert capsys.readouterr().err == "adv2: interrupted\n"
     assert not (tmp_path / "new").exists()
@@ -601,7 +850,15 @@ def coloured(tmp_path_factory):
     labels = np.arange(24) % 3
     images[np.arange(24), :2, :2, labels] = 160
     write_arrays(folder / "images.npz", {"images": images, "labels": labels})
-    words = ["--model", f"{folder}/mean.py:Mean", "--images", f"{folder}/images.npz", "--interpreter", "cam", "grad"]
+    words = [
+        "--model",
+        f"{folder}/mean.py:Mean",
+        "--images",
+        f"{folder}/images.npz",
+        "--interpreter",
+        "cam",
+        "grad",
+    ]
     return [*words, "--batch-size", "3", "--epsilon", "0.1", "--warm-steps", "0"]
 
 
@@ -609,15 +866,25 @@ def coloured(tmp_path_factory):
 def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
     words = ["attack", *coloured, "--steps", "30", "--interpreter", "cam"]
     assert cli.main([*words, "--out", str(tmp_path / "whole")]) == 0
-    out, command = tmp_path / "out", [sys.executable, "-m", "adv2_jax", *words, "--out", str(tmp_path / "out")]
+    out, command = (
+        tmp_path / "out",
+        [sys.executable, "-m", "adv2_jax", *words, "--out", str(tmp_path / "out")],
+    )
     same = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # as tests/conftest.py has it
-    with subprocess.Popen(command, env=same, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size < 300):
+    with subprocess.Popen(
+        command, env=same, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    ) as process:
+        while process.poll() is None and (
+            not (out / "log.jsonl").exists() or (out / "log.jsonl").stat().st_size < 300
+        ):
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
     kept = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert 0 < len(kept) < 16 and sorted(path.name for path in out.iterdir()) == ["batches", "log.jsonl"]
+    assert 0 < len(kept) < 16 and sorted(path.name for path in out.iterdir()) == [
+        "batches",
+        "log.jsonl",
+    ]
     assert cli.main([*words, "--out", str(out)]) == 2
     assert "holds an unfinished run: go on with it (--resume)" in capsys.readouterr().err
     assert cli.main([*words, "--out", str(out), "--resume", "--steps", "31"]) == 2
@@ -625,7 +892,11 @@ def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
     assert cli.main([*words, "--out", str(out), "--resume"]) == 0
     assert (out / "results.npz").read_bytes() == (tmp_path / "whole" / "results.npz").read_bytes()
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert len({(line["batch"], line["interpreter"], line["attack"]) for line in lines}) == len(lines) == 16
+    assert (
+        len({(line["batch"], line["interpreter"], line["attack"]) for line in lines})
+        == len(lines)
+        == 16
+    )
     assert not (out / "batches").exists()
 
 
@@ -633,17 +904,20 @@ def test_killed_run_goes_on_to_the_same_bytes(coloured, tmp_path, capsys):
 def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatch):
     words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", lambda quiet: interrupted_at(30))
+        patch.setattr(cli.commands, "progress_bars", lambda quiet: interrupted_at(30))
         assert cli.main(words) == 130
-    assert capsys.readouterr().err == "adv2: interrupted; 7 of 32 parts are kept, --resume goes on from them\n"
+    assert (
+        capsys.readouterr().err
+        == "adv2: interrupted; 7 of 32 parts are kept, --resume goes on from them\n"
+    )
     assert cli.main([*words, "--resume", "--quiet"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
 def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_attack", lambda arguments, command: [seen.append(arguments)])
-    monkeypatch.setattr(cli, "_show_demo", lambda *shown: None)
+    monkeypatch.setattr(cli.commands, "attack", lambda arguments, command: [seen.append(arguments)])
+    monkeypatch.setattr(cli.commands, "_show_demo", lambda *shown: None)
     for words in ([], ["--resume"]):
         assert cli.main(["demo", "--out", str(tmp_path), *words]) == 0
     assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 3), (True, 3)]
@@ -652,9 +926,28 @@ def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys, monkeypatch):
     """The tiny network and two interpreters: what is drawn and said, not how well it does."""
-    attack_words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz"), "--images", str(network / "images.npz")]
-    short = ["--interpreter", "cam", "grad", "--epsilon", "16/255", "--steps", "3", "--limit", "2", "--batch-size", "2"]
-    monkeypatch.setattr(cli, "DEMO", [*attack_words, *short])
+    attack_words = [
+        "--model",
+        "tiny",
+        "--weights",
+        str(network / "weights.npz"),
+        "--images",
+        str(network / "images.npz"),
+    ]
+    short = [
+        "--interpreter",
+        "cam",
+        "grad",
+        "--epsilon",
+        "16/255",
+        "--steps",
+        "3",
+        "--limit",
+        "2",
+        "--batch-size",
+        "2",
+    ]
+    monkeypatch.setattr(cli.commands, "DEMO", [*attack_words, *short])
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out.splitlines()[-1]
     assert (
@@ -674,12 +967,27 @@ def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["effectiveness", "maps", "iou", "patch", "stadv", "transfer"])
 def test_tables(coloured, tmp_path, capsys, name):
-    words = ["table", name, *coloured[: coloured.index("--epsilon")], "--steps", "3", "--limit", "4", "--out", str(tmp_path)]
+    words = [
+        "table",
+        name,
+        *coloured[: coloured.index("--epsilon")],
+        "--steps",
+        "3",
+        "--limit",
+        "4",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(words) == 0
     assert "report.html" in capsys.readouterr().out
     run = {"patch": "linf-patch", "stadv": "flow-benign"}.get(name, "linf-benign")
     assert sorted(path.name for path in tmp_path.iterdir()) == [run, "summary.json", "table.md"]
-    assert sorted(path.name for path in (tmp_path / run).iterdir()) == ["log.jsonl", "report.html", "results.npz", "summary.json"]
+    assert sorted(path.name for path in (tmp_path / run).iterdir()) == [
+        "log.jsonl",
+        "report.html",
+        "results.npz",
+        "summary.json",
+    ]
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert table.count("\n") == 8  # title, headings, rule, four lines
     assert cli.main([*words, "--resume", "--quiet"]) == 0
@@ -694,12 +1002,18 @@ def test_unknown_tables_list_the_valid_ones(tmp_path, capsys):
 @pytest.mark.slow
 def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
     words = [*coloured[:2], "--batch-size", "5"]
-    assert cli.main(["attack", *coloured, "--steps", "5", "--limit", "6", "--out", str(tmp_path / "out")]) == 0
+    assert (
+        cli.main(
+            ["attack", *coloured, "--steps", "5", "--limit", "6", "--out", str(tmp_path / "out")]
+        )
+        == 0
+    )
     report = (tmp_path / "out" / "report.html").stat().st_mtime_ns
     assert cli.main(["transfer", str(tmp_path / "out"), *words, "--to-model", coloured[1]]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["transfer"]["sources"] == ["benign", "pgd", "cam", "grad"]
-    same = {(row["source"], row["interpreter"]): row for row in summary["models"]}  # the same network under another name
+    # the same network under another name
+    same = {(row["source"], row["interpreter"]): row for row in summary["models"]}
     for row in summary["rows"]:
         seen = same[row["interpreter"] if row["attack"] == "adv2" else "pgd", row["interpreter"]]
         assert (seen["n"], seen["asr"]) == (row["n"], row["asr"])
@@ -713,7 +1027,9 @@ def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
         code = cli.main(["transfer", str(tmp_path / "out"), *words, *other])
         refused(code, capsys, expected, tmp_path / "nowhere")
     code = cli.main(["transfer", str(tmp_path / "empty"), *words])
-    refused(code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty")
+    refused(
+        code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty"
+    )
     code = cli.main(["transfer", str(tmp_path / "out")])
     refused(code, capsys, f"it was made with model '{coloured[1]}'", tmp_path / "nowhere")
 
@@ -732,7 +1048,19 @@ sys.exit(cli.main(sys.argv[1:]))
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "cp936", "cp1252", "latin-1"])
 def test_any_encoding_of_the_output_will_do(coloured, tmp_path, encoding):
-    command = [sys.executable, "-c", PROGRAM, "attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2"]
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        "attack",
+        *coloured,
+        "--interpreter",
+        "cam",
+        "--steps",
+        "2",
+        "--limit",
+        "2",
+    ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "ο")],  # a letter that only one of them has
         capture_output=True,
@@ -750,20 +1078,49 @@ def test_names_that_are_no_characters_do_not_end_a_run(coloured, tmp_path):
         os.mkdir(out)
     except OSError:
         pytest.skip("the file system takes characters only")
-    assert cli.main(["attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2", "--out", out]) == 0
+    assert (
+        cli.main(
+            [
+                "attack",
+                *coloured,
+                "--interpreter",
+                "cam",
+                "--steps",
+                "2",
+                "--limit",
+                "2",
+                "--out",
+                out,
+            ]
+        )
+        == 0
+    )
     assert "report.html" in os.listdir(out)
 
 
 @pytest.mark.slow
 def test_finished_runs_are_not_overwritten_unless_told_to(coloured, tmp_path, capsys):
     out = tmp_path / "out"
-    words = ["attack", *coloured, "--interpreter", "cam", "--steps", "2", "--limit", "2", "--out", str(out)]
+    words = [
+        "attack",
+        *coloured,
+        "--interpreter",
+        "cam",
+        "--steps",
+        "2",
+        "--limit",
+        "2",
+        "--out",
+        str(out),
+    ]
     assert cli.main(words) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
     assert cli.main([*words, "--seed", "5"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"adv2: {out} holds a finished run (summary.json, results.npz, report.html): ")
+    assert error.startswith(
+        f"adv2: {out} holds a finished run (summary.json, results.npz, report.html): "
+    )
     assert "--overwrite" in error and "another --out" in error and error.count("\n") == 1
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert cli.main([*words, "--seed", "5", "--overwrite"]) == 0
@@ -777,7 +1134,7 @@ def test_overwriting_can_be_resumed(coloured, tmp_path, monkeypatch, capsys):
     words = ["attack", *coloured, "--steps", "5", "--out", str(tmp_path / "out")]
     assert cli.main(words) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_progress", lambda quiet: interrupted_at(30))
+        patch.setattr(cli.commands, "progress_bars", lambda quiet: interrupted_at(30))
         assert cli.main([*words, "--overwrite"]) == 130
     for word in ([], ["--overwrite"]):
         assert cli.main([*words, *word]) == 2
@@ -786,7 +1143,9 @@ def test_overwriting_can_be_resumed(coloured, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(network, rts, train_rts, tmp_path, capsys):
+def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(
+    network, rts, train_rts, tmp_path, capsys
+):
     assert train(network, tmp_path / "out") == 0
     source, converted = str(network / "weights.npz"), tmp_path / "mine.npz"
     convert = ["convert", source, "--model", "tiny", "--out", str(converted)]
@@ -803,17 +1162,27 @@ def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(network
         capsys.readouterr()
         assert again() == 2
         error = capsys.readouterr().err
-        assert str(path) in error and "--overwrite" in error and "another --out" in error and error.count("\n") == 1
+        assert (
+            str(path) in error
+            and "--overwrite" in error
+            and "another --out" in error
+            and error.count("\n") == 1
+        )
         assert (path / "weights.npz" if path.is_dir() else path).read_bytes() == before
         assert again("--overwrite") == 0
     assert train_rts(rts) == 2
-    assert f"{rts} holds a finished run (masker.npz, summary.json, report.html)" in capsys.readouterr().err
+    assert (
+        f"{rts} holds a finished run (masker.npz, summary.json, report.html)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_demo_may_be_made_anew(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "_attack", lambda arguments, command: [seen.append(arguments.overwrite)])
-    monkeypatch.setattr(cli, "_show_demo", lambda *shown: None)
+    monkeypatch.setattr(
+        cli.commands, "attack", lambda arguments, command: [seen.append(arguments.overwrite)]
+    )
+    monkeypatch.setattr(cli.commands, "_show_demo", lambda *shown: None)
     for command in (None, "adv2 demo --out here", "adv2 attack --out here"):
         if command is not None:
             write_summary(tmp_path, {"config": {"command": command}})
@@ -843,15 +1212,25 @@ def test_fractions_are_numbers(text):
         "--encoder-weight",
         text,
     ]
-    found = cli._parser().parse_args(["attack", "--out", "run", *words])
-    assert (found.epsilon, found.penalty, found.mean, found.encoder_weight) == (number, number, [number, 0, 1 / 3], number)
+    found = parser().parse_args(["attack", "--out", "run", *words])
+    assert (found.epsilon, found.penalty, found.mean, found.encoder_weight) == (
+        number,
+        number,
+        [number, 0, 1 / 3],
+        number,
+    )
     words = ["--learning-rate", text, "--absent", text, "--area", text, "--area-power", text]
-    found = cli._parser().parse_args(["train", "rts", "--out", "run", *words])
+    found = parser().parse_args(["train", "rts", "--out", "run", *words])
     assert (found.learning_rate, found.absent, found.area, found.area_power) == (number,) * 4
 
 
-@pytest.mark.parametrize("flag", ["--epsilon", "--flow-penalty", "--mean", "--std", "--encoder-weight"])
-@pytest.mark.parametrize("text", ["1/0", "0/0", "nan", "inf", "1/nan", "8/255/2", "", "/", "8/", "/255", "-1e999", "8 of 255"])
+@pytest.mark.parametrize(
+    "flag", ["--epsilon", "--flow-penalty", "--mean", "--std", "--encoder-weight"]
+)
+@pytest.mark.parametrize(
+    "text",
+    ["1/0", "0/0", "nan", "inf", "1/nan", "8/255/2", "", "/", "8/", "/255", "-1e999", "8 of 255"],
+)
 def test_what_is_no_number_is_refused(network, tmp_path, capsys, flag, text):
     more = ["0.5", "0.5"] if flag in ("--mean", "--std") else []
     words = ["--threat", "linf+flow", f"{flag}={text}"] if not more else [flag, *more, text]
@@ -866,11 +1245,14 @@ def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
     write_arrays(tmp_path / "copies.npz", copies)
     words = ["--weights", str(tmp_path / "copies.npz"), "--interpreter", "cam", "--limit", "2"]
     base = ["attack", "--model", "tiny", *words, "--out", "run", "--weights-key", "ema"]
-    chosen = models.convert.to_state_dict(cli._model(cli._parser().parse_args(base)))
+    chosen = models.convert.to_state_dict(cli.subject.model_of(parser().parse_args(base)))
     assert all((array == good[f"ema.{key}"]).all() for key, array in chosen.items())
     assert attack(network, tmp_path / "out", *words) == 0
     error = capsys.readouterr().err
-    assert error.startswith(f"adv2: {tmp_path / 'copies.npz'}: left out, 37 in all: raw.") and error.count("\n") == 1
+    assert (
+        error.startswith(f"adv2: {tmp_path / 'copies.npz'}: left out, 37 in all: raw.")
+        and error.count("\n") == 1
+    )
     assert "as many keys fit under raw (--weights-key NAME" in error
     converted = [
         "convert",
@@ -887,14 +1269,24 @@ def test_the_weights_of_a_file_can_be_chosen(network, own, tmp_path, capsys):
         assert all((mine[key] == good[f"ema.{key}"]).all() for key in mine.files)
     for bad, expected in (
         ([*words, "--weights-key", "best"], "it holds no weights called 'best', but ema, raw"),
-        (["--model", f"{own}:network", "--weights-key", "ema"], "--weights-key is for the networks that come with adv2"),
+        (
+            ["--model", f"{own}:network", "--weights-key", "ema"],
+            "--weights-key is for the networks that come with adv2",
+        ),
     ):
         refused(attack(network, tmp_path / "bad", *bad), capsys, expected, tmp_path / "bad")
-    refused(train(network, tmp_path / "bad", "--weights-key", "ema"), capsys, "--weights-key goes with --weights", tmp_path / "bad")
+    refused(
+        train(network, tmp_path / "bad", "--weights-key", "ema"),
+        capsys,
+        "--weights-key goes with --weights",
+        tmp_path / "bad",
+    )
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="there is an accelerator")
-@pytest.mark.parametrize("name", ["jax-cuda12-plugin", "jax_cuda13_plugin", "jax-rocm7-plugin", "libtpu", "numpy-plugin"])
+@pytest.mark.parametrize(
+    "name", ["jax-cuda12-plugin", "jax_cuda13_plugin", "jax-rocm7-plugin", "libtpu", "numpy-plugin"]
+)
 def test_the_cpu_in_place_of_an_accelerator_is_told(coloured, tmp_path, capsys, monkeypatch, name):
     plugin = tmp_path / f"{name.replace('-', '_')}-0.7.2.dist-info"
     plugin.mkdir()
@@ -915,9 +1307,11 @@ def test_the_cpu_in_place_of_an_accelerator_is_told(coloured, tmp_path, capsys, 
     ]
     assert cli.main(words) == 0
     error = capsys.readouterr().err
-    assert (error.startswith(f"adv2: JAX {jax.__version__} runs on the CPU although {name} 0.7.2 is installed")) == (
-        "numpy" not in name
-    )
+    assert (
+        error.startswith(
+            f"adv2: JAX {jax.__version__} runs on the CPU although {name} 0.7.2 is installed"
+        )
+    ) == ("numpy" not in name)
     assert error.count("\n") == ("numpy" not in name)
     assert cli.main([*words, "--quiet"]) == 0
     assert capsys.readouterr().err == ""
@@ -925,14 +1319,31 @@ def test_the_cpu_in_place_of_an_accelerator_is_told(coloured, tmp_path, capsys, 
 
 @pytest.mark.parametrize(
     ("platforms", "expected"),
-    [("cpu", "adv2: cannot read nowhere.npz: no such file\n"), ("cuda", "adv2: JAX has no device of JAX_PLATFORMS=cuda: ")],
+    [
+        ("cpu", "adv2: cannot read nowhere.npz: no such file\n"),
+        ("cuda", "adv2: JAX has no device of JAX_PLATFORMS=cuda: "),
+    ],
 )
 def test_the_platform_that_is_asked_for_is_taken_or_named(tmp_path, platforms, expected):
     plugin = tmp_path / "libtpu-1.dist-info"
     plugin.mkdir()
     (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: libtpu\nVersion: 1\n")
-    environment = {**os.environ, "JAX_PLATFORMS": platforms, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-m", "adv2_jax", "convert", "nowhere.npz", "--model", "resnet18", "--out", str(tmp_path / "a.npz")]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": platforms,
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "adv2_jax",
+        "convert",
+        "nowhere.npz",
+        "--model",
+        "resnet18",
+        "--out",
+        str(tmp_path / "a.npz"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.stderr.startswith("adv2: cannot read") and platforms == "cuda":
         pytest.skip("there is such a device")
@@ -940,22 +1351,44 @@ def test_the_platform_that_is_asked_for_is_taken_or_named(tmp_path, platforms, e
     assert done.stderr.startswith(expected)
 
 
-@pytest.mark.parametrize("out", ["file", "file/deeper", "dangling", "long" * 100, "/dev/null/x", "holds_batches"])
-def test_directories_that_cannot_be_written_are_refused(coloured, tmp_path, capsys, monkeypatch, out):
+@pytest.mark.parametrize(
+    "out", ["file", "file/deeper", "dangling", "long" * 100, "/dev/null/x", "holds_batches"]
+)
+def test_directories_that_cannot_be_written_are_refused(
+    coloured, tmp_path, capsys, monkeypatch, out
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "holds_batches").mkdir()
     (tmp_path / "holds_batches" / "batches").touch()
     before = sorted(tmp_path.rglob("*"))
-    assert cli.main(["attack", *coloured, "--interpreter", "cam", "--steps", "1", "--limit", "1", "--out", out]) == 2
+    assert (
+        cli.main(
+            [
+                "attack",
+                *coloured,
+                "--interpreter",
+                "cam",
+                "--steps",
+                "1",
+                "--limit",
+                "1",
+                "--out",
+                out,
+            ]
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert error.startswith("adv2: cannot write ") and error.count("\n") == 1 and out in error
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_module_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "adv2_jax", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "adv2_jax", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.startswith("adv2 ")
 
 

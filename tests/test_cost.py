@@ -22,24 +22,44 @@ def ones(*shape):
 
 def conv(x, kernel, stride=1, **options):
     numbers = ("NHWC", "HWIO", "NHWC")
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, **options)
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), "SAME", dimension_numbers=numbers, **options
+    )
 
 
 CONV = conv, ones(1, 8, 8, 3), ones(3, 3, 3, 5)
 FORMS = {
     "dot": ((jnp.matmul, ones(3, 4), ones(4, 5)), 3 * 4 * 5),
     "batched dot": ((jnp.matmul, ones(7, 3, 4), ones(7, 4, 5)), 7 * 3 * 4 * 5),
-    "einsum": ((lambda a, b: jnp.einsum("hwc,hwck->hwk", a, b), ones(4, 4, 3), ones(4, 4, 3, 5)), 4 * 4 * 3 * 5),
+    "einsum": (
+        (lambda a, b: jnp.einsum("hwc,hwck->hwk", a, b), ones(4, 4, 3), ones(4, 4, 3, 5)),
+        4 * 4 * 3 * 5,
+    ),
     "convolution": (CONV, 8 * 8 * 5 * 9 * 3),
     "strided": ((lambda x, k: conv(x, k, 2), *CONV[1:]), 4 * 4 * 5 * 9 * 3),
-    "its gradient in the image": ((jax.grad(lambda x, k: (conv(x, k, 2) ** 2).sum()), *CONV[1:]), 2 * 4 * 4 * 5 * 9 * 3),
-    "depthwise": ((lambda x, k: conv(x, k, feature_group_count=4), ones(1, 8, 8, 4), ones(3, 3, 1, 4)), 8 * 8 * 4 * 9),
+    "its gradient in the image": (
+        (jax.grad(lambda x, k: (conv(x, k, 2) ** 2).sum()), *CONV[1:]),
+        2 * 4 * 4 * 5 * 9 * 3,
+    ),
+    "depthwise": (
+        (lambda x, k: conv(x, k, feature_group_count=4), ones(1, 8, 8, 4), ones(3, 3, 1, 4)),
+        8 * 8 * 4 * 9,
+    ),
     "no work": ((lambda x: jnp.sin(x).sum(), ones(9)), 0),
     "jit and checkpoint": ((jax.jit(jax.checkpoint(jnp.matmul)), ones(3, 4), ones(4, 5)), 60),
-    "scan": ((lambda a: jax.lax.scan(lambda x, _: (x @ x, None), a, None, length=6)[0], ones(3, 3)), 6 * 27),
+    "scan": (
+        (lambda a: jax.lax.scan(lambda x, _: (x @ x, None), a, None, length=6)[0], ones(3, 3)),
+        6 * 27,
+    ),
     "fori_loop": ((lambda a: jax.lax.fori_loop(2, 9, lambda _, x: x @ x, a), ones(3, 3)), 7 * 27),
-    "while": ((lambda a: jax.lax.while_loop(lambda x: x.sum() < 1.5, lambda x: x @ x, a), ones(3, 3)), 27),
-    "cond": ((lambda a: jax.lax.cond(a.sum() > 0, lambda x: x @ x, lambda x: x, a), ones(3, 3)), 27),
+    "while": (
+        (lambda a: jax.lax.while_loop(lambda x: x.sum() < 1.5, lambda x: x @ x, a), ones(3, 3)),
+        27,
+    ),
+    "cond": (
+        (lambda a: jax.lax.cond(a.sum() > 0, lambda x: x @ x, lambda x: x, a), ones(3, 3)),
+        27,
+    ),
 }
 
 
@@ -56,21 +76,35 @@ def test_conjugate_gradients_are_charged_for_all_their_iterations():
     def solve(a, b):
         return cg(lambda v: a @ v, b, maxiter=10)[0]
 
-    products = multiply_adds(solve, ones(size, size), ones(size)) / one  # the first residual, then one an iteration
-    assert products == pytest.approx(11, abs=0.7)  # scalar products of vectors come on top: 1/50 each
+    # the first residual, then one an iteration
+    products = multiply_adds(solve, ones(size, size), ones(size)) / one
+    # scalar products of vectors come on top: 1/50 each
+    assert products == pytest.approx(11, abs=0.7)
 
 
 def flops_of_a_step(model, plan, shape):
     """XLA's count for the lowered step, elementwise operations included."""
     image, label = ones(*shape), jax.ShapeDtypeStruct((), jnp.int32)
-    options, numbers, interpreter = joint_options(plan, threats.linf()), Numbers(*np.ones(3, np.float32)), plan.interpreter
+    options, numbers, interpreter = (
+        joint_options(plan, threats.linf()),
+        Numbers(*np.ones(3, np.float32)),
+        plan.interpreter,
+    )
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
-    memory = None if interpreter is None or interpreter.solver is None else jax.eval_shape(interpreter.solver.init, image)
+    memory = (
+        None
+        if interpreter is None or interpreter.solver is None
+        else jax.eval_shape(interpreter.solver.init, image)
+    )
 
     def one(model, problem, memory):
         return step(model, problem, init(problem, options, None, memory), numbers, options)
 
-    return jax.jit(one).lower(model, Problem(image, label, ones(*drawn)), memory).cost_analysis()["flops"]
+    return (
+        jax.jit(one)
+        .lower(model, Problem(image, label, ones(*drawn)), memory)
+        .cost_analysis()["flops"]
+    )
 
 
 SHAPE = (32, 32, 3)
@@ -83,10 +117,15 @@ COSTS = {name: (factory, None) for name, factory in INTERPRETERS.items()} | {
 @pytest.mark.parametrize("name", COSTS)
 def test_a_joint_step_costs_what_xla_counts(randomised, masker, name):
     """Width 16, so that what is no convolution is a few percent."""
-    model = models.Masked(randomised(lambda: models.CifarResNet(1, width=16, rngs=nnx.Rngs(0))), masker)
+    model = models.ClassifierWithMasker(
+        randomised(lambda: models.CifarResNet(1, width=16, rngs=nnx.Rngs(0))), masker
+    )
     factory, known = COSTS[name]
     plan = resolve("default", factory(), warm_steps=0)
-    costs = [gradient_evaluations(model, resolve(plan, plan.interpreter, steps=n), threats.linf(), SHAPE) for n in (10, 20)]
+    costs = [
+        gradient_evaluations(model, resolve(plan, plan.interpreter, steps=n), threats.linf(), SHAPE)
+        for n in (10, 20)
+    ]
     scored = 0 if plan.interpreter.faithful else 10 / plan.score_every * scoring(model, plan)
     counted = (costs[1] - costs[0] - scored) / 10
     pgd = resolve("default", None)

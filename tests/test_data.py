@@ -12,7 +12,7 @@ def test_shapes_are_the_held_out_scenes():
     images = load("shapes:3")
     scenes = shapes.generate(3, seed=1)
     np.testing.assert_array_equal(images.images, scenes.images)
-    np.testing.assert_array_equal(images.masks, scenes.masks)
+    np.testing.assert_array_equal(images.objects, scenes.objects)
     assert images.classes == shapes.CLASSES
 
 
@@ -27,7 +27,7 @@ def test_npz_round_trip_and_take(tmp_path):
     images = load(str(tmp_path / "set.npz"))
     np.testing.assert_array_equal(images.images, arrays["images"])
     assert images.labels.dtype == images.targets.dtype == np.int32
-    assert images.masks is None and images.target_maps is None
+    assert images.objects is None and images.target_maps is None
     second = images.take(np.array([1]))
     np.testing.assert_array_equal(second.images, arrays["images"][1:])
     np.testing.assert_array_equal(second.targets, [1])
@@ -36,18 +36,27 @@ def test_npz_round_trip_and_take(tmp_path):
 def test_random_targets_are_uniform_over_the_other_classes():
     labels = np.repeat(np.arange(4), 3000)
     targets = random_targets(labels, 4)
-    counts = np.array([[np.sum((labels == y) & (targets == t)) for t in range(4)] for y in range(4)])
+    counts = np.array(
+        [[np.sum((labels == y) & (targets == t)) for t in range(4)] for y in range(4)]
+    )
     assert (np.diag(counts) == 0).all()
     off = counts[~np.eye(4, dtype=bool)]
-    assert (abs(off - 1000) < 5 * np.sqrt(1000 * 2 / 3)).all()  # five standard deviations of a binomial count
+    assert (
+        abs(off - 1000) < 5 * np.sqrt(1000 * 2 / 3)
+    ).all()  # five standard deviations of a binomial count
 
 
 def test_a_target_depends_on_seed_and_position_alone():
     labels = np.array([3, 1, 4, 1, 5])
     every = random_targets(labels, 10, seed=7)
     some = np.array([1, 4])
-    np.testing.assert_array_equal(random_targets(labels[some], 10, seed=7, indices=some), every[some])
-    assert (random_targets(np.zeros(50, int), 10, seed=8) != random_targets(np.zeros(50, int), 10, seed=7)).any()
+    np.testing.assert_array_equal(
+        random_targets(labels[some], 10, seed=7, indices=some), every[some]
+    )
+    assert (
+        random_targets(np.zeros(50, int), 10, seed=8)
+        != random_targets(np.zeros(50, int), 10, seed=7)
+    ).any()
 
 
 def test_one_class_leaves_no_target():

@@ -20,11 +20,15 @@ NUMBERS = Numbers(alpha=np.float32(0.02), lam=np.float32(0.7), tau=np.float32(1e
 CASES = {
     "prediction alone": Options(threats.linf(EPSILON)),
     "joint": Options(threats.linf(EPSILON), CAM),
-    "joint, mean, smoothed": Options(threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2),
+    "joint, mean, smoothed": Options(
+        threats.linf(EPSILON), CAM, map_loss=losses.map_mse, smoothing=0.2
+    ),
     "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
     "momentum": Options(threats.linf(EPSILON), CAM, momentum=0.6),
     "plain gradient": Options(threats.linf(EPSILON)._replace(steepest=optax.identity), CAM),
-    "penalised": Options(threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM),
+    "penalised": Options(
+        threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM
+    ),
 }
 
 
@@ -50,7 +54,9 @@ def plain_loss(linear, problem, options, x, weight=1.0):
     q[TARGET] = 1 - options.smoothing
     squares = (m - np.asarray(problem.target_map)) ** 2
     interpretation = squares.mean() if options.map_loss is losses.map_mse else squares.sum()
-    return -q @ log_f + (0 if options.surrogate is None else weight * float(NUMBERS.lam) * interpretation)
+    return -q @ log_f + (
+        0 if options.surrogate is None else weight * float(NUMBERS.lam) * interpretation
+    )
 
 
 def plain_gradient(linear, problem, options, x, weight, h=1e-6):
@@ -77,7 +83,12 @@ def plain_direction(options, gradient, memory):
 def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     options = CASES[case]
     image = np.asarray(problem.image, float)
-    state, delta, memory, weight = descent.init(problem, options), np.zeros(image.shape), np.zeros(image.shape), 1.0
+    state, delta, memory, weight = (
+        descent.init(problem, options),
+        np.zeros(image.shape),
+        np.zeros(image.shape),
+        1.0,
+    )
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
         gradient = plain_gradient(linear, problem, options, image + delta, weight)
@@ -111,7 +122,9 @@ def test_a_step_keeps_the_types_of_its_state(linear, problem, case, keep_best):
     """Or the second step would be compiled again."""
     options = CASES[case]._replace(keep_best=keep_best)
     state = descent.init(problem, options)
-    after, _ = jax.eval_shape(partial(descent.step, options=options), linear, problem, state, NUMBERS)
+    after, _ = jax.eval_shape(
+        partial(descent.step, options=options), linear, problem, state, NUMBERS
+    )
     before = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(state)]
     assert [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(after)] == before
 
@@ -120,7 +133,9 @@ def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):
     options = CASES["joint"]
     _, info = descent.step(linear, problem, descent.init(problem, options), NUMBERS, options)
     logits, m, *_ = CAM(linear, problem.image, TARGET, Context(0.0))
-    assert info.loss == pytest.approx(plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5)
+    assert info.loss == pytest.approx(
+        plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5
+    )
     assert info.confidence == pytest.approx(float(losses.probability(logits, TARGET)), rel=1e-6)
     assert info.map_l1 == pytest.approx(float(jnp.abs(m - problem.target_map).mean()), rel=1e-6)
 
@@ -130,20 +145,32 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
         return Seen(model.head(model.features(image)), jnp.full((4, 4), context.tau))
 
     options = Options(threats.linf(EPSILON), surrogate)
-    _, (info, _) = descent.joint_loss(jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options)
-    assert info.map_l1 == pytest.approx(np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6)
+    _, (info, _) = descent.joint_loss(
+        jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options
+    )
+    assert info.map_l1 == pytest.approx(
+        np.abs(0.25 - np.asarray(problem.target_map)).mean(), rel=1e-6
+    )
 
 
 def test_what_the_surrogate_penalises_is_added(linear, problem):
     def surrogate(model, image, label, context):
-        return CAM(model, image, label, context)._replace(penalty=3 * image.sum() + 5 * (image**2).sum())
+        return CAM(model, image, label, context)._replace(
+            penalty=3 * image.sum() + 5 * (image**2).sum()
+        )
 
     def loss_and_slope(surrogate):
         options = Options(threats.linf(EPSILON), surrogate)
         zero = jnp.zeros_like(problem.image)
-        return jax.value_and_grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(zero)
+        return jax.value_and_grad(
+            lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0]
+        )(zero)
 
-    (loss, slope), (more, steeper), x = loss_and_slope(CAM), loss_and_slope(surrogate), np.asarray(problem.image, float)
+    (loss, slope), (more, steeper), x = (
+        loss_and_slope(CAM),
+        loss_and_slope(surrogate),
+        np.asarray(problem.image, float),
+    )
     assert more - loss == pytest.approx(3 * x.sum() + 5 * (x**2).sum(), rel=1e-5)
     np.testing.assert_allclose(steeper - slope, 3 + 10 * x, rtol=1e-5)
 
@@ -151,26 +178,38 @@ def test_what_the_surrogate_penalises_is_added(linear, problem):
 def test_surrogate_is_given_a_key_and_the_number_of_each_step(linear, problem):
     def surrogate(model, image, label, context):
         drawn = jax.random.uniform(context.key, (4, 4))
-        return Seen(model.head(model.features(image)), drawn, memory=context.memory.at[context.step].set(drawn))
+        return Seen(
+            model.head(model.features(image)),
+            drawn,
+            memory=context.memory.at[context.step].set(drawn),
+        )
 
     options = Options(threats.linf(EPSILON), surrogate)
     problem = problem._replace(key=jax.random.key_data(jax.random.key(7)))
     state = descent.init(problem, options, None, jnp.zeros((3, 4, 4)))
     for _ in range(3):
         state, _ = descent.step(linear, problem, state, NUMBERS, options)
-    expected = [jax.random.uniform(jax.random.fold_in(jax.random.key(7), i), (4, 4)) for i in range(3)]
+    expected = [
+        jax.random.uniform(jax.random.fold_in(jax.random.key(7), i), (4, 4)) for i in range(3)
+    ]
     np.testing.assert_array_equal(state.memory, np.stack(expected))
 
 
 def test_rounded_loss_is_that_of_the_8_bit_image_with_a_straight_gradient(linear, problem):
     plain, rounded = (Options(threats.linf(EPSILON), CAM, rounded=flag) for flag in (False, True))
-    delta = jnp.asarray(np.random.default_rng(0).uniform(-0.03, 0.03, problem.image.shape), jnp.float32)
+    delta = jnp.asarray(
+        np.random.default_rng(0).uniform(-0.03, 0.03, problem.image.shape), jnp.float32
+    )
     snapped = np.round(np.asarray(problem.image + delta) * 255) / 255 - problem.image
 
     def gradient(options, delta):
-        return jax.grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(delta)
+        return jax.grad(lambda d: descent.joint_loss(d, linear, problem, NUMBERS, options)[0])(
+            delta
+        )
 
-    np.testing.assert_allclose(gradient(rounded, delta), gradient(plain, snapped), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        gradient(rounded, delta), gradient(plain, snapped), rtol=1e-4, atol=1e-6
+    )
     assert jnp.abs(gradient(plain, delta) - gradient(plain, snapped)).max() > 1e-4
 
 
@@ -184,7 +223,9 @@ def test_8_bit_images_are_left_as_they_are(level):
 
 def test_success_comes_before_the_map():
     failed = [descent.score(f_t, 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
-    succeeded = [descent.score(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))]
+    succeeded = [
+        descent.score(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
+    ]
     ranking = [float(score) for score in failed + succeeded]
     assert ranking == sorted(ranking, reverse=True)
     assert ranking[3:] == pytest.approx([1.0, 0.5, 0.1])
@@ -213,7 +254,9 @@ def batched(problem_of_image, options, n):
 @pytest.fixture(scope="module")
 def small_steps(images):
     """Problems, states, schedule and options of a descent along the gradient itself: rounding is not amplified by signs."""
-    options = Options(threats.linf(0.1)._replace(steepest=optax.identity), CAM, keep_best=True, confidence=0.0)
+    options = Options(
+        threats.linf(0.1)._replace(steepest=optax.identity), CAM, keep_best=True, confidence=0.0
+    )
 
     def problem_of_image(i):
         return Problem(images[i] / np.float32(255), np.int32(i), np.full((4, 4), 0.5, np.float32))
@@ -224,11 +267,15 @@ def small_steps(images):
 
 def test_both_drivers_give_the_same(model, small_steps):
     reported = {"host": [], "fori": []}
-    host, fori = (descent.descend(model, *small_steps, driver=driver, on_step=steps.append) for driver, steps in reported.items())
+    host, fori = (
+        descent.descend(model, *small_steps, driver=driver, on_step=steps.append)
+        for driver, steps in reported.items()
+    )
     assert jnp.abs(host[0].params).max() > 1e-3
     assert host[1].loss.shape == (3, 5)
     for a, b in zip(jax.tree.leaves(host), jax.tree.leaves(fori), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)  # float32: XLA sums convolutions in loops in another order
+        # float32: XLA sums convolutions in loops in another order
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert reported == {"host": [1] * 5, "fori": [5]}
 
 
@@ -240,12 +287,18 @@ def test_spans_of_a_schedule_are_the_whole_and_share_a_program(model, small_step
     compiled = [program._cache_size() for program in programs]
     infos = []
     for span in ((0, 2), (2, 3), (3, 5)):
-        states, info = descent.descend(model, problems, states, schedule, options, span=span, driver=driver)
+        states, info = descent.descend(
+            model, problems, states, schedule, options, span=span, driver=driver
+        )
         infos.append(info)
     assert [program._cache_size() for program in programs] == compiled
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(whole[0]), strict=True):
         np.testing.assert_array_equal(a, b)
-    jax.tree.map(lambda *parts: np.testing.assert_array_equal(sum(map(np.asarray, parts[:3])), parts[3]), *infos, whole[1])
+    jax.tree.map(
+        lambda *parts: np.testing.assert_array_equal(sum(map(np.asarray, parts[:3])), parts[3]),
+        *infos,
+        whole[1],
+    )
 
 
 def test_the_map_does_not_yield_for_good(linear, problem):
@@ -287,7 +340,8 @@ def test_descent_is_the_step_repeated(model, small_steps):
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(host), strict=True):
         np.testing.assert_array_equal(a, b)
     for i, info in enumerate(infos):
-        jax.tree.map(np.testing.assert_array_equal, info, jax.tree.map(lambda values: values[:, i], reported))  # noqa: B023
+        for new, all_steps in zip(info, reported, strict=True):
+            np.testing.assert_array_equal(new, all_steps[:, i])
 
 
 def test_no_weight_is_a_constant_of_the_compiled_step(model, small_steps):
@@ -309,7 +363,9 @@ def test_unknown_driver_lists_the_valid_ones(model, small_steps):
 def test_no_steps_change_nothing(linear, problem, driver):
     options = CASES["joint"]
     problems, states = batched(lambda i: problem, options, 2)
-    after, reported = descent.descend(linear, problems, states, Numbers(*np.zeros((3, 0))), options, driver=driver)
+    after, reported = descent.descend(
+        linear, problems, states, Numbers(*np.zeros((3, 0))), options, driver=driver
+    )
     assert reported.loss.shape == (2, 0)
     for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
         np.testing.assert_array_equal(a, b)

@@ -11,11 +11,11 @@ import pytest
 from adv2_jax import attack, cli, explain, report, threats
 from adv2_jax.activations import relu
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.run import run
-from adv2_jax.experiments.task import Settings
-from adv2_jax.experiments.transfer import load_run, transfer_matrix
 from adv2_jax.files import read_arrays
 from adv2_jax.interpreters import INTERPRETERS, grad_interpreter
+from adv2_jax.runs.run import run
+from adv2_jax.runs.task import Settings
+from adv2_jax.runs.transfer import load_run, transfer_matrix
 
 NAMES = [name for name in INTERPRETERS if name != "rts"]
 WIDE = threats.linf(0.2)
@@ -29,7 +29,11 @@ class Standardised:
     mix: jax.Array
 
     def features(self, image, act=relu):
-        return act(jnp.einsum("hwc,ck->hwk", (image - image.mean()) / jnp.maximum(image.std(), 0.01), self.mix))
+        return act(
+            jnp.einsum(
+                "hwc,ck->hwk", (image - image.mean()) / jnp.maximum(image.std(), 0.01), self.mix
+            )
+        )
 
     def head(self, features):
         return features.mean((0, 1)) * jnp.array([1.0, 0.9, 1.1])
@@ -67,21 +71,36 @@ def test_one_image_fails_and_its_neighbours_do_not_notice(mix, images, network, 
     assert finite[others].all() and np.isfinite(logits[others]).all()
     assert network is not Silent or np.isnan(logits[1]).any()
     assert finite[1] or np.isnan(maps[1]).all()  # a whole map, or none
-    result = attack(model, images, targets, maps, interpreter=name, steps=12, warm_steps=2, threat=WIDE)
+    result = attack(
+        model, images, targets, maps, interpreter=name, steps=12, warm_steps=2, threat=WIDE
+    )
     assert result.failed.tolist() == [False, True, False, False]
     np.testing.assert_array_equal(result.images[1], images[1])
     for values in (result.logits, result.maps, result.float_logits, result.float_maps):
         assert np.isnan(values[1]).all() and np.isfinite(values[others]).all()
     assert not any((result.images[i] == images[i]).all() for i in others)
-    alone = attack(model, images[others], targets[others], maps[others], interpreter=name, steps=12, warm_steps=2, threat=WIDE)
+    alone = attack(
+        model,
+        images[others],
+        targets[others],
+        maps[others],
+        interpreter=name,
+        steps=12,
+        warm_steps=2,
+        threat=WIDE,
+    )
     np.testing.assert_array_equal(alone.images, result.images[others])
 
 
-@pytest.mark.parametrize("threat", [threats.l2(), threats.flow(), threats.linf_flow()], ids=lambda threat: threat.name)
+@pytest.mark.parametrize(
+    "threat", [threats.l2(), threats.flow(), threats.linf_flow()], ids=lambda threat: threat.name
+)
 @pytest.mark.parametrize("floating", [False, True])
 def test_under_every_threat(mix, images, threat, floating):
     given = images / np.float32(255) if floating else images
-    result = attack(Standardised(mix), given, np.full(4, 2), interpreter=None, steps=3, threat=threat)
+    result = attack(
+        Standardised(mix), given, np.full(4, 2), interpreter=None, steps=3, threat=threat
+    )
     assert result.failed.tolist() == [False, True, False, False]
     np.testing.assert_array_equal(result.images[1], images[1])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.params))
@@ -93,7 +112,10 @@ def test_a_network_that_fails_on_all_images_is_refused(mix, images):
         lambda: explain(Silent(mix), dark, np.zeros(4, int), interpreter="cam"),
         lambda: attack(Standardised(mix), dark, np.full(4, 2), interpreter=None, steps=3),
     ):
-        with pytest.raises(ValueError, match=r"^the network gives logits or gradients that are not finite numbers on"):
+        with pytest.raises(
+            ValueError,
+            match=r"^the network gives logits or gradients that are not finite numbers on",
+        ):
             call()
 
 
@@ -107,13 +129,25 @@ def test_a_map_with_some_numbers_that_are_not_finite_is_refused(mix, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
-    """Batches of one: a batch in which all fail."""
-    labels = explain(Standardised(mix), images, np.zeros(4, int), interpreter="cam")[0].argmax(-1).astype(np.int32)
+    """Store of one: a batch in which all fail."""
+    labels = (
+        explain(Standardised(mix), images, np.zeros(4, int), interpreter="cam")[0]
+        .argmax(-1)
+        .astype(np.int32)
+    )
     image_set = ImageSet(images, labels, names=np.array(["a.png", "black.png", "c.png", "d.png"]))
     settings = Settings(("grad", "cam"), WIDE, steps=4, batch_size=batch_size)
-    outcome = run(Standardised(mix), image_set, settings, tmp_path, publish=report.write, config={"preset": "default"})
+    outcome = run(
+        Standardised(mix),
+        image_set,
+        settings,
+        tmp_path,
+        publish=report.write,
+        config={"preset": "default"},
+    )
     assert outcome.failed == ["black.png"]
-    summary = json.loads((tmp_path / "summary.json").read_text())  # no NaN in it: that would not be JSON
+    # no NaN in it: that would not be JSON
+    summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["failed"] == ["black.png"] and summary["counts"]["failed"] == 1
     for row in summary["rows"]:
         assert (row["n"], row["failed"]) == (3, 1)
@@ -135,9 +169,19 @@ def test_the_command_line_says_which_image_failed(images, tmp_path, capsys):
     spread = np.maximum(x.std((1, 2, 3), keepdims=True), 0.01)
     labels = np.maximum((x - x.mean((1, 2, 3), keepdims=True)) / spread, 0).mean((1, 2)).argmax(-1)
     np.savez(tmp_path / "set.npz", images=images, labels=labels)
-    words = ["--model", f"{tmp_path / 'net.py'}:network", "--images", str(tmp_path / "set.npz"), "--interpreter", "cam"]
+    words = [
+        "--model",
+        f"{tmp_path / 'net.py'}:network",
+        "--images",
+        str(tmp_path / "set.npz"),
+        "--interpreter",
+        "cam",
+    ]
     assert cli.main(["attack", *words, "--steps", "2", "--out", str(tmp_path / "out")]) == 0
-    assert "1 failed, the network gives numbers that are not finite on them: 1\n" in capsys.readouterr().out
+    assert (
+        "1 failed, the network gives numbers that are not finite on them: 1\n"
+        in capsys.readouterr().out
+    )
 
 
 NETWORK = """
@@ -155,9 +199,15 @@ network = Network()
 
 
 def test_a_set_of_one_image_has_no_interval_and_a_page(mix, images, tmp_path):
-    labels = explain(Standardised(mix), images, np.zeros(4, int), interpreter="cam")[0].argmax(-1).astype(np.int32)
+    labels = (
+        explain(Standardised(mix), images, np.zeros(4, int), interpreter="cam")[0]
+        .argmax(-1)
+        .astype(np.int32)
+    )
     one = ImageSet(images[:1], labels[:1])
-    outcome = run(Standardised(mix), one, Settings(("cam",), WIDE, steps=2), tmp_path, publish=report.write)
+    outcome = run(
+        Standardised(mix), one, Settings(("cam",), WIDE, steps=2), tmp_path, publish=report.write
+    )
     assert [pair["ci"] for pair in outcome.paired] == [None, None]
     assert outcome.rows[0]["ci"].keys() == {"asr"}  # a proportion has one: Wilson's
     assert (tmp_path / "report.html").exists()
@@ -165,6 +215,8 @@ def test_a_set_of_one_image_has_no_interval_and_a_page(mix, images, tmp_path):
 
 def test_two_interpreters_of_one_name_are_refused(mix, images, tmp_path):
     settings = Settings((grad_interpreter(pool=1), grad_interpreter(pool=4)), WIDE)
-    with pytest.raises(ValueError, match=r"^interpreter 'grad' is given 2 times; each needs a name of its own"):
+    with pytest.raises(
+        ValueError, match=r"^interpreter 'grad' is given 2 times; each needs a name of its own"
+    ):
         run(Standardised(mix), ImageSet(images, np.zeros(4, np.int32)), settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,10 @@ import pytest
 
 from adv2_jax import files
 
-ARRAYS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "layer/0.weight": np.array([1, 2], np.uint8)}
+ARRAYS = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "layer/0.weight": np.array([1, 2], np.uint8),
+}
 
 
 class Dangerous:
@@ -81,14 +84,29 @@ BROKEN = {
     "single.npz": (single, "not a whole .npz archive"),
     "pickled.npz": (pickled, "it holds pickled objects, only plain arrays are read"),
     "folder.npz": (lambda path, archive: path.mkdir(), "directory"),
-    "weights.h5x": (lambda path, archive: path.touch(), r"suffix '\.h5x' is not one of \.npz, \.safetensors, \.pth, \.pt, .*begin"),
+    "weights.h5x": (
+        lambda path, archive: path.touch(),
+        r"suffix '\.h5x' is not one of \.npz, \.safetensors, \.pth, \.pt, .*begin",
+    ),
     "weights": (lambda path, archive: path.touch(), "suffix '' is not one of"),
     "keras.h5": (lambda path, archive: path.write_bytes(b"\x89HDF\r\n"), "it is an HDF5 file"),
-    "packed.pth.tar.gz": (lambda path, archive: path.write_bytes(b"\x1f\x8b\x08"), "compressed by gzip"),
+    "packed.pth.tar.gz": (
+        lambda path, archive: path.write_bytes(b"\x1f\x8b\x08"),
+        "compressed by gzip",
+    ),
     "page.pth": (lambda path, archive: path.write_bytes(b"<!DOCTYPE html>"), "it is a web page"),
-    "pointer.npz": (lambda path, archive: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"), "a pointer of Git LFS"),
-    "model-00001-of-00002.safetensors": (lambda path, archive: path.touch(), "a checkpoint in several files: join them"),
-    "pytorch_model.bin.index.json": (lambda path, archive: path.touch(), "a checkpoint in several files: join them"),
+    "pointer.npz": (
+        lambda path, archive: path.write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+        "a pointer of Git LFS",
+    ),
+    "model-00001-of-00002.safetensors": (
+        lambda path, archive: path.touch(),
+        "a checkpoint in several files: join them",
+    ),
+    "pytorch_model.bin.index.json": (
+        lambda path, archive: path.touch(),
+        "a checkpoint in several files: join them",
+    ),
     "garbage.safetensors": (lambda path, archive: path.write_bytes(b"\xff" * 40), "."),
     "missing.safetensors": (lambda path, archive: None, "no such file"),
     "missing.pth": (lambda path, archive: None, "no such file"),
@@ -111,12 +129,30 @@ def test_unreadable_files_are_one_line_with_the_path_and_the_reason(tmp_path, ar
 TORCH_BROKEN = {
     "missing.pth": (lambda path, torch: None, "no such file"),
     "empty.pth": (lambda path, torch: path.touch(), "."),
-    "garbage.pth": (lambda path, torch: path.write_bytes(b"garbage"), "damaged or holds other objects"),
-    "malicious.pth": (lambda path, torch: torch.save({"a": torch.ones(2), "b": Dangerous()}, path), "other objects than tensors"),
-    "plain_pickle.pt": (lambda path, torch: path.write_bytes(pickle.dumps(Dangerous())), "other objects than tensors"),
-    "module.pth": (lambda path, torch: torch.save(torch.nn.Linear(1, 1), path), "only a state dict is read"),
-    "tensor.pth": (lambda path, torch: torch.save(torch.ones(2), path), "it holds no tensors by name"),
-    "nothing.pth": (lambda path, torch: torch.save({"epoch": 3}, path), "it holds no tensors by name"),
+    "garbage.pth": (
+        lambda path, torch: path.write_bytes(b"garbage"),
+        "damaged or holds other objects",
+    ),
+    "malicious.pth": (
+        lambda path, torch: torch.save({"a": torch.ones(2), "b": Dangerous()}, path),
+        "other objects than tensors",
+    ),
+    "plain_pickle.pt": (
+        lambda path, torch: path.write_bytes(pickle.dumps(Dangerous())),
+        "other objects than tensors",
+    ),
+    "module.pth": (
+        lambda path, torch: torch.save(torch.nn.Linear(1, 1), path),
+        "only a state dict is read",
+    ),
+    "tensor.pth": (
+        lambda path, torch: torch.save(torch.ones(2), path),
+        "it holds no tensors by name",
+    ),
+    "nothing.pth": (
+        lambda path, torch: torch.save({"epoch": 3}, path),
+        "it holds no tensors by name",
+    ),
 }
 
 
@@ -130,28 +166,62 @@ def test_unreadable_files_of_torch_are_one_line_with_the_path_and_the_reason(tmp
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("nesting", [(), ("state_dict",), ("model_state_dict",), ("model",), ("state_dict", "model")])
+@pytest.mark.parametrize(
+    "nesting", [(), ("state_dict",), ("model_state_dict",), ("model",), ("state_dict", "model")]
+)
 def test_tensors_are_read_and_the_rest_is_passed_over(tmp_path, nesting):
     torch = pytest.importorskip("torch")
-    entries = {"a": torch.arange(6.0).reshape(2, 3).T, "n": torch.tensor(7), "p": torch.nn.Parameter(torch.ones(2)), "epoch": 3}
-    entries |= {"double": torch.ones(1).double(), "half": torch.full((1,), 0.5).half(), "bfloat": torch.ones(1).bfloat16()}
+    entries = {
+        "a": torch.arange(6.0).reshape(2, 3).T,
+        "n": torch.tensor(7),
+        "p": torch.nn.Parameter(torch.ones(2)),
+        "epoch": 3,
+    }
+    entries |= {
+        "double": torch.ones(1).double(),
+        "half": torch.full((1,), 0.5).half(),
+        "bfloat": torch.ones(1).bfloat16(),
+    }
     for key in reversed(nesting):
         entries = {"epoch": 3, "state": [torch.ones(1)], key: entries}
     torch.save(entries, tmp_path / "arrays.pth")
     single, double = np.float32, np.float64
-    expected = {"a": np.arange(6, dtype=single).reshape(2, 3).T, "n": np.array(7), "p": np.ones(2, single)}
-    expected |= {"double": np.ones(1, double), "half": np.full(1, 0.5, single), "bfloat": np.ones(1, single)}
+    expected = {
+        "a": np.arange(6, dtype=single).reshape(2, 3).T,
+        "n": np.array(7),
+        "p": np.ones(2, single),
+    }
+    expected |= {
+        "double": np.ones(1, double),
+        "half": np.full(1, 0.5, single),
+        "bfloat": np.ones(1, single),
+    }
     assert_same(files.read_arrays(tmp_path / "arrays.pth"), expected)
 
 
 # Contents decide, not names: these are the names under which training checkpoints are distributed.
 @pytest.mark.parametrize(
-    "name", ["net.th", "net.pth.tar", "net.tar", "last.ckpt", "pytorch_model.bin", "NET.PTH", "net", "net.v2", "net.npz"]
+    "name",
+    [
+        "net.th",
+        "net.pth.tar",
+        "net.tar",
+        "last.ckpt",
+        "pytorch_model.bin",
+        "NET.PTH",
+        "net",
+        "net.v2",
+        "net.npz",
+    ],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_files_of_torch_are_read_under_any_name(tmp_path, name, zipped):
     torch = pytest.importorskip("torch")
-    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"a": torch.ones(2)}, "epoch": 3},
+        tmp_path / name,
+        _use_new_zipfile_serialization=zipped,
+    )
     assert_same(files.read_arrays(tmp_path / name), {"a": np.ones(2, np.float32)})
 
 
@@ -176,7 +246,9 @@ def test_programs_of_torch_are_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "net.pt", "w") as archive:
         archive.writestr("net/data.pkl", b"")
         archive.writestr("net/constants.pkl", b"")
-    with pytest.raises(ValueError, match=r"it is a TorchScript program, only a state dict is read: torch\.save"):
+    with pytest.raises(
+        ValueError, match=r"it is a TorchScript program, only a state dict is read: torch\.save"
+    ):
         files.read_arrays(tmp_path / "net.pt")
 
 
@@ -195,7 +267,11 @@ class Items(dict):
 BESIDE = {
     "arguments": argparse.Namespace(lr=0.1, path=pathlib.PurePosixPath("a")),
     "numbers": [np.float64(0.5), np.int64(3), np.float32(1), np.bool_(True), np.dtype("f4")],
-    "arrays": {"best": np.arange(3), "names": np.array(["a"]), "state": np.random.default_rng(0).bit_generator.state},
+    "arrays": {
+        "best": np.arange(3),
+        "names": np.array(["a"]),
+        "state": np.random.default_rng(0).bit_generator.state,
+    },
     "paths": [pathlib.Path("a"), pathlib.PurePosixPath("a/b"), pathlib.PureWindowsPath("c:/b")],
     "times": [datetime.datetime(2020, 1, 1), datetime.timedelta(1), datetime.date(2020, 1, 1)],
     "containers": [
@@ -205,7 +281,16 @@ BESIDE = {
         frozenset([3]),
         types.SimpleNamespace(a=1),
     ],
-    "numbers of Python": [1 + 2j, 10**30, slice(3), bytes(3), bytearray(3), decimal.Decimal("0.5"), range(3), ...],
+    "numbers of Python": [
+        1 + 2j,
+        10**30,
+        slice(3),
+        bytes(3),
+        bytearray(3),
+        decimal.Decimal("0.5"),
+        range(3),
+        ...,
+    ],
 }
 
 
@@ -213,7 +298,10 @@ BESIDE = {
 @pytest.mark.parametrize("beside", BESIDE)
 def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path, beside, zipped):
     torch = pytest.importorskip("torch")
-    checkpoint = {beside: BESIDE[beside], "state_dict": {"a": torch.ones(2), "args": BESIDE[beside]}}
+    checkpoint = {
+        beside: BESIDE[beside],
+        "state_dict": {"a": torch.ones(2), "args": BESIDE[beside]},
+    }
     torch.save(checkpoint, tmp_path / "arrays.pth", _use_new_zipfile_serialization=zipped)
     assert_same(files.read_arrays(tmp_path / "arrays.pth"), {"a": np.ones(2, np.float32)})
 
@@ -233,19 +321,31 @@ def test_settings_of_trainers_need_not_be_installed(tmp_path, monkeypatch, base,
     with monkeypatch.context() as patch:  # as if it were installed where the file is written
         patch.setitem(sys.modules, module.partition(".")[0], types.ModuleType(module))
         patch.setitem(sys.modules, module, types.SimpleNamespace(**{last: kind}))
-        torch.save({"hyper_parameters": kind(), "state_dict": {"a": torch.ones(2)}}, tmp_path / "last.ckpt")
+        torch.save(
+            {"hyper_parameters": kind(), "state_dict": {"a": torch.ones(2)}}, tmp_path / "last.ckpt"
+        )
     assert_same(files.read_arrays(tmp_path / "last.ckpt"), {"a": np.ones(2, np.float32)})
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize(
-    ("value", "name"), [(Settings(), "test_files.Settings"), (Dangerous(), "_pytest.outcomes."), (os.getcwd, "posix.getcwd")]
+    ("value", "name"),
+    [
+        (Settings(), "test_files.Settings"),
+        (Dangerous(), "_pytest.outcomes."),
+        (os.getcwd, "posix.getcwd"),
+    ],
 )
 def test_other_objects_are_named(tmp_path, value, name, zipped):
     torch = pytest.importorskip("torch")
-    torch.save({"state_dict": {"a": torch.ones(2)}, "args": value}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": {"a": torch.ones(2)}, "args": value},
+        tmp_path / "a.pth",
+        _use_new_zipfile_serialization=zipped,
+    )
     with pytest.raises(
-        ValueError, match=r"holds other objects than tensors \(.*, only a state dict is read: .*state_dict"
+        ValueError,
+        match=r"holds other objects than tensors \(.*, only a state dict is read: .*state_dict",
     ) as caught:
         files.read_arrays(tmp_path / "a.pth")
     assert name in str(caught.value) and "\n" not in str(caught.value)
@@ -283,14 +383,23 @@ def test_one_of_several_state_dicts(tmp_path, caplog, names, key, read, others):
     path = tmp_path / "arrays.pth"
     torch.save(checkpoint(torch, *names) | {"epoch": 3, "best": torch.tensor(0.9)}, path)
     assert files.read_arrays(path, key)["w"] == read
-    said = [f"{path}: {names[read]} is read; there is also {others} (--weights-key NAME, or key= in Python)"] if others else []
+    said = (
+        [
+            f"{path}: {names[read]} is read; there is also {others} (--weights-key NAME, or key= in Python)"
+        ]
+        if others
+        else []
+    )
     assert caplog.messages == said
 
 
 def test_several_state_dicts_without_a_usual_name_must_be_chosen_from(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save(checkpoint(torch, "student", "teacher"), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"it holds several state dicts, student, teacher: choose one \(--weights-key NAME"):
+    with pytest.raises(
+        ValueError,
+        match=r"it holds several state dicts, student, teacher: choose one \(--weights-key NAME",
+    ):
         files.read_arrays(tmp_path / "a.pth")
     assert files.read_arrays(tmp_path / "a.pth", "teacher")["w"] == 1
     with pytest.raises(ValueError, match="it holds no weights called 'ema', but student, teacher"):
@@ -300,12 +409,20 @@ def test_several_state_dicts_without_a_usual_name_must_be_chosen_from(tmp_path):
 def test_key_is_the_beginning_of_names_too(tmp_path):
     write = {"model.a": np.zeros(1), "model_ema.module.a": np.ones(1), "model_ema.n": np.ones(1)}
     files.write_arrays(tmp_path / "a.npz", write)
-    assert_same(files.read_arrays(tmp_path / "a.npz", "model_ema"), {"module.a": np.ones(1), "n": np.ones(1)})
+    assert_same(
+        files.read_arrays(tmp_path / "a.npz", "model_ema"),
+        {"module.a": np.ones(1), "n": np.ones(1)},
+    )
     assert_same(files.read_arrays(tmp_path / "a.npz", "model_ema.module"), {"a": np.ones(1)})
-    with pytest.raises(ValueError, match=r"it holds no weights called 'ema', but model, model_ema$"):
+    with pytest.raises(
+        ValueError, match=r"it holds no weights called 'ema', but model, model_ema$"
+    ):
         files.read_arrays(tmp_path / "a.npz", "ema")
     torch = pytest.importorskip("torch")
-    torch.save({"state_dict": {key: torch.tensor(value) for key, value in write.items()}}, tmp_path / "a.ckpt")
+    torch.save(
+        {"state_dict": {key: torch.tensor(value) for key, value in write.items()}},
+        tmp_path / "a.ckpt",
+    )
     assert_same(files.read_arrays(tmp_path / "a.ckpt", "model_ema.module"), {"a": np.ones(1)})
     assert_same(files.read_arrays(tmp_path / "a.ckpt", "state_dict.model"), {"a": np.zeros(1)})
 
@@ -318,7 +435,8 @@ def test_without_torch_its_files_are_refused(tmp_path, monkeypatch, suffix):
     with pytest.raises(ValueError) as caught:
         files.read_arrays(path)
     assert (
-        str(caught.value) == f"cannot read {path}: reading {suffix} needs torch: pip install torch, or convert the file elsewhere"
+        str(caught.value)
+        == f"cannot read {path}: reading {suffix} needs torch: pip install torch, or convert the file elsewhere"
     )
 
 
@@ -332,22 +450,32 @@ def test_safetensors_are_written_whatever_their_strides(tmp_path):
 
 def test_without_safetensors_nothing_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.numpy", None)
-    with pytest.raises(ValueError, match=r"^writing \.safetensors needs safetensors: pip install 'adv2_jax\[weights\]'$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^writing \.safetensors needs safetensors: pip install 'adv2_jax\[weights\]'$",
+    ):
         files.write_arrays(tmp_path / "arrays.safetensors", ARRAYS)
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", ["arrays.pth", "arrays"])
 def test_other_suffixes_are_not_written(tmp_path, name):
-    with pytest.raises(ValueError, match=r"^cannot write .*: suffix '(\.pth)?' is not one of \.npz, \.safetensors$"):
+    with pytest.raises(
+        ValueError, match=r"^cannot write .*: suffix '(\.pth)?' is not one of \.npz, \.safetensors$"
+    ):
         files.write_arrays(tmp_path / name, ARRAYS)
     assert os.listdir(tmp_path) == []
 
 
 def test_files_without_a_place_are_not_written(tmp_path):
     (tmp_path / "folder.npz").mkdir()
-    for name, reason in (("none/arrays.npz", f"there is no folder {tmp_path / 'none'}"), ("folder.npz", "it is a folder")):
-        with pytest.raises(ValueError, match=re.escape(f"cannot write {tmp_path / name}: {reason}")):
+    for name, reason in (
+        ("none/arrays.npz", f"there is no folder {tmp_path / 'none'}"),
+        ("folder.npz", "it is a folder"),
+    ):
+        with pytest.raises(
+            ValueError, match=re.escape(f"cannot write {tmp_path / name}: {reason}")
+        ):
             files.write_arrays(tmp_path / name, ARRAYS)
     assert os.listdir(tmp_path) == ["folder.npz"]
 
@@ -395,12 +523,18 @@ def streamed(arrays, size):
 
 
 def test_streams_are_the_arrays_whatever_their_blocks(tmp_path):
-    arrays = ARRAYS | {"flags": np.array([True, False, True]), "names": np.array(["a", "bee"]), "none": np.zeros((0, 3))}
+    arrays = ARRAYS | {
+        "flags": np.array([True, False, True]),
+        "names": np.array(["a", "bee"]),
+        "none": np.zeros((0, 3)),
+    }
     for size in (1, 2, 5):
         files.write_streams(tmp_path / f"{size}.npz", streamed(arrays, size))
         assert_same(files.read_arrays(tmp_path / f"{size}.npz"), arrays)
         assert (tmp_path / f"{size}.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
-    assert files.stored(tmp_path / "1.npz") == {name: (values.shape, values.dtype) for name, values in arrays.items()}
+    assert files.stored(tmp_path / "1.npz") == {
+        name: (values.shape, values.dtype) for name, values in arrays.items()
+    }
     assert files.read_some(tmp_path / "1.npz", {"flags", "other"}.__contains__).keys() == {"flags"}
 
 
@@ -410,7 +544,8 @@ def test_streams_are_never_whole_in_memory(tmp_path):
     for count in (2, 40):
         tracemalloc.start()
         files.write_streams(
-            tmp_path / "a.npz", [("a", files.Stream((4 * count, 2**16), block.dtype, (block for _ in range(count))))]
+            tmp_path / "a.npz",
+            [("a", files.Stream((4 * count, 2**16), block.dtype, (block for _ in range(count))))],
         )
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
@@ -419,13 +554,24 @@ def test_streams_are_never_whole_in_memory(tmp_path):
 
 
 def test_pictures_are_cut_and_numbers_are_not(tmp_path):
-    arrays = ARRAYS | {"images": np.arange(5 * 6).reshape(5, 1, 2, 3), "names": np.array(["a", "bee"]), "one": np.zeros((1, 2, 2))}
+    arrays = ARRAYS | {
+        "images": np.arange(5 * 6).reshape(5, 1, 2, 3),
+        "names": np.array(["a", "bee"]),
+        "one": np.zeros((1, 2, 2)),
+    }
     files.write_streams(tmp_path / "a.npz", streamed(arrays, 2))
-    assert_same(files.read_pictures(tmp_path / "a.npz", 3), arrays | {"images": arrays["images"][:3]})
+    assert_same(
+        files.read_pictures(tmp_path / "a.npz", 3), arrays | {"images": arrays["images"][:3]}
+    )
     np.savez(tmp_path / "other_order.npz", a=np.asfortranarray(arrays["images"]))
-    np.testing.assert_array_equal(files.read_pictures(tmp_path / "other_order.npz", 3)["a"], arrays["images"][:3])
+    np.testing.assert_array_equal(
+        files.read_pictures(tmp_path / "other_order.npz", 3)["a"], arrays["images"][:3]
+    )
     np.savez(tmp_path / "bad.npz", a=np.array([None], object))
-    with pytest.raises(ValueError, match=r"^cannot read .*bad\.npz: it holds pickled objects, only plain arrays are read$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^cannot read .*bad\.npz: it holds pickled objects, only plain arrays are read$",
+    ):
         files.read_pictures(tmp_path / "bad.npz", 3)
 
 
@@ -449,20 +595,39 @@ def member(shape, data=b"", kind="|u1"):
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
 
 
-@pytest.mark.parametrize("read", [files.read_arrays, files.stored, lambda path: files.read_pictures(path, 1)])
+@pytest.mark.parametrize(
+    "read", [files.read_arrays, files.stored, lambda path: files.read_pictures(path, 1)]
+)
 @pytest.mark.parametrize(
     ("entry", "data", "compression", "message"),
     [
         ("a.npy", member((2, 2), b"1234"), zipfile.ZIP_BZIP2, "'a' is compressed in another way"),
-        ("a.npy", member((10**12,), b"1234"), zipfile.ZIP_STORED, "'a' holds 4 bytes, an array of uint8 .* takes 1000000000000"),
-        ("a.npy", member((3,), b"1234"), zipfile.ZIP_STORED, "'a' holds 4 bytes, an array of uint8 .* takes 3"),
+        (
+            "a.npy",
+            member((10**12,), b"1234"),
+            zipfile.ZIP_STORED,
+            "'a' holds 4 bytes, an array of uint8 .* takes 1000000000000",
+        ),
+        (
+            "a.npy",
+            member((3,), b"1234"),
+            zipfile.ZIP_STORED,
+            "'a' holds 4 bytes, an array of uint8 .* takes 3",
+        ),
         ("a.npy", member((-1, -4), b"1234"), zipfile.ZIP_STORED, "array"),
         ("a.npy", b"not an array", zipfile.ZIP_STORED, "magic string"),
         ("a.txt", b"not an array", zipfile.ZIP_STORED, "magic string"),
-        ("a.npy", member((65 << 20,), bytes(65 << 20)), zipfile.ZIP_DEFLATED, "unpack to .* over 10 times as many"),
+        (
+            "a.npy",
+            member((65 << 20,), bytes(65 << 20)),
+            zipfile.ZIP_DEFLATED,
+            "unpack to .* over 10 times as many",
+        ),
     ],
 )
-def test_members_that_are_not_what_they_say_are_refused_before_they_are_read(tmp_path, read, entry, data, compression, message):
+def test_members_that_are_not_what_they_say_are_refused_before_they_are_read(
+    tmp_path, read, entry, data, compression, message
+):
     with zipfile.ZipFile(tmp_path / "a.npz", "w", compression) as archive:
         archive.writestr(entry, data)
     tracemalloc.start()

@@ -25,8 +25,8 @@ import pytest
 from mutants import FORMATS, MIB, PIL, WORDS, damaged, npz, picture, scribbled, tampered, tensors
 
 from adv2_jax import cli, models
-from adv2_jax.experiments.batches import Batches
 from adv2_jax.files import write_arrays
+from adv2_jax.runs.store import Store
 
 resource = pytest.importorskip("resource")  # Windows has none
 
@@ -56,7 +56,18 @@ def network(weights=None):
     return ready
 """
 N, SIZE, K = 4, 8, 3
-QUICK = ["--limit", "1", "--batch-size", "1", "--warm-steps", "0", "--steps", "1", "--interpreter", "cam"]
+QUICK = [
+    "--limit",
+    "1",
+    "--batch-size",
+    "1",
+    "--warm-steps",
+    "0",
+    "--steps",
+    "1",
+    "--interpreter",
+    "cam",
+]
 
 
 class Base(NamedTuple):
@@ -68,7 +79,15 @@ class Base(NamedTuple):
     masker: dict[str, np.ndarray]
 
     def attack(self, *words: str) -> list[str]:
-        return ["attack", "--model", f"{self.folder}/net.py:network", *QUICK, "--out", "out", *words]
+        return [
+            "attack",
+            "--model",
+            f"{self.folder}/net.py:network",
+            *QUICK,
+            "--out",
+            "out",
+            *words,
+        ]
 
     def photos(self, *words: str) -> list[str]:
         return self.attack("--images", f"{self.folder}/photos", "--size", str(SIZE), *words)
@@ -104,7 +123,9 @@ def base(tmp_path_factory):
         write_arrays(folder / "images.npz", arrays)
         model = models.build("tiny", width=2, num_classes=K, image_size=SIZE)
         weights = models.convert.to_state_dict(model)
-        models.save_masker(models.Masker(model, rngs=models.nnx.Rngs(0)), "tiny", folder / "masker.npz")
+        models.save_masker(
+            models.Masker(model, rngs=models.nnx.Rngs(0)), "tiny", folder / "masker.npz"
+        )
         with np.load(folder / "masker.npz") as archive:
             masker = dict(archive)
         (folder / "photos").mkdir()
@@ -121,15 +142,19 @@ def base(tmp_path_factory):
 
 def _interrupt(base: Base, patch: pytest.MonkeyPatch) -> None:
     """A run and a table that were interrupted after their first part."""
-    save = Batches.save
+    save = Store.save
 
     def stop(self, part, arrays):
         save(self, part, arrays)
         raise KeyboardInterrupt
 
     with patch.context() as inner:
-        inner.setattr(Batches, "save", stop)
-        assert cli.main(unfinished(base, "attack", "part")) == cli.main(unfinished(base, "table", "sheet")) == 130
+        inner.setattr(Store, "save", stop)
+        assert (
+            cli.main(unfinished(base, "attack", "part"))
+            == cli.main(unfinished(base, "table", "sheet"))
+            == 130
+        )
 
 
 def unfinished(base: Base, command: str, out: str) -> list[str]:
@@ -145,7 +170,9 @@ def arrays_of_images(rng: random.Random, place: Path, base: Base) -> Case:
     keys = [key for key in base.images if key in ("images", "labels") or rng.random() < 0.5]
     (place / "mutant.npz").write_bytes(npz(rng, {key: base.images[key] for key in keys}))
     size = ["--size", str(SIZE)] if rng.random() < 0.7 else []
-    return Case(base.attack("--images", "mutant.npz", *size), ("mutant.npz", "image", "network", "target"))
+    return Case(
+        base.attack("--images", "mutant.npz", *size), ("mutant.npz", "image", "network", "target")
+    )
 
 
 def folder_of_images(rng: random.Random, place: Path, base: Base) -> Case:
@@ -159,12 +186,17 @@ def folder_of_images(rng: random.Random, place: Path, base: Base) -> Case:
     if rng.random() < 0.05:
         (folder / "sub").mkdir()
     return Case(
-        base.attack("--images", "photos", "--size", str(SIZE)), ("mutant", "sub", "images right", "16-bit images of photos"), pixels
+        base.attack("--images", "photos", "--size", str(SIZE)),
+        ("mutant", "sub", "images right", "16-bit images of photos"),
+        pixels,
     )
 
 
 def labels(rng: random.Random, place: Path, base: Base) -> Case:
-    text = "".join(f"{name}.png,{i % K}{rng.choice(('', '', f',{(i + 1) % K}'))}\n" for i, name in enumerate("abcd"))
+    text = "".join(
+        f"{name}.png,{i % K}{rng.choice(('', '', f',{(i + 1) % K}'))}\n"
+        for i, name in enumerate("abcd")
+    )
     head = rng.choice(("", "file,class\n", "file,class,target\n"))
     (place / "labels.csv").write_bytes(scribbled(rng, head + text))
     words = base.photos("--labels", "labels.csv")
@@ -172,11 +204,16 @@ def labels(rng: random.Random, place: Path, base: Base) -> Case:
 
 
 def class_list(rng: random.Random, place: Path, base: Base) -> Case:
-    text = rng.choice(("cat\ndog\nfox\n", "n01 cat\nn02 dog\nn03 fox, red fox\n", "1 euro\n2 euro\n3D printer\n"))
+    text = rng.choice(
+        ("cat\ndog\nfox\n", "n01 cat\nn02 dog\nn03 fox, red fox\n", "1 euro\n2 euro\n3D printer\n")
+    )
     (place / "classes.txt").write_bytes(scribbled(rng, text))
     source = rng.choice(("images.npz", "photos", "shapes:2"))
     source = source if ":" in source else f"{base.folder}/{source}"
-    return Case(base.attack("--images", source, "--size", str(SIZE), "--classes", "classes.txt"), ("classes.txt", "images right"))
+    return Case(
+        base.attack("--images", source, "--size", str(SIZE), "--classes", "classes.txt"),
+        ("classes.txt", "images right"),
+    )
 
 
 def weights(rng: random.Random, place: Path, base: Base) -> Case:
@@ -185,7 +222,17 @@ def weights(rng: random.Random, place: Path, base: Base) -> Case:
     mutant = f"mutant.{suffix}"
     (place / mutant).write_bytes(write(rng, base.weights))
     if rng.random() < 0.8:
-        return Case(["convert", mutant, "--model", "tiny", "--out", f"out.{rng.choice(('npz', 'safetensors'))}"], (mutant,))
+        return Case(
+            [
+                "convert",
+                mutant,
+                "--model",
+                "tiny",
+                "--out",
+                f"out.{rng.choice(('npz', 'safetensors'))}",
+            ],
+            (mutant,),
+        )
     return Case(base.photos("--model", "tiny", "--weights", mutant), (mutant, "network"))
 
 
@@ -196,13 +243,28 @@ def masker(rng: random.Random, place: Path, base: Base) -> Case:
 
 
 def network(rng: random.Random, place: Path, base: Base) -> Case:
-    text = rng.choice(SNIPPETS) if rng.random() < 0.6 else scribbled(rng, NETWORK + NET.partition("\n\n")[2])
-    (place / "mine.py").write_bytes(text if isinstance(text, bytes) else text.encode())
-    name = rng.choice(("ready", "network", "network", "network", "Mean", "nothing", "a b", "", "é", "jax"))
-    weights = rng.choice(
-        ([], [], [], ["--weights", f"{base.folder}/masker.npz"], ["--weights", "none.npz"], ["--mean", "0", "0", "0"])
+    text = (
+        rng.choice(SNIPPETS)
+        if rng.random() < 0.6
+        else scribbled(rng, NETWORK + NET.partition("\n\n")[2])
     )
-    words = base.attack("--images", f"{base.folder}/images.npz", "--model", f"mine.py:{name}", *weights)
+    (place / "mine.py").write_bytes(text if isinstance(text, bytes) else text.encode())
+    name = rng.choice(
+        ("ready", "network", "network", "network", "Mean", "nothing", "a b", "", "é", "jax")
+    )
+    weights = rng.choice(
+        (
+            [],
+            [],
+            [],
+            ["--weights", f"{base.folder}/masker.npz"],
+            ["--weights", "none.npz"],
+            ["--mean", "0", "0", "0"],
+        )
+    )
+    words = base.attack(
+        "--images", f"{base.folder}/images.npz", "--model", f"mine.py:{name}", *weights
+    )
     return Case(words, ("mine.py", "network", "--", "head", "features", "logits"))
 
 
@@ -210,7 +272,9 @@ def _returning(value: str, more: str = "") -> str:
     return f"import jax, jax.numpy as jnp, numpy as np\n{NETWORK}\n{more}\ndef network(weights=None):\n    return {value}\n"
 
 
-def _with(features: str = "return image", head: str = "return 10 * features.mean(axis=(0, 1))") -> str:
+def _with(
+    features: str = "return image", head: str = "return 10 * features.mean(axis=(0, 1))"
+) -> str:
     one = f"    def features(self, image, act=None):\n        {features}\n"
     other = f"    def head(self, features):\n        {head}\n"
     body = f"@jax.tree_util.register_static\nclass Net:\n{one}\n{other}\n"
@@ -252,32 +316,85 @@ def network(): yield 1
 """
 SNIPPETS = [
     *ONE_LINERS.strip().splitlines(),
-    *("", "\0", "\t x\n y", "(" * 300, "def f(): f()\nf()", "class E(Exception):\n    def __str__(self): 1 / 0\nraise E"),
-    *map(_returning, ("None", "7", "'x'", "{}", "[]", "object()", "Mean", "(Mean(), 1)", "lambda x: x", "jnp.zeros(3)", "network")),
+    *(
+        "",
+        "\0",
+        "\t x\n y",
+        "(" * 300,
+        "def f(): f()\nf()",
+        "class E(Exception):\n    def __str__(self): 1 / 0\nraise E",
+    ),
     *map(
-        _with,
-        ("return None", "return image[0]", "return image.astype(int)", "return image.tolist()", "return (image, image)", "1 / 0"),
+        _returning,
+        (
+            "None",
+            "7",
+            "'x'",
+            "{}",
+            "[]",
+            "object()",
+            "Mean",
+            "(Mean(), 1)",
+            "lambda x: x",
+            "jnp.zeros(3)",
+            "network",
+        ),
     ),
     *map(
         _with,
-        ("return float(image.sum())", "raise ValueError('a\\nb')", "return image @ jnp.zeros((4, 4))", "return image * jnp.nan"),
+        (
+            "return None",
+            "return image[0]",
+            "return image.astype(int)",
+            "return image.tolist()",
+            "return (image, image)",
+            "1 / 0",
+        ),
     ),
     *map(
         _with,
-        ("return np.asarray(image)", "return image[:1, :1]", "return image[:0]", "return image if image.sum() > 0 else -image"),
+        (
+            "return float(image.sum())",
+            "raise ValueError('a\\nb')",
+            "return image @ jnp.zeros((4, 4))",
+            "return image * jnp.nan",
+        ),
+    ),
+    *map(
+        _with,
+        (
+            "return np.asarray(image)",
+            "return image[:1, :1]",
+            "return image[:0]",
+            "return image if image.sum() > 0 else -image",
+        ),
     ),
     *map(_with, ("print('hello'); return image", "raise SystemExit(3)", "raise BaseException")),
     *(
         _with(head=f"return {value}")
-        for value in ("None", "features", "features.mean()", "'x'", "1 / 0", "(features.mean((0, 1)),)")
+        for value in (
+            "None",
+            "features",
+            "features.mean()",
+            "'x'",
+            "1 / 0",
+            "(features.mean((0, 1)),)",
+        )
     ),
-    *(_with(head=f"return jnp.{value}") for value in ("zeros(0)", "zeros(1)", "zeros(3)", "full(3, jnp.nan)", "zeros(3, int)")),
+    *(
+        _with(head=f"return jnp.{value}")
+        for value in ("zeros(0)", "zeros(1)", "zeros(3)", "full(3, jnp.nan)", "zeros(3, int)")
+    ),
     _with(head="return jax.nn.softmax(features.mean((0, 1)))"),
     _with().replace("@jax.tree_util.register_static\n", ""),
     _with().replace("def head", "def heads"),
-    _with("raise KeyError(3)").replace("    def features(self, image, act=None)", "    @property\n    def features(self)"),
-    _with().replace("register_static", "register_pytree_node_class") + "Net.tree_flatten = lambda self: 1 / 0\n",
-    _with().replace("register_static", "register_pytree_node_class") + "Net.tree_flatten = lambda self: (('x', object()), None)\n",
+    _with("raise KeyError(3)").replace(
+        "    def features(self, image, act=None)", "    @property\n    def features(self)"
+    ),
+    _with().replace("register_static", "register_pytree_node_class")
+    + "Net.tree_flatten = lambda self: 1 / 0\n",
+    _with().replace("register_static", "register_pytree_node_class")
+    + "Net.tree_flatten = lambda self: (('x', object()), None)\n",
     _with() + "Net.__eq__ = Net.__hash__ = lambda self, other=None: 1 / 0\n",
     _with().replace(", act=None", ""),
     _with().replace("self, features", "self"),
@@ -298,7 +415,13 @@ def _other_words(rng: random.Random, argv: list[str]) -> list[str]:
         [text[: rng.randrange(1, 6)] for text in here],
         [],
     )
-    return rng.choice(([*before, *rng.choice(new), *after], [*before, *rng.choice(new), *here, *after], [*argv, flag, word]))
+    return rng.choice(
+        (
+            [*before, *rng.choice(new), *after],
+            [*before, *rng.choice(new), *here, *after],
+            [*argv, flag, word],
+        )
+    )
 
 
 def arguments(rng: random.Random, place: Path, base: Base) -> Case:
@@ -310,10 +433,29 @@ def arguments(rng: random.Random, place: Path, base: Base) -> Case:
             (
                 base.attack("--images", images),
                 base.attack("--images", images, "--epsilon", "0.1", "--preset", "paper"),
-                base.attack("--images", f"{base.folder}/photos", "--size", "8", "--sample", "2", "--seed", "1"),
+                base.attack(
+                    "--images",
+                    f"{base.folder}/photos",
+                    "--size",
+                    "8",
+                    "--sample",
+                    "2",
+                    "--seed",
+                    "1",
+                ),
                 base.attack("--images", images, "--threat", "flow", "--flow-penalty", "0.1"),
                 base.attack("--images", images, "--target-map", "patch"),
-                ["table", "effectiveness", "--model", net, "--images", images, *QUICK, "--out", "out"],
+                [
+                    "table",
+                    "effectiveness",
+                    "--model",
+                    net,
+                    "--images",
+                    images,
+                    *QUICK,
+                    "--out",
+                    "out",
+                ],
                 ["transfer", "run", "--model", net, "--to-model", net],
                 ["convert", "none.npz", "--model", "tiny", "--out", "out.npz"],
                 ["train", "classifier", *tiny, "--learning-rate", "0.1", "--out", "out"],
@@ -329,7 +471,9 @@ def arguments(rng: random.Random, place: Path, base: Base) -> Case:
     if "demo" in argv[:1] and "--no-such-flag" not in argv:
         argv.append("--no-such-flag")
     shutil.copytree(base.folder / "run", place / "run")
-    return Case([_affordable(word, before) for before, word in zip(["", *argv], argv, strict=False)])
+    return Case(
+        [_affordable(word, before) for before, word in zip(["", *argv], argv, strict=False)]
+    )
 
 
 WORDS_OF_FLAGS = """
@@ -339,14 +483,19 @@ WORDS_OF_FLAGS = """
 --no-mirror --checkpoint-every --head-only --absent --area-power --help --version --e --st --s -x -- --- --Model --no-such —model
 """
 FLAGS = WORDS_OF_FLAGS.split()
-ENDLESS = ("--steps", "--warm-steps", "--epochs")  # valid, and then the machine is busy until the end of time
+# valid, and then the machine is busy until the end of time
+ENDLESS = ("--steps", "--warm-steps", "--epochs")
 
 
 def _affordable(word: str, before: str) -> str:
     """A number of steps that can be awaited."""
     name, equals, value = word.partition("=")
     for flag, text, head in ((before, word, ""), (name, value, name + equals)):
-        if len(flag) > 3 and any(endless.startswith(flag) for endless in ENDLESS) and re.fullmatch(r"[\d_]{3,}", text):
+        if (
+            len(flag) > 3
+            and any(endless.startswith(flag) for endless in ENDLESS)
+            and re.fullmatch(r"[\d_]{3,}", text)
+        ):
             return f"{head}2"
     return word
 
@@ -360,7 +509,10 @@ def finished_run(rng: random.Random, place: Path, base: Base) -> Case:
         _change_npz(rng, place / "run" / "results.npz")
     net = f"{base.folder}/net.py:network"
     other = rng.choice(([], ["--to-model", net]))
-    return Case(["transfer", "run", "--model", net, "--quiet", *other], ("run", "results.npz", "summary.json"))
+    return Case(
+        ["transfer", "run", "--model", net, "--quiet", *other],
+        ("run", "results.npz", "summary.json"),
+    )
 
 
 def unfinished_run(rng: random.Random, place: Path, base: Base) -> Case:
@@ -377,7 +529,9 @@ def finished_table(rng: random.Random, place: Path, base: Base) -> Case:
     """`table --resume` where the run it needs is finished, but changed."""
     name = rng.choice(("effectiveness", "transfer"))
     shutil.copytree(base.folder / "done" / "linf-benign", place / "out" / "linf-benign")
-    file = place / "out" / "linf-benign" / rng.choice(("summary.json", "summary.json", "results.npz"))
+    file = (
+        place / "out" / "linf-benign" / rng.choice(("summary.json", "summary.json", "results.npz"))
+    )
     (_change_json if file.suffix == ".json" else _change_npz)(rng, file)
     argv = unfinished(base, "table", "out")
     argv[1] = name
@@ -386,9 +540,31 @@ def finished_table(rng: random.Random, place: Path, base: Base) -> Case:
 
 def _change_json(rng: random.Random, path: Path) -> None:
     tree = json.loads(path.read_text())
-    words = ["interpreter", "attack", "rts", "grad", "adv2", "pgd", "ci", "rows", "schema", "default", "paper", "map_l1", "benign"]
+    words = [
+        "interpreter",
+        "attack",
+        "rts",
+        "grad",
+        "adv2",
+        "pgd",
+        "ci",
+        "rows",
+        "schema",
+        "default",
+        "paper",
+        "map_l1",
+        "benign",
+    ]
     text = json.dumps(tampered(rng, tree, words))
-    others = (scribbled(rng, text), damaged(rng, text.encode()), b"[" * 10**5, b"[]", b"null", b"3", b'"x"')
+    others = (
+        scribbled(rng, text),
+        damaged(rng, text.encode()),
+        b"[" * 10**5,
+        b"[]",
+        b"null",
+        b"3",
+        b'"x"',
+    )
     path.write_bytes(text.encode() if rng.random() < 0.8 else rng.choice(others))
 
 
@@ -423,7 +599,10 @@ KINDS: tuple[tuple[Kind, int], ...] = (
 
 def tree(place: Path) -> dict[str, bytes | None]:
     """All that lies below a folder."""
-    return {str(path.relative_to(place)): path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+    return {
+        str(path.relative_to(place)): path.read_bytes() if path.is_file() else None
+        for path in place.rglob("*")
+    }
 
 
 def peak() -> int:
@@ -468,19 +647,27 @@ def test_bad_input(i, base, capfd, monkeypatch):
         assert not warned, f"{[str(warning.message) for warning in warned]}, {about}"
         assert not list(scratch.iterdir()), f"left in the folder of temporary files, {about}"
         if code == 2:
-            assert err.startswith("adv2: ") and err.endswith("\n") and len(err.splitlines()) == 1, about
+            assert err.startswith("adv2: ") and err.endswith("\n") and len(err.splitlines()) == 1, (
+                about
+            )
             assert err[:-1].isprintable(), about
             assert len(err) < 3000, about
-            assert not case.names or any(name in err for name in case.names), f"does not name what is wrong, {about}"
+            assert not case.names or any(name in err for name in case.names), (
+                f"does not name what is wrong, {about}"
+            )
             assert before == after or case.kept, (
                 f"left behind: {sorted(name for name in after if before.get(name) != after[name])}, {about}"
             )
         else:
             assert err == "", about
         if code == 0 or case.kept:
-            assert not [name for name in after.keys() - before.keys() if Path(name).name.startswith(".")], about
+            assert not [
+                name for name in after.keys() - before.keys() if Path(name).name.startswith(".")
+            ], about
         size = sum(len(data or b"") for data in before.values())
-        assert grown < CONSTANT + 10 * size + PIXEL * case.pixels, f"{grown / MIB:.0f} MiB for a file of {size} bytes, {about}"
+        assert grown < CONSTANT + 10 * size + PIXEL * case.pixels, (
+            f"{grown / MIB:.0f} MiB for a file of {size} bytes, {about}"
+        )
 
 
 # Ctrl-C
@@ -503,7 +690,7 @@ class Moments:
             yield lambda title, steps, **more: lambda new: self.pass_by()
 
         patch.setattr(os, "replace", replaced)
-        patch.setattr(cli, "_progress", progress)
+        patch.setattr(cli.commands, "progress_bars", progress)
 
     def pass_by(self) -> None:
         self.seen += 1
@@ -512,8 +699,28 @@ class Moments:
 
 
 def interruptible(base: Base, out: str) -> list[str]:
-    words = ["attack", "--model", f"{base.folder}/net.py:network", "--images", f"{base.folder}/images.npz", "--out", out]
-    return [*words, "--interpreter", "cam", "--batch-size", "1", "--limit", "2", "--warm-steps", "1", "--steps", "2"]
+    words = [
+        "attack",
+        "--model",
+        f"{base.folder}/net.py:network",
+        "--images",
+        f"{base.folder}/images.npz",
+        "--out",
+        out,
+    ]
+    return [
+        *words,
+        "--interpreter",
+        "cam",
+        "--batch-size",
+        "1",
+        "--limit",
+        "2",
+        "--warm-steps",
+        "1",
+        "--steps",
+        "2",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -547,4 +754,6 @@ def test_interrupts(i, base, whole, tmp_path, capfd, monkeypatch):
     else:
         assert cli.main([*interruptible(base, str(out)), *resume]) == 0, about
     found = tree(out)
-    assert found.keys() == expected.keys() and found["results.npz"] == expected["results.npz"], about
+    assert found.keys() == expected.keys() and found["results.npz"] == expected["results.npz"], (
+        about
+    )

@@ -11,14 +11,16 @@ import pytest
 
 from adv2_jax import descent, interpreters, losses, maps, models, threats
 from adv2_jax.activations import relu, relu_h, relu_sigmoid
-from adv2_jax.interpreters.cam import raw_cam, raw_grad_cam
+from adv2_jax.interpreters.activation_maps import raw_cam, raw_grad_cam
 
 POINTS = ("x0", "xa")
 RULES = {"r": relu, "sigma": relu_sigmoid(), "h": relu_h}
 VOID = 1e-2  # an error of the oracle's own float32 run beyond this says that float32 holds no digit
 # p_t is within 1e-7 of 1 on all four images: nothing is left to compare
 SATURATED = {"xa/t/grad_prob", "xa/ce_grad", *(f"xa/hvp_{rule}/prob_t" for rule in RULES)}
-DRAWN_IN_FLOAT32 = 4e-7  # a column of zeros or of one lucky rounding: no float32 result is held to less than this
+DRAWN_IN_FLOAT32 = (
+    4e-7  # a column of zeros or of one lucky rounding: no float32 result is held to less than this
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,11 @@ def goldens(data_dir):
 @pytest.fixture(scope="module")
 def published(data_dir):
     """key -> relative error of the oracle's float32 run, from the table of goldens.md."""
-    rows = (line.split("|") for line in (data_dir / "goldens.md").read_text().splitlines() if line.startswith("| "))
+    rows = (
+        line.split("|")
+        for line in (data_dir / "goldens.md").read_text().splitlines()
+        if line.startswith("| ")
+    )
     cells = {row[1].strip(): row[4].split() for row in rows if len(row) == 7}
     return {key: float(cell[0]) for key, cell in cells.items() if key != "key"}
 
@@ -46,7 +52,12 @@ def inputs(goldens):
     images = np.concatenate([goldens[f"in/{point}"] for point in POINTS])
     others = [goldens[key] for key in ("in/y", "in/t", "x0/y/cam", "target_map", "in/v")]
     y, t, *arrays = (np.concatenate([array, array]) for array in others)
-    return images, y.astype(np.int32), t.astype(np.int32), *(array.astype(np.float32) for array in arrays)
+    return (
+        images,
+        y.astype(np.int32),
+        t.astype(np.int32),
+        *(array.astype(np.float32) for array in arrays),
+    )
 
 
 def _channels_last(array):
@@ -82,7 +93,10 @@ def first_order(resnet20, inputs):
                 "gradcam_raw": raw_grad_cam(model, features, label),
                 "gradcam": interpreters.grad_cam(model, image, label),
                 "grad_map": interpreters.grad(model, image, label),
-                **{name: interpreters.input_gradient(model, image, label, **options)[0] for name, options in gradients.items()},
+                **{
+                    name: interpreters.input_gradient(model, image, label, **options)[0]
+                    for name, options in gradients.items()
+                },
             }
 
         found = {"features": features, "logits": model.head(features)}
@@ -101,8 +115,13 @@ def first_order(resnet20, inputs):
 
 def _joint_gradient(model, image, target, target_map, balance, options):
     """What the attack's step descends, at zero perturbation."""
-    problem, numbers = descent.Problem(image, target, target_map), descent.Numbers(0.0, balance, 1e-4)
-    return jax.grad(lambda delta: descent.joint_loss(delta, model, problem, numbers, options)[0])(jnp.zeros_like(image))
+    problem, numbers = (
+        descent.Problem(image, target, target_map),
+        descent.Numbers(0.0, balance, 1e-4),
+    )
+    return jax.grad(lambda delta: descent.joint_loss(delta, model, problem, numbers, options)[0])(
+        jnp.zeros_like(image)
+    )
 
 
 @pytest.fixture(scope="module", params=RULES)
@@ -117,7 +136,12 @@ def second_order(rule, resnet20, inputs):
     def one(model, image, y, t, benign_cam, target_map, v):
         def gradient(x, k):
             """Of one of the four scores; k is mapped over, so that they share their compilation."""
-            scores = ((losses.probability, t), (losses.probability, y), (losses.log_odds, t), (losses.logit, t))
+            scores = (
+                (losses.probability, t),
+                (losses.probability, y),
+                (losses.log_odds, t),
+                (losses.logit, t),
+            )
 
             def chosen(logits, _):
                 return jnp.stack([score(logits, label) for score, label in scores])[k]
@@ -136,11 +160,19 @@ def second_order(rule, resnet20, inputs):
         found = {}
         for mode in (forward_over_reverse, reverse_over_reverse):
             products = jax.vmap(mode)(jnp.arange(4))
-            for name, product in zip(("prob_t", "prob_y", "logodds_t", "logit_t"), products, strict=True):
+            for name, product in zip(
+                ("prob_t", "prob_y", "logodds_t", "logit_t"), products, strict=True
+            ):
                 found[f"hvp_{rule}/{name} {mode.__name__}"] = product
-        found[f"grad_{rule}/int_loss"], found[f"grad_{rule}/int_grad"] = jax.value_and_grad(map_loss)(image)
-        options = descent.Options(threats.linf(), interpreters.smooth_grad_interpreter(act=act).surrogate)
-        found[f"grad_{rule}/joint_grad"] = _joint_gradient(model, image, t, target_map, 0.05, options)
+        found[f"grad_{rule}/int_loss"], found[f"grad_{rule}/int_grad"] = jax.value_and_grad(
+            map_loss
+        )(image)
+        options = descent.Options(
+            threats.linf(), interpreters.smooth_grad_interpreter(act=act).surrogate
+        )
+        found[f"grad_{rule}/joint_grad"] = _joint_gradient(
+            model, image, t, target_map, 0.05, options
+        )
         return found
 
     return _evaluated(one, resnet20, inputs)
@@ -153,10 +185,18 @@ def flows(goldens):
     def one(image, flow, v):
         penalty, penalty_gradient = jax.value_and_grad(threats.flow_penalty)(flow)
         warped, pull = jax.vjp(lambda flow: threats.warp(image, flow), flow)
-        return {"warp": warped, "flow_loss": penalty, "flow_loss_grad": penalty_gradient, "warp_vjp": pull(v)[0]}
+        return {
+            "warp": warped,
+            "flow_loss": penalty,
+            "flow_loss_grad": penalty_gradient,
+            "warp_vjp": pull(v)[0],
+        }
 
     arrays = (jnp.asarray(goldens[f"in/{name}"], jnp.float32) for name in ("x0", "flow", "v"))
-    return {f"stadv/{name}": np.asarray(values, float) for name, values in jax.vmap(one)(*arrays).items()}
+    return {
+        f"stadv/{name}": np.asarray(values, float)
+        for name, values in jax.vmap(one)(*arrays).items()
+    }
 
 
 def norm(values):
@@ -176,7 +216,10 @@ def beyond_float32(found, goldens, published):
         if published[key] > VOID:
             error, allowed = error / scale.max(), 1e-3
         else:
-            error, allowed = error / np.where(scale > 0, scale, 1), 10 * max(published[key], DRAWN_IN_FLOAT32)
+            error, allowed = (
+                error / np.where(scale > 0, scale, 1),
+                10 * max(published[key], DRAWN_IN_FLOAT32),
+            )
         if not error.max() <= allowed:
             off[name] = (error.max(), allowed)
     return off
@@ -195,7 +238,9 @@ def test_flows(flows, goldens, published):
 
 
 def test_logits_of_a_piecewise_linear_network_have_no_curvature(second_order, rule):
-    curvature = max(np.abs(values).max() for name, values in second_order.items() if "logit_t" in name)
+    curvature = max(
+        np.abs(values).max() for name, values in second_order.items() if "logit_t" in name
+    )
     assert (curvature == 0) == (rule == "r")
 
 
@@ -203,8 +248,13 @@ def test_every_quantity_is_compared(first_order, flows, goldens):
     ours = {*first_order, *flows}
     for point in POINTS:
         for name in RULES:
-            ours |= {f"{point}/hvp_{name}/{score}" for score in ("prob_t", "prob_y", "logodds_t", "logit_t")}
-            ours |= {f"{point}/grad_{name}/{part}" for part in ("int_loss", "int_grad", "joint_grad")}
+            ours |= {
+                f"{point}/hvp_{name}/{score}"
+                for score in ("prob_t", "prob_y", "logodds_t", "logit_t")
+            }
+            ours |= {
+                f"{point}/grad_{name}/{part}" for part in ("int_loss", "int_grad", "joint_grad")
+            }
     theirs = {key for key in goldens if not key.startswith("in/")}
     assert theirs - ours == {"target_map"} and ours <= theirs
 
@@ -215,7 +265,9 @@ def test_target_map_is_the_benign_map_made_larger(goldens, published):
     assert error.max() <= 10 * published["target_map"]
 
 
-def test_probability_maps_are_noise_where_the_network_is_sure_and_log_odds_maps_are_not(resnet20, inputs, goldens):
+def test_probability_maps_are_noise_where_the_network_is_sure_and_log_odds_maps_are_not(
+    resnet20, inputs, goldens
+):
     """Why GRAD differentiates the log-odds: the same map, but for the digits that float32 cannot hold."""
     images, _, targets, *_ = inputs
 

@@ -12,12 +12,13 @@ import pytest
 from adv2_jax import interpreters, losses
 from adv2_jax.activations import relu_curved, relu_h, relu_sigmoid
 from adv2_jax.interpreters import INTERPRETERS, Context, grad_interpreter, smooth_grad_interpreter
-from adv2_jax.interpreters.cam import raw_cam, raw_grad_cam
+from adv2_jax.interpreters.activation_maps import raw_cam, raw_grad_cam
 
 LABEL = 1
 TAU = 1e-3
 EVERY = {**INTERPRETERS, "smooth_grad": smooth_grad_interpreter}
-del EVERY["rts"], EVERY["mask"]  # a model with a masker, a surrogate with a memory: tests of their own
+# a model with a masker, a surrogate with a memory: tests of their own
+del (EVERY["rts"], EVERY["mask"])
 
 
 @pytest.fixture(scope="module", params=EVERY)
@@ -72,7 +73,9 @@ class Closed:
     """What the linear classifier of conftest.py makes of an image, in float64."""
 
     def __init__(self, linear, image):
-        mix, self.weights, bias = (np.asarray(leaf, float) for leaf in (linear.mix, linear.weights, linear.bias))
+        mix, self.weights, bias = (
+            np.asarray(leaf, float) for leaf in (linear.mix, linear.weights, linear.bias)
+        )
         self.size = mix.shape[0] * mix.shape[1]
         self.features = np.einsum("hwc,hwck->hwk", np.asarray(image, float), mix)
         self.logits = self.features.mean((0, 1)) @ self.weights + bias
@@ -108,7 +111,8 @@ SLOPES = {
 @pytest.mark.parametrize("score", SLOPES)
 def test_input_gradient_is_that_of_the_score(linear, pixels, closed, score):
     gradient, logits = interpreters.input_gradient(linear, pixels, LABEL, score=score)
-    np.testing.assert_allclose(gradient, SLOPES[score](closed), rtol=1e-4, atol=1e-6)  # float32 sums of 240 terms
+    # float32 sums of 240 terms
+    np.testing.assert_allclose(gradient, SLOPES[score](closed), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(logits, closed.logits, rtol=1e-5)
 
 
@@ -171,7 +175,8 @@ def test_jit_and_vmap_change_nothing(model, photos, interpreter, seen):
     alone = jax.jit(interpreter.explain)
     for image, m in zip(photos, seen["true"][1], strict=False):
         assert m.min() == 0 and m.max() <= 1
-        np.testing.assert_allclose(m, alone(model, image, LABEL), atol=1e-5)  # float32 sums in another order
+        # float32 sums in another order
+        np.testing.assert_allclose(m, alone(model, image, LABEL), atol=1e-5)
 
 
 def test_surrogate_shows_the_same_logits_and_when_faithful_the_same_map(seen, interpreter):
@@ -192,24 +197,37 @@ def test_gradient_of_the_surrogate_logits_is_exact(seen):
 def test_forward_and_reverse_mode_agree_and_are_finite(seen):
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(seen))
     assert (seen["reverse"][:4] != 0).all()
-    np.testing.assert_allclose(seen["reverse"], seen["forward"], rtol=1e-3)  # kernels as high as 1 / sqrt(tau) in float32
+    # kernels as high as 1 / sqrt(tau) in float32
+    np.testing.assert_allclose(seen["reverse"], seen["forward"], rtol=1e-3)
 
 
-def test_hessian_is_symmetric_and_that_of_central_differences(linear, pixels, interpreter, double, slope):
+def test_hessian_is_symmetric_and_that_of_central_differences(
+    linear, pixels, interpreter, double, slope
+):
     model, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), (linear, pixels))
     v = np.random.default_rng(0).normal(size=x.shape)
     loss = partial(surrogate_loss, interpreter, model)
-    derivatives = jax.jit(lambda x: (loss(x), jax.grad(loss)(x).ravel(), jax.hessian(loss)(x).reshape(x.size, x.size)))
+    derivatives = jax.jit(
+        lambda x: (loss(x), jax.grad(loss)(x).ravel(), jax.hessian(loss)(x).reshape(x.size, x.size))
+    )
     _, gradient, hessian = derivatives(x)
-    np.testing.assert_allclose(gradient @ v.ravel(), slope(lambda x: derivatives(x)[0], x, v), rtol=1e-7)
-    np.testing.assert_allclose(hessian @ v.ravel(), slope(lambda x: derivatives(x)[1], x, v), rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(
+        gradient @ v.ravel(), slope(lambda x: derivatives(x)[0], x, v), rtol=1e-7
+    )
+    np.testing.assert_allclose(
+        hessian @ v.ravel(), slope(lambda x: derivatives(x)[1], x, v), rtol=1e-5, atol=1e-8
+    )
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-10)
 
 
-@pytest.mark.parametrize(("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)])
+@pytest.mark.parametrize(
+    ("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)]
+)
 def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
     def through_surrogate(x, tau):
-        return losses.map_l2(factory().surrogate(model, x, LABEL, Context(tau)).map, jnp.ones((16, 16)))
+        return losses.map_l2(
+            factory().surrogate(model, x, LABEL, Context(tau)).map, jnp.ones((16, 16))
+        )
 
     def through_activation(x, tau):
         m = interpreters.grad(model, x, LABEL, act=lambda z: act(z, tau))
@@ -217,7 +235,9 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
 
     @jax.jit
     def gradients(tau):
-        return jax.grad(through_surrogate)(photos[0], tau), jax.grad(through_activation)(photos[0], tau)
+        return jax.grad(through_surrogate)(photos[0], tau), jax.grad(through_activation)(
+            photos[0], tau
+        )
 
     (wide, _), (narrow, expected) = gradients(1e-2), gradients(1e-4)
     np.testing.assert_allclose(narrow, expected, rtol=1e-4, atol=1e-5 * jnp.abs(expected).max())
@@ -227,8 +247,16 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
 def test_own_activation_of_the_smooth_surrogate(model, photos):
     @jax.jit
     def maps(image):
-        own = smooth_grad_interpreter(act=relu_sigmoid()).surrogate(model, image, LABEL, Context(TAU)).map
-        return own, interpreters.grad(model, image, LABEL, act=relu_sigmoid()), interpreters.grad(model, image, LABEL)
+        own = (
+            smooth_grad_interpreter(act=relu_sigmoid())
+            .surrogate(model, image, LABEL, Context(TAU))
+            .map
+        )
+        return (
+            own,
+            interpreters.grad(model, image, LABEL, act=relu_sigmoid()),
+            interpreters.grad(model, image, LABEL),
+        )
 
     own, expected, plain = maps(photos[0])
     np.testing.assert_allclose(own, expected, atol=1e-6)
@@ -236,8 +264,12 @@ def test_own_activation_of_the_smooth_surrogate(model, photos):
 
 
 def test_constant_map_is_zeros(linear, pixels):
-    same_everywhere = dataclasses.replace(linear, mix=jnp.broadcast_to(linear.mix[:1, :1], linear.mix.shape))
-    np.testing.assert_array_equal(interpreters.grad(same_everywhere, pixels, LABEL), np.zeros((4, 4)))
+    same_everywhere = dataclasses.replace(
+        linear, mix=jnp.broadcast_to(linear.mix[:1, :1], linear.mix.shape)
+    )
+    np.testing.assert_array_equal(
+        interpreters.grad(same_everywhere, pixels, LABEL), np.zeros((4, 4))
+    )
     flat = jnp.broadcast_to(pixels[:1, :1], pixels.shape)
     for interpreter in (interpreters.cam, interpreters.grad_cam):
         np.testing.assert_array_equal(interpreter(same_everywhere, flat, LABEL), np.zeros((4, 4)))
@@ -248,7 +280,9 @@ def test_pool_serves_both_faces(linear, pixels, factory):
     interpreter = factory(pool=2)
     assert interpreter.explain(linear, pixels, LABEL).shape == (2, 2)
     assert interpreter.surrogate(linear, pixels, LABEL, Context(TAU)).map.shape == (2, 2)
-    np.testing.assert_array_equal(interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2))
+    np.testing.assert_array_equal(
+        interpreter.explain(linear, pixels, LABEL), interpreters.grad(linear, pixels, LABEL, pool=2)
+    )
 
 
 @pytest.mark.parametrize("factory", EVERY.values())
@@ -273,13 +307,21 @@ def test_pool_that_does_not_fit_is_named(linear, pixels, pool):
 
 
 MAKERS = {"from_explain"}
-FUNCTIONS = [name for name in interpreters.__all__ if name.islower() and not name.endswith("_interpreter") and name not in MAKERS]
+FUNCTIONS = [
+    name
+    for name in interpreters.__all__
+    if name.islower() and not name.endswith("_interpreter") and name not in MAKERS
+]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_signature_is_model_image_label_and_options_by_name(name):
     parameters = list(inspect.signature(getattr(interpreters, name)).parameters.values())
-    assert [parameter.name for parameter in parameters[:3]] == ["masker" if name == "rts" else "model", "image", "label"]
+    assert [parameter.name for parameter in parameters[:3]] == [
+        "masker" if name == "rts" else "model",
+        "image",
+        "label",
+    ]
     assert all(parameter.default is inspect.Parameter.empty for parameter in parameters[:3])
     assert all(parameter.kind == parameter.KEYWORD_ONLY for parameter in parameters[3:])
     assert all(parameter.default is not inspect.Parameter.empty for parameter in parameters[3:])

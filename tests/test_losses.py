@@ -28,7 +28,9 @@ SCORES = {
 @pytest.mark.parametrize("label", range(5))
 @pytest.mark.parametrize("score", SCORES)
 def test_scores_are_their_formulas(score, label):
-    assert score(jnp.asarray(LOGITS, jnp.float32), label) == pytest.approx(SCORES[score](label), rel=2e-6)
+    assert score(jnp.asarray(LOGITS, jnp.float32), label) == pytest.approx(
+        SCORES[score](label), rel=2e-6
+    )
 
 
 @partial(jax.jit, static_argnames="score")
@@ -40,7 +42,9 @@ def derivatives(score, logits, label):
 def test_derivatives_are_central_differences(score, double, slope):
     v = np.random.default_rng(0).normal(size=5)
     _, gradient, hessian = derivatives(score, LOGITS, 2)
-    np.testing.assert_allclose(gradient @ v, slope(lambda z: derivatives(score, z, 2)[0], LOGITS, v), rtol=1e-8)
+    np.testing.assert_allclose(
+        gradient @ v, slope(lambda z: derivatives(score, z, 2)[0], LOGITS, v), rtol=1e-8
+    )
     expected = slope(lambda z: derivatives(score, z, 2)[1], LOGITS, v)
     np.testing.assert_allclose(hessian @ v, expected, rtol=1e-6, atol=1e-9)
 
@@ -53,7 +57,9 @@ def test_smoothing_takes_its_mass_from_the_target_and_spreads_it_over_the_others
 
 
 def test_smoothed_loss_is_least_at_the_smoothed_distribution():
-    gradient = jax.grad(lambda z: losses.cross_entropy(z, 1, smoothing=0.2))(jnp.log(smoothed(1, 0.2)))
+    gradient = jax.grad(lambda z: losses.cross_entropy(z, 1, smoothing=0.2))(
+        jnp.log(smoothed(1, 0.2))
+    )
     np.testing.assert_allclose(gradient, np.zeros(5), atol=1e-7)
 
 
@@ -73,12 +79,17 @@ def test_log_odds_change_sign_at_one_half():
 @pytest.mark.parametrize("score", SCORES)
 def test_extreme_logits_give_finite_numbers(score, logits):
     for label in range(3):
-        assert all(np.isfinite(found).all() for found in derivatives(score, jnp.array(logits), label))
+        assert all(
+            np.isfinite(found).all() for found in derivatives(score, jnp.array(logits), label)
+        )
 
 
 @pytest.mark.parametrize(("loss", "expected"), [(losses.map_l2, 0.3), (losses.map_mse, 0.05)])
 def test_map_losses(loss, expected):
-    m, target = jnp.array([[0.0, 1.0, 0.5], [0.2, 0.4, 0.0]]), jnp.array([[0.5, 0.8, 0.5], [0.2, 0.3, 0.0]])
+    m, target = (
+        jnp.array([[0.0, 1.0, 0.5], [0.2, 0.4, 0.0]]),
+        jnp.array([[0.5, 0.8, 0.5], [0.2, 0.3, 0.0]]),
+    )
     assert loss(m, target) == pytest.approx(expected, rel=1e-6)
     assert loss(m, m) == 0
     np.testing.assert_array_equal(jax.grad(loss)(m, m), np.zeros((2, 3)))

@@ -15,13 +15,17 @@ def raw():
 
 def test_min_max_reaches_from_zero_to_one(raw):
     m = maps.min_max(jnp.asarray(raw, jnp.float32))
-    np.testing.assert_allclose(m, (raw - raw.min()) / np.ptp(raw), atol=2e-7)  # one float32 rounding of numbers up to 1
-    assert m.min() == 0 and m.max() == pytest.approx(1, abs=6e-8)  # XLA divides by multiplying with the reciprocal
+    # one float32 rounding of numbers up to 1
+    np.testing.assert_allclose(m, (raw - raw.min()) / np.ptp(raw), atol=2e-7)
+    # XLA divides by multiplying with the reciprocal
+    assert m.min() == 0 and m.max() == pytest.approx(1, abs=6e-8)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-6, 1.0, 1e30])
 def test_min_max_knows_no_scale(raw, factor):
-    np.testing.assert_allclose(maps.min_max(jnp.asarray(raw * factor, jnp.float32)), maps.min_max(raw), atol=2e-6)
+    np.testing.assert_allclose(
+        maps.min_max(jnp.asarray(raw * factor, jnp.float32)), maps.min_max(raw), atol=2e-6
+    )
 
 
 def loss(raw):
@@ -43,7 +47,9 @@ def test_constant_map_gives_zeros_and_a_zero_gradient(value):
 
 
 def test_rounding_noise_on_a_large_number_is_a_constant_map():
-    noisy = jnp.float32(1000) * (1 + jnp.finfo(jnp.float32).eps * jnp.array([[0.0, 1.0], [2.0, 1.0]]))
+    noisy = jnp.float32(1000) * (
+        1 + jnp.finfo(jnp.float32).eps * jnp.array([[0.0, 1.0], [2.0, 1.0]])
+    )
     assert np.ptp(noisy) > 0
     np.testing.assert_array_equal(maps.min_max(noisy), np.zeros((2, 2)))
 
@@ -51,7 +57,9 @@ def test_rounding_noise_on_a_large_number_is_a_constant_map():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("share", ["one", "all"])
 def test_a_map_that_is_not_finite_is_not_taken_for_a_constant_one(raw, bad, share):
-    broken = jnp.full((6, 8), bad) if share == "all" else jnp.asarray(raw, jnp.float32).at[2, 3].set(bad)
+    broken = (
+        jnp.full((6, 8), bad) if share == "all" else jnp.asarray(raw, jnp.float32).at[2, 3].set(bad)
+    )
     assert np.isnan(maps.min_max(broken)).any()
 
 
@@ -66,7 +74,9 @@ def test_a_half_precision_map_is_scaled_in_float32(dtype):
 
 
 def test_small_structure_on_a_large_number_is_a_map():
-    np.testing.assert_allclose(maps.min_max(jnp.array([[1000.0, 1000.25], [1000.5, 1001.0]])), [[0, 0.25], [0.5, 1]])
+    np.testing.assert_allclose(
+        maps.min_max(jnp.array([[1000.0, 1000.25], [1000.5, 1001.0]])), [[0, 0.25], [0.5, 1]]
+    )
 
 
 def test_gradient_of_min_max_is_a_central_difference(raw, double, slope):
@@ -84,9 +94,12 @@ def test_channel_max_is_the_largest_absolute_value():
 @pytest.mark.parametrize("size", [1, 2])
 def test_pool_is_the_mean_of_blocks(raw, size):
     expected = [
-        [raw[i : i + size, j : j + size].mean() for j in range(0, raw.shape[1], size)] for i in range(0, raw.shape[0], size)
+        [raw[i : i + size, j : j + size].mean() for j in range(0, raw.shape[1], size)]
+        for i in range(0, raw.shape[0], size)
     ]
-    np.testing.assert_allclose(maps.pool(jnp.asarray(raw, jnp.float32), size), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        maps.pool(jnp.asarray(raw, jnp.float32), size), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [0, -2, 3, 4, 16])
@@ -136,7 +149,9 @@ def test_total_variation_is_the_mean_of_squared_differences(raw):
     h, w = raw.shape
     vertical = [(raw[i + 1, j] - raw[i, j]) ** 2 for i in range(h - 1) for j in range(w)]
     horizontal = [(raw[i, j + 1] - raw[i, j]) ** 2 for i in range(h) for j in range(w - 1)]
-    assert maps.total_variation(jnp.asarray(raw, jnp.float32)) == pytest.approx(np.mean(vertical) + np.mean(horizontal), rel=1e-5)
+    assert maps.total_variation(jnp.asarray(raw, jnp.float32)) == pytest.approx(
+        np.mean(vertical) + np.mean(horizontal), rel=1e-5
+    )
     assert maps.total_variation(jnp.full((3, 4), 0.7)) == 0
 
 

@@ -12,7 +12,14 @@ from adv2_jax import attack, data, descent, explain, interpreters, losses, metri
 from adv2_jax.activations import relu
 from adv2_jax.descent import Numbers, Problem
 from adv2_jax.interpreters import Context, MaskObjective, mask_interpreter
-from adv2_jax.interpreters.mask import Descent, implicit, mask_loss, start_mask, step_mask, usual_size
+from adv2_jax.interpreters.mask_descent import (
+    Descent,
+    implicit,
+    mask_loss,
+    start_mask,
+    step_mask,
+    usual_size,
+)
 from adv2_jax.presets import Preset, constant
 
 LABEL = 1
@@ -54,7 +61,9 @@ def plain_blur(image, sigma):
     out = np.zeros(image.shape)
     h, w, _ = image.shape
     for i, j in np.ndindex(h, w):
-        weights = np.exp([[-((i - k) ** 2 + (j - n) ** 2) / (2 * sigma**2) for n in range(w)] for k in range(h)])
+        weights = np.exp(
+            [[-((i - k) ** 2 + (j - n) ** 2) / (2 * sigma**2) for n in range(w)] for k in range(h)]
+        )
         out[i, j] = np.einsum("hw,hwc->c", weights / weights.sum(), image)
     return out
 
@@ -84,13 +93,17 @@ def plain_loss(linear, image, a, o):
 def test_objective_is_that_of_plain_numpy(double_linear, some_map, objective):
     model, image = double_linear
     found = mask_loss(model, image, LABEL, jnp.asarray(some_map), objective)
-    assert found == pytest.approx(plain_loss(model, np.asarray(image), some_map, objective), rel=1e-10)
+    assert found == pytest.approx(
+        plain_loss(model, np.asarray(image), some_map, objective), rel=1e-10
+    )
 
 
 @EVERY
 def test_gradient_is_that_of_central_differences(double_linear, some_map, objective, slope):
     model, image = double_linear
-    gradient = jax.jit(jax.grad(partial(mask_loss, objective=objective), argnums=3))(model, image, LABEL, jnp.asarray(some_map))
+    gradient = jax.jit(jax.grad(partial(mask_loss, objective=objective), argnums=3))(
+        model, image, LABEL, jnp.asarray(some_map)
+    )
     plain = partial(plain_loss, model, np.asarray(image), o=objective)
     for place in np.ndindex(2, 2):
         e = np.zeros((2, 2))
@@ -101,7 +114,10 @@ def test_gradient_is_that_of_central_differences(double_linear, some_map, object
 def test_an_empty_map_is_pulled_down_by_its_size(linear, pixels):
     """|.| would have no slope there."""
     slope = jax.jit(jax.grad(mask_loss, argnums=3), static_argnames="objective")
-    slopes = [slope(linear, pixels, LABEL, jnp.zeros((2, 2)), objective=MILD._replace(l1=l1)) for l1 in (0.0, 4.0)]
+    slopes = [
+        slope(linear, pixels, LABEL, jnp.zeros((2, 2)), objective=MILD._replace(l1=l1))
+        for l1 in (0.0, 4.0)
+    ]
     np.testing.assert_allclose(slopes[1] - slopes[0], 1, rtol=1e-6)
 
 
@@ -132,7 +148,9 @@ def plain_descent(linear, image, descent, steps):
         first, second = 0.7 * first + 0.3 * gradient, 0.9 * second + 0.1 * gradient**2
         part = 0.5 * (1 + np.cos(np.pi * min(i / descent.steps, 1)))
         rate = descent.learning_rate * (0.1 + 0.9 * part)
-        a = a - rate * (first / (1 - 0.7 ** (i + 1))) / (np.sqrt(second / (1 - 0.9 ** (i + 1))) + 0.5)
+        a = a - rate * (first / (1 - 0.7 ** (i + 1))) / (
+            np.sqrt(second / (1 - 0.9 ** (i + 1))) + 0.5
+        )
         a = np.clip(a, 0, 1)
         maps.append(a)
     return maps
@@ -148,7 +166,9 @@ def test_steps_are_those_of_plain_adam(strong, game):
     for m in expected:
         memory = step(model, image, LABEL, memory)
         np.testing.assert_allclose(memory.map, m, atol=1e-6)  # central differences
-    found = interpreters.mask(model, image, LABEL, size=2, steps=6, learning_rate=0.6, objective=options.objective)
+    found = interpreters.mask(
+        model, image, LABEL, size=2, steps=6, learning_rate=0.6, objective=options.objective
+    )
     np.testing.assert_allclose(found, expected[5], atol=1e-6)
     assert np.isin(expected, [0, 1]).any()  # or the clamp would not be seen
     assert all(m.any() for m in expected)  # an empty map lies on a kink of the objective
@@ -217,7 +237,9 @@ def along(f, x, seed=0):
 def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, ahead):
     """Against differences of the steps themselves, with what was found by the free steps held."""
     model, image = strong
-    interpreter = mask_interpreter(size=4, steps=9, learning_rate=0.05, objective=CONVEX, free=2, ahead=ahead)
+    interpreter = mask_interpreter(
+        size=4, steps=9, learning_rate=0.05, objective=CONVEX, free=2, ahead=ahead
+    )
     options = Descent(4, 9, 0.05, CONVEX)
     step = jax.jit(partial(step_mask, descent=options))
     start = step(model, image, LABEL, start_mask(image, options))
@@ -231,12 +253,16 @@ def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, a
             memory = step(model, x, LABEL, memory)
         return memory.map
 
-    logits, m, _, memory = jax.jit(interpreter.surrogate)(model, image, LABEL, Context(1e-3, memory=start))
+    logits, m, _, memory = jax.jit(interpreter.surrogate)(
+        model, image, LABEL, Context(1e-3, memory=start)
+    )
     np.testing.assert_allclose(m, brute(image), rtol=1e-12)
     np.testing.assert_allclose(memory.map, held.map, rtol=1e-12)
     np.testing.assert_allclose(logits, model.head(model.features(image)), rtol=1e-12)
     f, v = along(brute, image)
-    g, _ = along(lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map, image)
+    g, _ = along(
+        lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map, image
+    )
     gradient = jax.jit(jax.grad(g))(image)
     assert jnp.vdot(gradient, v) == pytest.approx(float(slope(f, image, v)), rel=1e-5)
     assert jnp.abs(gradient).max() > 1e-4
@@ -247,7 +273,9 @@ def test_without_look_ahead_the_map_has_no_slope(double_linear):
     model, image = double_linear
     interpreter = mask_interpreter(size=4, objective=MILD, ahead=0)
     start = interpreter.solver.init(image)
-    gradient = jax.grad(lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map.sum())(image)
+    gradient = jax.grad(
+        lambda x: interpreter.surrogate(model, x, LABEL, Context(1e-3, memory=start)).map.sum()
+    )(image)
     np.testing.assert_array_equal(gradient, 0)
 
 
@@ -264,7 +292,9 @@ def test_implicit_slope_is_that_of_the_optimum(optimum, slope):
 
     g, _ = along(implied, image)
     np.testing.assert_array_equal(implied(image), a)
-    assert jnp.vdot(jax.jit(jax.grad(g))(image), v) == pytest.approx(float(slope(f, image, v)), rel=1e-3)
+    assert jnp.vdot(jax.jit(jax.grad(g))(image), v) == pytest.approx(
+        float(slope(f, image, v)), rel=1e-3
+    )
 
 
 def test_damping_shortens_the_implicit_slope(optimum):
@@ -282,7 +312,9 @@ def test_damping_shortens_the_implicit_slope(optimum):
 # The attack.
 
 MASK = mask_interpreter(steps=5, objective=MaskObjective(l1=0.5, tv=1.0), free=1)
-PLAN = Preset(MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), score_every=3)
+PLAN = Preset(
+    MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), score_every=3
+)
 WIDE = threats.linf(0.1)
 
 
@@ -309,12 +341,16 @@ def run(small, images, asked):
 
 
 def test_both_drivers_and_the_plain_function_give_one_map(small, images, asked):
-    maps = [explain(small, images, asked[0], interpreter=MASK, driver=driver)[1] for driver in ("host", "fori")]
+    maps = [
+        explain(small, images, asked[0], interpreter=MASK, driver=driver)[1]
+        for driver in ("host", "fori")
+    ]
     maps.append(explain(small, images, asked[0], interpreter=MASK.explain)[1])
     assert maps[0].shape == (6, 4, 4)
     assert np.ptp(maps[0]) > 0.1
     for other in maps[1:]:
-        np.testing.assert_allclose(other, maps[0], atol=1e-4)  # float32 convolutions in loops, normalised by Adam
+        # float32 convolutions in loops, normalised by Adam
+        np.testing.assert_allclose(other, maps[0], atol=1e-4)
 
 
 @pytest.mark.slow
@@ -328,7 +364,9 @@ def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run):
 
 def test_memory_is_carried_from_step_to_step_and_reset(small, images, asked):
     """After two steps the running map has taken as many free steps, each on the image of its own step."""
-    problem = Problem(jnp.asarray(images[3] / np.float32(255)), jnp.asarray(asked[0][3]), jnp.asarray(asked[1][3]))
+    problem = Problem(
+        jnp.asarray(images[3] / np.float32(255)), jnp.asarray(asked[0][3]), jnp.asarray(asked[1][3])
+    )
     options = descent.Options(WIDE, MASK.surrogate)
     first = MASK.solver.init(problem.image)
     numbers = Numbers(np.float32(1 / 255), np.float32(300.0), np.float32(1e-3))
@@ -359,10 +397,16 @@ def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_e
         jax.debug.callback(lambda: spent.append(None))
         return MASK.solver.step(*arguments)
 
-    plan = replace(PLAN, interpreter=MASK._replace(solver=MASK.solver._replace(step=step)), steps=7, score_every=score_every)
+    plan = replace(
+        PLAN,
+        interpreter=MASK._replace(solver=MASK.solver._replace(step=step)),
+        steps=7,
+        score_every=score_every,
+    )
     run(plan)
     jax.effects_barrier()
-    solves = 1 + (len(range(0, 7, score_every)) if score_every else 0) + 2  # the result is looked at before and after rounding
+    # the result is looked at before and after rounding
+    solves = 1 + (len(range(0, 7, score_every)) if score_every else 0) + 2
     assert len(spent) == solves * MASK.solver.steps
 
 
@@ -370,10 +414,24 @@ def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_e
 def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images, asked, caplog):
     def compiled(model):
         caplog.clear()
-        plan = replace(PLAN, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0), free=1))
+        plan = replace(
+            PLAN, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0), free=1)
+        )
         with jax.log_compiles():
-            attack(model, images, *asked, interpreter=plan.interpreter, preset=plan, threat=WIDE, batch_size=3)
-        return [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+            attack(
+                model,
+                images,
+                *asked,
+                interpreter=plan.interpreter,
+                preset=plan,
+                threat=WIDE,
+                batch_size=3,
+            )
+        return [
+            record.getMessage()
+            for record in caplog.records
+            if record.getMessage().startswith("Compiling")
+        ]
 
     assert compiled(make_small(0))
     assert compiled(make_small(1)) == []
@@ -384,18 +442,27 @@ def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images
 
 def test_equal_options_give_the_same_object():
     assert mask_interpreter() is mask_interpreter(size=None, objective=MaskObjective())
-    assert mask_interpreter(objective=MaskObjective(l1=2.0)) is mask_interpreter(objective=MaskObjective(l1=2))
+    assert mask_interpreter(objective=MaskObjective(l1=2.0)) is mask_interpreter(
+        objective=MaskObjective(l1=2)
+    )
     assert mask_interpreter(free=3) is not mask_interpreter()
 
 
-@pytest.mark.parametrize(("side", "size"), [(4, 1), (16, 4), (32, 8), (64, 16), (112, 28), (224, 28), (299, 28)])
+@pytest.mark.parametrize(
+    ("side", "size"), [(4, 1), (16, 4), (32, 8), (64, 16), (112, 28), (224, 28), (299, 28)]
+)
 def test_usual_sizes(side, size):
     assert usual_size(side, side + 8) == size
 
 
 def test_map_of_an_oblong_image_is_oblong(make_small):
-    assert interpreters.mask(make_small(), jnp.full((16, 24, 3), 0.4), LABEL, steps=1).shape == (4, 6)
-    assert interpreters.mask(make_small(), jnp.full((16, 24, 3), 0.4), LABEL, size=8, steps=1).shape == (8, 12)
+    assert interpreters.mask(make_small(), jnp.full((16, 24, 3), 0.4), LABEL, steps=1).shape == (
+        4,
+        6,
+    )
+    assert interpreters.mask(
+        make_small(), jnp.full((16, 24, 3), 0.4), LABEL, size=8, steps=1
+    ).shape == (8, 12)
 
 
 WRONG = {
@@ -435,7 +502,9 @@ def test_wrong_options_are_one_line_that_names_the_value(options, message):
 
 
 def test_map_larger_than_the_image_is_refused(linear, pixels):
-    with pytest.raises(ValueError, match=r"^size = 5 must be at most 4, the shorter side of the image$"):
+    with pytest.raises(
+        ValueError, match=r"^size = 5 must be at most 4, the shorter side of the image$"
+    ):
         interpreters.mask(linear, pixels, LABEL, size=5)
 
 
@@ -446,7 +515,9 @@ def test_map_larger_than_the_image_is_refused(linear, pixels):
 def test_mask_finds_the_object_of_the_embedded_set():
     scenes = data.shapes.generate(32, seed=11)
     _, maps = explain(models.embedded(), scenes.images, scenes.labels, interpreter="mask")
-    assert np.mean(metrics.pointing_game(maps, scenes.masks)) >= 0.9
-    upsampled = np.asarray(jax.image.resize(maps, scenes.masks.shape, "bilinear", antialias=False))
-    assert upsampled[scenes.masks].mean() > 5 * upsampled[~scenes.masks].mean()
+    assert np.mean(metrics.pointing_game(maps, scenes.objects)) >= 0.9
+    upsampled = np.asarray(
+        jax.image.resize(maps, scenes.objects.shape, "bilinear", antialias=False)
+    )
+    assert upsampled[scenes.objects].mean() > 5 * upsampled[~scenes.objects].mean()
     assert maps.max((1, 2)).min() > 0.2

@@ -60,7 +60,9 @@ def stage_of(stage, x, skip):
 
 
 def gate_of(masker, features, label):
-    scores = features @ np.asarray(masker.embedding[...], float)[label] - float(masker.threshold[...])
+    scores = features @ np.asarray(masker.embedding[...], float)[label] - float(
+        masker.threshold[...]
+    )
     return 1 / (1 + np.exp(-scores))
 
 
@@ -77,12 +79,18 @@ def smoothed_of(scores):
 
 def test_pixel_shuffle_puts_quarters_of_the_channels_beside_each_other():
     x = np.random.default_rng(0).standard_normal((3, 5, 8))
-    np.testing.assert_array_equal(pixel_shuffle(jnp.asarray(x, jnp.float32)), shuffled(x).astype(np.float32))
+    np.testing.assert_array_equal(
+        pixel_shuffle(jnp.asarray(x, jnp.float32)), shuffled(x).astype(np.float32)
+    )
     batch = np.stack([x, -x])
-    np.testing.assert_array_equal(pixel_shuffle(jnp.asarray(batch, jnp.float32))[1], shuffled(-x).astype(np.float32))
+    np.testing.assert_array_equal(
+        pixel_shuffle(jnp.asarray(batch, jnp.float32))[1], shuffled(-x).astype(np.float32)
+    )
 
 
-@pytest.mark.parametrize(("c_skip", "size"), [(8, (6, 8)), (9, (5, 7))], ids=["even", "odd, with a projection"])
+@pytest.mark.parametrize(
+    ("c_skip", "size"), [(8, (6, 8)), (9, (5, 7))], ids=["even", "odd, with a projection"]
+)
 def test_stage_is_the_one_of_plain_numpy(randomised, c_skip, size):
     stage = randomised(lambda: Stage(5, c_skip, 4, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(1)
@@ -91,7 +99,8 @@ def test_stage_is_the_one_of_plain_numpy(randomised, c_skip, size):
     expected = stage_of(stage, x, skip)
     found = stage(jnp.asarray(x, jnp.float32), jnp.asarray(skip, jnp.float32))
     assert found.shape == (*size, (4 + c_skip) // 4 * 4)
-    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())  # float32, five layers
+    # float32, five layers
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_gate_is_the_sigmoid_of_a_product(masker):
@@ -104,7 +113,9 @@ def test_gate_is_the_sigmoid_of_a_product(masker):
 def test_masker_is_the_one_of_plain_numpy(masker, x):
     skip, deepest = (np.asarray(scale, float) for scale in masker.encoder.scales(x[2])[1:])
     y = stage_of(masker.stages[0], deepest * gate_of(masker, deepest, 4)[..., None], skip)
-    kernel, bias = (np.asarray(variable[...], float) for variable in (masker.out.kernel, masker.out.bias))
+    kernel, bias = (
+        np.asarray(variable[...], float) for variable in (masker.out.kernel, masker.out.bias)
+    )
     z = (y @ kernel[0, 0] + bias)[..., 0]
     expected = 1 / (1 + np.exp(-smoothed_of(z / (1 + np.abs(z) / LIMIT))))
     found = draw(masker, x[2], 4)
@@ -138,13 +149,18 @@ CIFAR, IMAGENET = models.resnet.cifar(1), models.resnet.imagenet((1, 1, 1, 1), 4
         (IMAGENET, 75, 19, 3),
     ],
 )
-def test_the_map_has_half_the_side_of_small_images_and_a_quarter_of_large_ones(encoder, side, expected, stages):
+def test_the_map_has_half_the_side_of_small_images_and_a_quarter_of_large_ones(
+    encoder, side, expected, stages
+):
     def drawn(image):
         masker = Masker(encoder(image_size=side, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
         assert len(masker.stages) == stages
         return masker(image, 0)
 
-    assert nnx.eval_shape(drawn, jax.ShapeDtypeStruct((side, side, 3), jnp.float32)).shape == (expected, expected)
+    assert nnx.eval_shape(drawn, jax.ShapeDtypeStruct((side, side, 3), jnp.float32)).shape == (
+        expected,
+        expected,
+    )
 
 
 def test_the_encoder_is_a_copy_with_the_weights_of_the_classifier(fresh, encoder, x):
@@ -159,7 +175,9 @@ def test_the_selector_starts_as_cam(fresh, encoder):
     assert fresh.threshold[...] == 0
     features = np.random.default_rng(0).random((3, 3, 16))
     expected = 1 / (1 + np.exp(-(features @ weights[:, 2])))
-    np.testing.assert_allclose(fresh.gate(jnp.asarray(features, jnp.float32), 2), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        fresh.gate(jnp.asarray(features, jnp.float32), 2), expected, rtol=1e-5
+    )
 
 
 def test_mean_features_are_zero_until_measured(fresh):
@@ -175,9 +193,14 @@ def test_the_seed_is_that_of_the_decoder(fresh, encoder):
 def test_what_the_masker_was_not_made_for_is_refused(masker):
     masker.check(K, (32, 32, 3))
     masker.check(K, (16, 24, 3))
-    with pytest.raises(ValueError, match=r"^the masker draws maps of 10 classes, the network has 9$"):
+    with pytest.raises(
+        ValueError, match=r"^the masker draws maps of 10 classes, the network has 9$"
+    ):
         masker.check(9, (32, 32, 3))
-    with pytest.raises(ValueError, match=r"^the masker cannot take images of \[15, 15, 3\]; it was made for 32 x 32$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the masker cannot take images of \[15, 15, 3\]; it was made for 32 x 32$",
+    ):
         masker.check(K, (15, 15, 3))
 
 
@@ -185,7 +208,8 @@ def test_what_the_masker_was_not_made_for_is_refused(masker):
 def test_only_a_resnet_is_an_encoder(network, encoder):
     assert models.check_encoder(encoder) is encoder
     with pytest.raises(
-        ValueError, match=r"the encoder of a masker must be one of cifar_resnet20, .*resnet152, .*not a "
+        ValueError,
+        match=r"the encoder of a masker must be one of cifar_resnet20, .*resnet152, .*not a ",
     ) as refusal:
         models.check_encoder(network)
     assert "densenet" not in str(refusal.value) and type(network).__name__ in str(refusal.value)
@@ -205,10 +229,15 @@ def arrays(tiny_by_name, masker, tmp_path_factory):
 
 def test_a_saved_masker_is_loaded(tmp_path, randomised, x):
     look = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "image_size": 48}
-    saved = randomised(lambda: Masker(CifarResNet(1, width=3, num_classes=4, **look, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)))
+    saved = randomised(
+        lambda: Masker(
+            CifarResNet(1, width=3, num_classes=4, **look, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+        )
+    )
     models.save_masker(saved, "tiny", tmp_path / "masker.npz")
     loaded = models.load_masker(tmp_path / "masker.npz")
-    assert jax.tree.structure(loaded) == jax.tree.structure(saved)  # else jit would not know it again
+    # else jit would not know it again
+    assert jax.tree.structure(loaded) == jax.tree.structure(saved)
     jax.tree.map(np.testing.assert_array_equal, loaded, saved)
     assert {name: getattr(loaded.encoder, name) for name in look} == look
     np.testing.assert_array_equal(draw(loaded, x[0], 3), draw(saved, x[0], 3))
@@ -231,25 +260,35 @@ NOT_MASKERS = {
     "integer modulo by zero": {"option/image_size": 0},
     "1 of 62 keys do not match: threshold expected () found nothing": {"threshold": None},
     "1 of 63 keys do not match: more expected nothing found (2,)": {"more": np.zeros(2)},
-    "1 of 62 keys do not match: means expected (16, 10) found (16, 9)": {"means": np.zeros((16, 9))},
+    "1 of 62 keys do not match: means expected (16, 10) found (16, 9)": {
+        "means": np.zeros((16, 9))
+    },
     "not finite floating-point numbers: threshold": {"threshold": np.nan},
 }
 
 
 @pytest.mark.parametrize("expected", NOT_MASKERS)
 def test_a_file_that_holds_no_masker_is_named(arrays, tmp_path, expected):
-    changed = {key: np.asarray(array) for key, array in (arrays | NOT_MASKERS[expected]).items() if array is not None}
+    changed = {
+        key: np.asarray(array)
+        for key, array in (arrays | NOT_MASKERS[expected]).items()
+        if array is not None
+    }
     path = tmp_path / "masker.npz"
     write_arrays(path, changed)
     with pytest.raises(ValueError) as refusal:
         models.load_masker(path)
-    assert str(refusal.value).startswith(f"{path} holds no masker: ") and "\n" not in str(refusal.value)
+    assert str(refusal.value).startswith(f"{path} holds no masker: ") and "\n" not in str(
+        refusal.value
+    )
     assert expected in str(refusal.value)
 
 
 def test_the_weights_of_a_network_are_no_masker(encoder, tmp_path):
     write_arrays(tmp_path / "weights.npz", to_state_dict(encoder))
-    with pytest.raises(ValueError, match=r"weights\.npz holds no masker: it does not name its encoder"):
+    with pytest.raises(
+        ValueError, match=r"weights\.npz holds no masker: it does not name its encoder"
+    ):
         models.load_masker(tmp_path / "weights.npz")
 
 
@@ -273,13 +312,17 @@ def test_the_shipped_masker_fits_the_embedded_network_and_marks_objects():
     assert (masker.means[...] != 0).any(axis=1).all()  # ℓ_enc by "mean" divides by them
     scenes = shapes.generate(32, seed=3)
     maps = draw(masker, scenes.images / np.float32(255), scenes.labels)
-    m = np.asarray(jax.image.resize(maps, scenes.masks.shape, "bilinear", antialias=False))
-    inside = np.array([values[mask].mean() for values, mask in zip(m, scenes.masks, strict=True)])
-    outside = np.array([values[~mask].mean() for values, mask in zip(m, scenes.masks, strict=True)])
+    m = np.asarray(jax.image.resize(maps, scenes.objects.shape, "bilinear", antialias=False))
+    inside = np.array([values[mask].mean() for values, mask in zip(m, scenes.objects, strict=True)])
+    outside = np.array(
+        [values[~mask].mean() for values, mask in zip(m, scenes.objects, strict=True)]
+    )
     # a map that knows nothing of the object has inside = outside, on average; eq. 8 wants 1 and 0
     assert np.mean(inside > outside) >= 0.9
     assert inside.mean() > 2 * outside.mean()
 
 
 def test_the_shipped_masker_is_small():
-    assert (Path(adv2_jax.__file__).parent / "weights" / "shapes_masker.npz").stat().st_size <= 3_000_000
+    assert (
+        Path(adv2_jax.__file__).parent / "weights" / "shapes_masker.npz"
+    ).stat().st_size <= 3_000_000

@@ -28,7 +28,9 @@ def top_quarter(m):
 
 MEASURES = {
     metrics.map_l1: lambda m, t: sum(abs(m[p] - t[p]) for p in np.ndindex(m.shape)) / m.size,
-    metrics.map_l2: lambda m, t: (sum((m[p] - t[p]) ** 2 for p in np.ndindex(m.shape)) / m.size) ** 0.5,
+    metrics.map_l2: lambda m, t: (
+        (sum((m[p] - t[p]) ** 2 for p in np.ndindex(m.shape)) / m.size) ** 0.5
+    ),
     metrics.iou_quantile: lambda m, t: iou(top_quarter(m), top_quarter(t)),
     metrics.iou_threshold: lambda m, t: iou(pixels_above(m, 0.5, True), pixels_above(t, 0.5, True)),
 }
@@ -42,7 +44,10 @@ def test_map_measures(measure):
 
 @pytest.mark.parametrize(
     ("measure", "norm"),
-    [(metrics.linf, lambda d: max(map(abs, d))), (metrics.l2, lambda d: sum(x * x for x in d) ** 0.5)],
+    [
+        (metrics.linf, lambda d: max(map(abs, d))),
+        (metrics.l2, lambda d: sum(x * x for x in d) ** 0.5),
+    ],
 )
 def test_perturbation_norms(measure, norm):
     expected = [norm((x - b).ravel()) for x, b in zip(IMAGES, BENIGN, strict=True)]
@@ -52,7 +57,9 @@ def test_perturbation_norms(measure, norm):
 @pytest.mark.parametrize("measure", [*MEASURES, metrics.linf, metrics.l2])
 def test_same_against_same(measure):
     batch = IMAGES if measure in (metrics.linf, metrics.l2) else MAPS
-    np.testing.assert_array_equal(measure(batch, batch), np.full(5, float(measure.__name__.startswith("iou"))))
+    np.testing.assert_array_equal(
+        measure(batch, batch), np.full(5, float(measure.__name__.startswith("iou")))
+    )
 
 
 def test_success_and_confidence():
@@ -107,14 +114,21 @@ def test_mean_displacement_is_that_of_a_loop():
 @pytest.mark.parametrize("kinds", ["uu", "uf", "fu", "ff"])
 def test_perturbations_of_8_bit_images_and_of_float_ones_have_one_unit(measure, kinds):
     x, x0 = np.random.default_rng(1).integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
-    given = [v if kind == "u" else v / np.float32(255) for v, kind in zip((x, x0), kinds, strict=True)]
+    given = [
+        v if kind == "u" else v / np.float32(255) for v, kind in zip((x, x0), kinds, strict=True)
+    ]
     expected = [LEVELS[measure](a, b) for a, b in zip(x, x0, strict=True)]
-    np.testing.assert_allclose(measure(*given), expected, rtol=1e-6)  # float32 holds k / 255 to 6e-8
+    # float32 holds k / 255 to 6e-8
+    np.testing.assert_allclose(measure(*given), expected, rtol=1e-6)
 
 
 LEVELS = {
-    metrics.linf: lambda x, x0: max(abs(int(a) - int(b)) for a, b in zip(x.ravel(), x0.ravel(), strict=True)) / 255,
-    metrics.l2: lambda x, x0: sum((int(a) - int(b)) ** 2 for a, b in zip(x.ravel(), x0.ravel(), strict=True)) ** 0.5 / 255,
+    metrics.linf: lambda x, x0: (
+        max(abs(int(a) - int(b)) for a, b in zip(x.ravel(), x0.ravel(), strict=True)) / 255
+    ),
+    metrics.l2: lambda x, x0: (
+        sum((int(a) - int(b)) ** 2 for a, b in zip(x.ravel(), x0.ravel(), strict=True)) ** 0.5 / 255
+    ),
 }
 
 

@@ -51,12 +51,16 @@ def conv(x, kernel, stride):
     """Cross-correlation with an OIHW kernel, size // 2 zeros on every side."""
     pad = kernel.shape[-1] // 2
     padded = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[-2:], axis=(0, 1))[::stride, ::stride]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, kernel.shape[-2:], axis=(0, 1))[
+        ::stride, ::stride
+    ]
     return np.einsum("hwcij,ocij->hwo", windows, kernel.astype(float))
 
 
 def norm(x, arrays, name):
-    mean, var, weight, bias = (arrays[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, weight, bias = (
+        arrays[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+    )
     return (x - mean) / np.sqrt(var + 1e-5) * weight + bias
 
 
@@ -67,7 +71,9 @@ def conv_norm(x, arrays, name, stride, conv_name="conv", norm_name="bn"):
 def max_pool(x):
     """3 x 3, stride 2, one row or column beyond every side."""
     padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
-    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max((-2, -1))
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(0, 1))[::2, ::2].max(
+        (-2, -1)
+    )
 
 
 def block(x, arrays, name, stride):
@@ -80,7 +86,9 @@ def block(x, arrays, name, stride):
     else:  # option A
         x = x[::stride, ::stride]
         before = (y.shape[-1] - x.shape[-1]) // 2
-        x = np.concatenate([np.zeros((*x.shape[:2], before)), x, np.zeros((*x.shape[:2], before))], axis=-1)
+        x = np.concatenate(
+            [np.zeros((*x.shape[:2], before)), x, np.zeros((*x.shape[:2], before))], axis=-1
+        )
     return np.maximum(y + x, 0)
 
 
@@ -89,9 +97,13 @@ def residual(x, arrays):
     stem_stride = 2 if arrays["conv1.weight"].shape[-1] == 7 else 1
     x = np.maximum(conv_norm(x, arrays, "", stem_stride, "conv1", "bn1"), 0)
     x = max_pool(x) if stem_stride == 2 else x
-    names = sorted({key.rsplit(".conv1")[0] for key in arrays if key.startswith("layer") and ".conv1" in key})
+    names = sorted(
+        {key.rsplit(".conv1")[0] for key in arrays if key.startswith("layer") and ".conv1" in key}
+    )
     for name in names:
-        x = block(x, arrays, f"{name}.", 2 if name.endswith(".0") and not name.startswith("layer1") else 1)
+        x = block(
+            x, arrays, f"{name}.", 2 if name.endswith(".0") and not name.startswith("layer1") else 1
+        )
     return x
 
 
@@ -102,7 +114,9 @@ def norm_conv(x, arrays, norm_name, conv_name):
 def dense_block(x, arrays, name):
     """Every layer sees all that came before it, kept apart until then."""
     seen = [x]
-    for i in range(1, 1 + sum(key.startswith(name) and key.endswith("conv1.weight") for key in arrays)):
+    for i in range(
+        1, 1 + sum(key.startswith(name) and key.endswith("conv1.weight") for key in arrays)
+    ):
         layer = f"{name}.denselayer{i}"
         y = norm_conv(np.concatenate(seen, axis=-1), arrays, f"{layer}.norm1", f"{layer}.conv1")
         seen.append(norm_conv(y, arrays, f"{layer}.norm2", f"{layer}.conv2"))
@@ -118,8 +132,12 @@ def transition(x, arrays, name):
 def dense(x, arrays):
     x = max_pool(np.maximum(conv_norm(x, arrays, "features.", 2, "conv0", "norm0"), 0))
     for i in range(1, 4):
-        x = transition(dense_block(x, arrays, f"features.denseblock{i}"), arrays, f"features.transition{i}")
-    return np.maximum(norm(dense_block(x, arrays, "features.denseblock4"), arrays, "features.norm5"), 0)
+        x = transition(
+            dense_block(x, arrays, f"features.denseblock{i}"), arrays, f"features.transition{i}"
+        )
+    return np.maximum(
+        norm(dense_block(x, arrays, "features.denseblock4"), arrays, "features.norm5"), 0
+    )
 
 
 def features(image, arrays):
@@ -139,7 +157,8 @@ def test_network_is_the_one_of_plain_numpy(network, arrays, photo):
     expected = features(photo, arrays)
     found = forward(network, photo)
     assert found.shape == expected.shape
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())  # float32, a dozen layers
+    # float32, a dozen layers
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max())
     np.testing.assert_allclose(network.head(found), head(expected, arrays), rtol=1e-4, atol=1e-4)
 
 
@@ -153,7 +172,9 @@ def test_odd_sizes_are_padded_as_torch_does(randomised, style, side):
 
 def test_running_statistics_serve_one_image_and_a_batch_alike(network, photo):
     batch = forward(network, np.stack([photo, 1 - photo, photo**2]))
-    np.testing.assert_allclose(batch[0], forward(network, photo), rtol=1e-4, atol=1e-5 * batch.max())
+    np.testing.assert_allclose(
+        batch[0], forward(network, photo), rtol=1e-4, atol=1e-5 * batch.max()
+    )
 
 
 def test_activation_replaces_every_relu(network, photo, style):
@@ -165,7 +186,15 @@ def test_activation_replaces_every_relu(network, photo, style):
 
     found = jax.jit(lambda x: network.features(x, act=act))(photo)
     np.testing.assert_array_equal(found, np.ones(found.shape))
-    assert len(seen) == {"cifar": 1 + 6 * 2, "basic": 1 + 5 * 2, "bottleneck": 1 + 5 * 3, "dense": 1 + 7 * 2 + 3 + 1}[style]
+    assert (
+        len(seen)
+        == {
+            "cifar": 1 + 6 * 2,
+            "basic": 1 + 5 * 2,
+            "bottleneck": 1 + 5 * 3,
+            "dense": 1 + 7 * 2 + 3 + 1,
+        }[style]
+    )
 
 
 def test_network_is_a_classifier(network):
@@ -217,7 +246,10 @@ def abstract(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_number_of_parameters(name):
     network = abstract(name)
-    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param))) == PARAMETERS[name]
+    assert (
+        sum(leaf.size for leaf in jax.tree.leaves(nnx.state(network, nnx.Param)))
+        == PARAMETERS[name]
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,13 +271,18 @@ def test_shapes(name, side, shape):
     assert logits.shape == ((10,) if "cifar" in name else (1000,))
 
 
-@pytest.mark.parametrize(("name", "side"), [("cifar_resnet20", 32), ("resnet18", 224), ("densenet121", 224)])
+@pytest.mark.parametrize(
+    ("name", "side"), [("cifar_resnet20", 32), ("resnet18", 224), ("densenet121", 224)]
+)
 def test_image_size_is_a_static_number(name, side):
     assert abstract(name).image_size == side
 
 
 def test_image_size_is_an_option():
-    sizes = [nnx.eval_shape(build).image_size for build in (lambda: models.build("cifar_resnet20", image_size=40), TINY["dense"])]
+    sizes = [
+        nnx.eval_shape(build).image_size
+        for build in (lambda: models.build("cifar_resnet20", image_size=40), TINY["dense"])
+    ]
     assert sizes == [40, 224]
 
 
@@ -294,13 +331,19 @@ KEYS = {
         "features.norm5.weight": (8,),
         "classifier.weight": (5, 8),
     },
-    "basic": {"layer2.0.downsample.0.weight": (8, 4, 1, 1), "layer1.1.bn2.weight": (4,), "fc.weight": (5, 32)},
+    "basic": {
+        "layer2.0.downsample.0.weight": (8, 4, 1, 1),
+        "layer1.1.bn2.weight": (4,),
+        "fc.weight": (5, 32),
+    },
 }
 
 
 def test_names_and_layouts_are_those_of_torch(arrays, style):
     assert {key: arrays[key].shape for key in KEYS[style]} == KEYS[style]
-    assert not any("downsample" in key for key in arrays if style == "cifar" or key.startswith("layer1.1"))
+    assert not any(
+        "downsample" in key for key in arrays if style == "cifar" or key.startswith("layer1.1")
+    )
     assert all(array.dtype == np.float32 and array.flags.c_contiguous for array in arrays.values())
 
 
@@ -316,7 +359,11 @@ def test_state_dict_and_back(network, arrays, style):
 
 
 def counters(arrays):
-    return {key.replace("running_mean", "num_batches_tracked"): np.array(7) for key in arrays if "_mean" in key}
+    return {
+        key.replace("running_mean", "num_batches_tracked"): np.array(7)
+        for key in arrays
+        if "_mean" in key
+    }
 
 
 @pytest.mark.parametrize("dtype", [np.float64, jnp.bfloat16])
@@ -356,7 +403,8 @@ def test_canonical_says_what_it_did(densenet, prefix):
     assert all(found.arrays[key] is arrays[key] for key in arrays)
     assert found.prefix == prefix
     assert set(found.passed_over) == {prefix + key for key in old_names(counters(arrays))}
-    assert len(found.renamed) == 7 * 10  # of each layer two convolutions and four arrays of two BatchNorms
+    # of each layer two convolutions and four arrays of two BatchNorms
+    assert len(found.renamed) == 7 * 10
     first = "features.denseblock1.denselayer1."
     assert found.renamed[f"{first}norm.1.running_var"] == f"{first}norm1.running_var"
     assert found.renamed[f"{first}conv.2.weight"] == f"{first}conv2.weight"
@@ -364,12 +412,21 @@ def test_canonical_says_what_it_did(densenet, prefix):
 
 def test_canonical_leaves_alone_what_is_so(arrays):
     found = canonical(arrays)
-    assert (found.arrays.keys(), found.prefix, found.passed_over, found.renamed) == (arrays.keys(), "", [], {})
+    assert (found.arrays.keys(), found.prefix, found.passed_over, found.renamed) == (
+        arrays.keys(),
+        "",
+        [],
+        {},
+    )
     assert found.changes() == []
 
 
 def test_a_name_before_some_keys_only_stays():
-    arrays = {"module.conv1.weight": np.ones(1), "module.fc.bias": np.ones(1), "fc.weight": np.ones(1)}
+    arrays = {
+        "module.conv1.weight": np.ones(1),
+        "module.fc.bias": np.ones(1),
+        "fc.weight": np.ones(1),
+    }
     assert canonical(arrays).arrays == arrays
 
 
@@ -380,21 +437,33 @@ def test_at_least_one_name_remains(keys):
 
 
 def test_the_counter_of_an_averaged_model_is_passed_over(arrays):
-    found = canonical({"n_averaged": np.array(3)} | {f"module.{key}": array for key, array in arrays.items()})
-    assert (found.arrays.keys(), found.prefix, found.passed_over) == (arrays.keys(), "module.", ["n_averaged"])
+    found = canonical(
+        {"n_averaged": np.array(3)} | {f"module.{key}": array for key, array in arrays.items()}
+    )
+    assert (found.arrays.keys(), found.prefix, found.passed_over) == (
+        arrays.keys(),
+        "module.",
+        ["n_averaged"],
+    )
 
 
 def test_weights_without_a_head_lack_nothing_else(densenet):
     network, arrays = densenet
     trunk = {key: array for key, array in arrays.items() if key.startswith("features.")}
-    with pytest.raises(ValueError, match=r"^2 of 96 keys do not match: classifier\.bias expected \(5,\) found nothing; classifier"):
+    with pytest.raises(
+        ValueError,
+        match=r"^2 of 96 keys do not match: classifier\.bias expected \(5,\) found nothing; classifier",
+    ):
         from_state_dict(network, canonical(trunk).arrays)
 
 
 def test_one_weight_under_two_names_is_refused(densenet):
     _, arrays = densenet
     twice = arrays | {"features.denseblock1.denselayer1.norm.1.bias": np.ones(6, np.float32)}
-    with pytest.raises(ValueError, match=r"^found under two names: features\.denseblock1\.denselayer1\.norm1\.bias$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^found under two names: features\.denseblock1\.denselayer1\.norm1\.bias$",
+    ):
         canonical(twice)
 
 
@@ -407,7 +476,12 @@ WRAPPED = {  # how files hold a network: what is beside its weights, the prefix 
     "Sequential(normalise, network)": (under("0.", NORMALISER), "1.", 2, []),
     "attribute of a wrapper": (under("module.normalizer.", NORMALISER), "module.model.", 2, []),
     "buffers of the network": (NORMALISER, "", 2, []),
-    "projection head": ({"projector.0.weight": np.ones((2, 2), np.float32), "queue": np.ones((2, 9))}, "encoder_q.", 2, []),
+    "projection head": (
+        {"projector.0.weight": np.ones((2, 2), np.float32), "queue": np.ones((2, 9))},
+        "encoder_q.",
+        2,
+        [],
+    ),
     "weights twice": ("module.attacker.model.", "module.model.", 97, ["module.attacker.model"]),
     "averaged weights": ("model_ema.module.", "model.", 97, ["model_ema.module"]),
     "averaged weights without a prefix": ("ema.", "", 97, ["ema"]),
@@ -418,21 +492,35 @@ WRAPPED = {  # how files hold a network: what is beside its weights, the prefix 
 def test_weights_are_found_among_other_things(tmp_path, cifar20, caplog, how):
     _, flat = cifar20
     beside, prefix, left_out, others = WRAPPED[how]
-    beside = under(beside, {key: array + 1 for key, array in flat.items()}) if isinstance(beside, str) else beside
+    beside = (
+        under(beside, {key: array + 1 for key, array in flat.items()})
+        if isinstance(beside, str)
+        else beside
+    )
     write_arrays(tmp_path / "weights.npz", beside | under(prefix, flat | counters(flat)))
     loaded = models.load("cifar_resnet20", tmp_path / "weights.npz")
     assert all((array == flat[key]).all() for key, array in to_state_dict(loaded).items())
     (said,) = caplog.messages
-    assert said.startswith(f"{tmp_path / 'weights.npz'}: left out, {left_out} in all: {next(iter(beside))}, ")
+    assert said.startswith(
+        f"{tmp_path / 'weights.npz'}: left out, {left_out} in all: {next(iter(beside))}, "
+    )
     assert (f"as many keys fit under {', '.join(others)} (--weights-key" in said) == bool(others)
-    assert models.convert_file(tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz")[-2] in said
+    assert (
+        models.convert_file(tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz")[-2]
+        in said
+    )
 
 
 def test_the_largest_set_of_keys_is_taken_wherever_it_stands(cifar20):
     _, flat = cifar20
     part = {key: flat[key] for key in list(flat)[:60]}
     found = canonical(under("first.", part) | under("second.net.", flat), flat)
-    assert (found.arrays, found.prefix, found.left_out, found.others) == (flat, "second.net.", list(under("first.", part)), [])
+    assert (found.arrays, found.prefix, found.left_out, found.others) == (
+        flat,
+        "second.net.",
+        list(under("first.", part)),
+        [],
+    )
 
 
 def test_what_is_left_out_is_told_where_something_is_missing(tmp_path, cifar20):
@@ -440,7 +528,8 @@ def test_what_is_left_out_is_told_where_something_is_missing(tmp_path, cifar20):
     renamed = {key.replace("linear.", "head.fc."): array for key, array in flat.items()}
     write_arrays(tmp_path / "weights.npz", under("model.", renamed))
     with pytest.raises(
-        ValueError, match=r"linear\.weight expected .* found nothing; model\.head\.fc\.weight expected nothing found \(3, 8\)"
+        ValueError,
+        match=r"linear\.weight expected .* found nothing; model\.head\.fc\.weight expected nothing found \(3, 8\)",
     ):
         models.load("cifar_resnet20", tmp_path / "weights.npz")
 
@@ -448,10 +537,14 @@ def test_what_is_left_out_is_told_where_something_is_missing(tmp_path, cifar20):
 def test_key_says_which_weights(tmp_path, cifar20, caplog):
     _, flat = cifar20
     wrong = {key: array + 1 for key, array in flat.items()}
-    write_arrays(tmp_path / "weights.npz", under("model.", wrong) | under("model_ema.module.", flat))
+    write_arrays(
+        tmp_path / "weights.npz", under("model.", wrong) | under("model_ema.module.", flat)
+    )
     loaded = models.load("cifar_resnet20", tmp_path / "weights.npz", key="model_ema.")
     assert all((array == flat[key]).all() for key, array in to_state_dict(loaded).items())
-    models.convert_file(tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz", key="model_ema")
+    models.convert_file(
+        tmp_path / "weights.npz", "cifar_resnet20", tmp_path / "out.npz", key="model_ema"
+    )
     assert (read_arrays(tmp_path / "out.npz")["conv1.weight"] == flat["conv1.weight"]).all()
     assert caplog.messages == []
     with pytest.raises(ValueError, match="it holds no weights called 'ema'"):
@@ -461,7 +554,10 @@ def test_key_says_which_weights(tmp_path, cifar20, caplog):
 def test_a_deeper_network_is_not_cut(tmp_path, cifar20):
     _, flat = cifar20
     deeper = flat | {"layer1.3.conv1.weight": flat["layer1.2.conv1.weight"]}
-    with pytest.raises(ValueError, match=r"^1 of 98 keys do not match: layer1\.3\.conv1\.weight expected nothing found"):
+    with pytest.raises(
+        ValueError,
+        match=r"^1 of 98 keys do not match: layer1\.3\.conv1\.weight expected nothing found",
+    ):
         from_state_dict(cifar20[0], deeper)
 
 
@@ -530,7 +626,9 @@ def test_every_key_that_does_not_fit_is_listed_with_both_shapes(cifar20):
     )
 
 
-@pytest.mark.parametrize("value", [np.full(3, np.nan, np.float32), np.ones(3, np.int64), np.array([1, np.inf, 0])])
+@pytest.mark.parametrize(
+    "value", [np.full(3, np.nan, np.float32), np.ones(3, np.int64), np.array([1, np.inf, 0])]
+)
 def test_weights_that_are_not_finite_numbers_are_refused(cifar20, value):
     network, flat = cifar20
     with pytest.raises(ValueError, match=r"^not finite floating-point numbers: linear\.bias$"):
@@ -539,7 +637,10 @@ def test_weights_that_are_not_finite_numbers_are_refused(cifar20, value):
 
 def test_weights_of_another_network_name_file_and_network(tmp_path, cifar20):
     np.savez(tmp_path / "weights.npz", **cifar20[1])
-    with pytest.raises(ValueError, match=r"^weights .*weights\.npz do not fit cifar_resnet32: .*layer1\.3\.bn1\.bias"):
+    with pytest.raises(
+        ValueError,
+        match=r"^weights .*weights\.npz do not fit cifar_resnet32: .*layer1\.3\.bn1\.bias",
+    ):
         models.load("cifar_resnet32", tmp_path / "weights.npz")
 
 
@@ -547,7 +648,9 @@ def test_long_lists_are_cut(cifar20, densenet):
     _, arrays = densenet
     with pytest.raises(ValueError) as caught:
         from_state_dict(cifar20[0], arrays)
-    assert str(caught.value).startswith(f"{len(arrays) + len(cifar20[1])} of {len(arrays) + len(cifar20[1])} keys do not match: ")
+    assert str(caught.value).startswith(
+        f"{len(arrays) + len(cifar20[1])} of {len(arrays) + len(cifar20[1])} keys do not match: "
+    )
     assert str(caught.value).count("expected") == 8
     assert str(caught.value).endswith(f" and {len(arrays) + len(cifar20[1]) - 8} more")
 
@@ -572,7 +675,10 @@ def test_load_reads_growth_off_the_file(tmp_path, densenet, tiny_densenet):
 def test_files_of_the_other_family_do_not_fit(tmp_path, cifar20, densenet, tiny_densenet, name):
     arrays = {"tiny_densenet": cifar20[1], "cifar_resnet20": densenet[1]}[name]
     write_arrays(tmp_path / "weights.npz", arrays)
-    with pytest.raises(ValueError, match=rf"^weights .*weights\.npz do not fit {name}: \d+ of \d+ keys do not match: .* more$"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^weights .*weights\.npz do not fit {name}: \d+ of \d+ keys do not match: .* more$",
+    ):
         models.load(name, tmp_path / "weights.npz")
 
 
@@ -581,7 +687,9 @@ def test_training_checkpoints_of_torch_are_loaded(tmp_path, cifar20, suffix):
     torch = pytest.importorskip("torch")
     network, arrays = cifar20
     tensors = {f"module.{key}": torch.tensor(array).bfloat16() for key, array in arrays.items()}
-    torch.save({"epoch": 3, "state_dict": tensors, "optimizer": {"lr": 0.1}}, tmp_path / f"weights{suffix}")
+    torch.save(
+        {"epoch": 3, "state_dict": tensors, "optimizer": {"lr": 0.1}}, tmp_path / f"weights{suffix}"
+    )
     loaded = models.load("cifar_resnet20", tmp_path / f"weights{suffix}")
     for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(network), strict=True):
         np.testing.assert_array_equal(found, expected.astype(jnp.bfloat16).astype(jnp.float32))
@@ -608,14 +716,20 @@ def test_convert_file_writes_canonical_keys_and_says_what_it_did(tmp_path, dense
 def test_convert_file_has_nothing_to_say_of_a_canonical_file(tmp_path, cifar20):
     write_arrays(tmp_path / "old.npz", cifar20[1])
     lines = models.convert_file(tmp_path / "old.npz", "cifar_resnet20", tmp_path / "new.npz")
-    assert lines == ["97 of 97 keys fit cifar_resnet20: num classes 3, width 2", f"written: {tmp_path / 'new.npz'}"]
+    assert lines == [
+        "97 of 97 keys fit cifar_resnet20: num classes 3, width 2",
+        f"written: {tmp_path / 'new.npz'}",
+    ]
 
 
 def test_convert_file_writes_nothing_that_does_not_fit(tmp_path, cifar20):
     write_arrays(tmp_path / "old.npz", cifar20[1])
     with pytest.raises(ValueError, match="do not fit resnet18"):
         models.convert_file(tmp_path / "old.npz", "resnet18", tmp_path / "new.npz")
-    with pytest.raises(ValueError, match=r"^cannot write .*new\.pth: suffix '\.pth' is not one of \.npz, \.safetensors$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^cannot write .*new\.pth: suffix '\.pth' is not one of \.npz, \.safetensors$",
+    ):
         models.convert_file("nowhere.npz", "resnet18", tmp_path / "new.pth")
     assert [path.name for path in tmp_path.iterdir()] == ["old.npz"]
 
@@ -624,11 +738,15 @@ def test_new_head_on_the_same_features(network, arrays):
     first, second = (models.with_new_head(network, 7, seed=seed) for seed in (0, 1))
     changed = to_state_dict(first)
     (name,) = {"fc", "linear", "classifier"} & {key.split(".")[0] for key in arrays}
-    assert {key for key in arrays if changed[key].shape != arrays[key].shape} == {f"{name}.weight", f"{name}.bias"}
+    assert {key for key in arrays if changed[key].shape != arrays[key].shape} == {
+        f"{name}.weight",
+        f"{name}.bias",
+    }
     assert all((changed[key] == arrays[key]).all() for key in arrays if not key.startswith(name))
     assert changed[f"{name}.weight"].shape == (7, arrays[f"{name}.weight"].shape[1])
     assert (changed[f"{name}.weight"] != to_state_dict(second)[f"{name}.weight"]).any()
-    assert to_state_dict(network)[f"{name}.weight"].shape == arrays[f"{name}.weight"].shape  # the old one is as it was
+    # the old one is as it was
+    assert to_state_dict(network)[f"{name}.weight"].shape == arrays[f"{name}.weight"].shape
 
 
 def test_one_class_is_no_head(model):
@@ -638,7 +756,11 @@ def test_one_class_is_no_head(model):
 
 @pytest.mark.parametrize(
     "call",
-    [models.build, lambda name: models.convert_file("nowhere.npz", name, "out.npz"), lambda name: models.load(name, "nowhere.npz")],
+    [
+        models.build,
+        lambda name: models.convert_file("nowhere.npz", name, "out.npz"),
+        lambda name: models.load(name, "nowhere.npz"),
+    ],
 )
 def test_unknown_name_lists_the_valid_ones(call):
     with pytest.raises(ValueError, match=r"^model 'resnet51' is not one of ") as caught:

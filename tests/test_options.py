@@ -25,9 +25,13 @@ SETTINGS = {
     "smooth": interpreters.smooth_grad_interpreter,
     "an activation of JAX": lambda: interpreters.smooth_grad_interpreter(act=jax.nn.softplus),
     "an activation of ours": lambda: interpreters.smooth_grad_interpreter(act=activations.relu),
-    "an activation with an option": lambda: interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)),
+    "an activation with an option": lambda: interpreters.smooth_grad_interpreter(
+        act=activations.relu_sigmoid(2.0)
+    ),
     "mean": lambda: interpreters.rts_interpreter(encoder_loss="mean", encoder_weight=0.3),
-    "objective": lambda: interpreters.mask_interpreter(objective=OBJECTIVE, steps=7, hypergradient="implicit"),
+    "objective": lambda: interpreters.mask_interpreter(
+        objective=OBJECTIVE, steps=7, hypergradient="implicit"
+    ),
     "interpreter changed": lambda: interpreters.cam_interpreter()._replace(faithful=False),
     **{
         f"{kind} {name}": (lambda preset=preset: replace(preset))
@@ -59,8 +63,14 @@ def test_settings_compare_print_and_pickle(name):
         (threats.flow(3e-4), ["name='flow'", "0.0003"]),
         (interpreters.grad_interpreter(pool=2), ["Interpreter(name='grad'", "pool=2"]),
         (interpreters.mask_interpreter(steps=7, free=3), ["name='mask'", "steps=7", "free=3"]),
-        (interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)), ["relu_sigmoid", "beta=2.0"]),
-        (PRESETS["default"]["cam"], ["Preset(", "name='cam'", "steps=150", "Course(shape='decay'", "map_mse"]),
+        (
+            interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)),
+            ["relu_sigmoid", "beta=2.0"],
+        ),
+        (
+            PRESETS["default"]["cam"],
+            ["Preset(", "name='cam'", "steps=150", "Course(shape='decay'", "map_mse"],
+        ),
         (PRESETS["paper"]["grad"], ["paper_grad_balance"]),
     ],
 )
@@ -77,7 +87,11 @@ def test_different_options_are_different_values():
 
 @pytest.mark.slow
 def test_settings_reach_another_process():
-    sent = [threats.l2(0.7), interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)), PRESETS["default"]["mask"]]
+    sent = [
+        threats.l2(0.7),
+        interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)),
+        PRESETS["default"]["mask"],
+    ]
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(repr, sent) == [repr(setting) for setting in sent]
 
@@ -115,4 +129,6 @@ def test_factories_remember_a_bounded_number_of_objects():
 
 
 def test_a_name_and_its_interpreter_stand_for_equal_plans():
-    assert presets.resolve("default", "cam") == presets.resolve("default", interpreters.cam_interpreter())
+    assert presets.resolve("default", "cam") == presets.resolve(
+        "default", interpreters.cam_interpreter()
+    )

@@ -10,10 +10,10 @@ import pytest
 
 from adv2_jax import attack, cli, explain, interpreters, maps, presets, threats
 from adv2_jax.activations import relu_curved
-from adv2_jax.classifier import logits_of
-from adv2_jax.experiments.task import interpreter_of
+from adv2_jax.capabilities import logits_of
 from adv2_jax.interpreters import Context, from_explain, grad_interpreter, mask_interpreter
 from adv2_jax.losses import log_odds
+from adv2_jax.runs.task import interpreter_of
 
 FILE = Path(__file__).parents[1] / "notebooks" / "integrated_gradients.py"
 WIDE = threats.linf(0.1)
@@ -25,7 +25,9 @@ def centre(model, image, label):
 
 
 def scaled(model, image, label, act=None):
-    return maps.min_max(jnp.abs(interpreters.input_gradient(model, image, label, act=act)[0]).sum(-1))
+    return maps.min_max(
+        jnp.abs(interpreters.input_gradient(model, image, label, act=act)[0]).sum(-1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,9 @@ def test_the_surrogate_is_the_function_itself(small, images):
 def test_a_function_that_takes_an_activation_is_given_a_curved_one(small, images):
     image = jnp.asarray(images[2] / np.float32(255))
     own = from_explain("scaled", scaled)
-    np.testing.assert_allclose(own.surrogate(small, image, 3, Context(1e-2)).map, scaled(small, image, 3), atol=1e-6)
+    np.testing.assert_allclose(
+        own.surrogate(small, image, 3, Context(1e-2)).map, scaled(small, image, 3), atol=1e-6
+    )
 
     def slope(draw):
         return np.asarray(jax.grad(lambda x: (draw(x) ** 2).sum())(image))
@@ -65,12 +69,18 @@ def test_what_no_preset_knows_takes_the_numbers_of_its_like():
     }.items():
         for preset, known in presets.PRESETS.items():
             found = presets.resolve(preset, own)
-            assert (found.interpreter, found.steps, found.balance) == (own, known[name].steps, known[name].balance)
+            assert (found.interpreter, found.steps, found.balance) == (
+                own,
+                known[name].steps,
+                known[name].balance,
+            )
     assert presets.resolve("default", grad_interpreter()) == presets.PRESETS["default"]["grad"]
 
 
 def test_names_are_those_of_folders():
-    with pytest.raises(ValueError, match=r"^interpreter name '\.\./x' may have letters, digits, _ and - only$"):
+    with pytest.raises(
+        ValueError, match=r"^interpreter name '\.\./x' may have letters, digits, _ and - only$"
+    ):
         from_explain("../x", centre)
 
 
@@ -79,8 +89,13 @@ def test_integrated_gradients_are_the_mean_over_the_path(linear):
     image = jnp.asarray(np.random.default_rng(0).random((4, 4, 3)), jnp.float32)
     found = own.explain(linear, image, 1)
     shares = (np.arange(8) + 0.5) / 8
-    slopes = [jax.grad(lambda x: log_odds(linear.head(linear.features(x)), 1))(np.float32(share) * image) for share in shares]
-    np.testing.assert_allclose(found, maps.min_max(jnp.abs(image * np.mean(slopes, axis=0)).sum(-1)), atol=1e-6)
+    slopes = [
+        jax.grad(lambda x: log_odds(linear.head(linear.features(x)), 1))(np.float32(share) * image)
+        for share in shares
+    ]
+    np.testing.assert_allclose(
+        found, maps.min_max(jnp.abs(image * np.mean(slopes, axis=0)).sum(-1)), atol=1e-6
+    )
 
 
 def test_it_is_attacked_by_name_of_its_file(small, images):
@@ -92,26 +107,51 @@ def test_it_is_attacked_by_name_of_its_file(small, images):
     plain = attack(small, images[1:5], targets, interpreter=None, threat=WIDE, steps=80)
     _, moved = explain(small, plain.images, targets, interpreter=own)
     assert np.abs(joint.maps - benign).mean() < 0.6 * np.abs(moved - benign).mean()
-    assert joint.gradient_evaluations > 2 * 8 * 80  # a gradient of a gradient at each of eight points
+    # a gradient of a gradient at each of eight points
+    assert joint.gradient_evaluations > 2 * 8 * 80
 
 
 @pytest.mark.slow
 def test_the_command_line_takes_it_and_transfers_it(tmp_path):
-    words = ["--images", "shapes:6", "--limit", "2", "--steps", "2", "--quiet", "--snapshots", "0", "--out", str(tmp_path)]
+    words = [
+        "--images",
+        "shapes:6",
+        "--limit",
+        "2",
+        "--steps",
+        "2",
+        "--quiet",
+        "--snapshots",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     assert cli.main(["attack", "--interpreter", f"{FILE}:interpreter", "cam", *words]) == 0
     rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
     assert [row["interpreter"] for row in rows] == ["integrated_gradients"] * 2 + ["cam"] * 2
     assert cli.main(["transfer", str(tmp_path), "--quiet"]) == 0
-    assert "integrated_gradients" in json.loads((tmp_path / "summary.json").read_text())["transfer"]["interpreters"]
+    assert (
+        "integrated_gradients"
+        in json.loads((tmp_path / "summary.json").read_text())["transfer"]["interpreters"]
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", r"own.py has no 'mine'; it has nothing of its own"),
-        ("mine = 3", r"own.py:mine is neither an adv2_jax Interpreter nor a function that makes one, but int"),
-        ("def mine(model, image, label): return image", r"a function that makes one of nothing: TypeError: mine\(\) missing 3"),
-        ("def mine(): return 1", r"neither an adv2_jax Interpreter nor a function that makes one, but int"),
+        (
+            "mine = 3",
+            r"own.py:mine is neither an adv2_jax Interpreter nor a function that makes one, but int",
+        ),
+        (
+            "def mine(model, image, label): return image",
+            r"a function that makes one of nothing: TypeError: mine\(\) missing 3",
+        ),
+        (
+            "def mine(): return 1",
+            r"neither an adv2_jax Interpreter nor a function that makes one, but int",
+        ),
         ("mine = 1 / 0", r"cannot import .*own.py: ZeroDivisionError"),
     ],
 )

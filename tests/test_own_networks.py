@@ -13,9 +13,9 @@ import adv2_jax as adv2
 from adv2_jax import cli
 from adv2_jax.activations import relu_h
 from adv2_jax.attacks import missing
-from adv2_jax.experiments.select import select
 from adv2_jax.files import write_arrays
 from adv2_jax.models import user
+from adv2_jax.runs.select import select
 
 pytestmark = pytest.mark.slow
 
@@ -29,12 +29,17 @@ def photos():
 
 def check(model, images, num_classes):
     """Every interpreter but RTS draws maps, the smoothed twin another one, and an attack raises the target's probability."""
-    able = {name for name, make in adv2.interpreters.INTERPRETERS.items() if missing(model, make()) is None}
+    able = {
+        name
+        for name, make in adv2.interpreters.INTERPRETERS.items()
+        if missing(model, make()) is None
+    }
     for name in able:
         logits, maps = adv2.explain(model, images, np.arange(len(images)), interpreter=name)
         assert logits.shape == (len(images), num_classes)
         assert maps.min() >= 0 and maps.max() <= 1
-        if name != "mask":  # is not scaled: noise, to a random network, shows nothing that could vanish
+        # is not scaled: noise, to a random network, shows nothing that could vanish
+        if name != "mask":
             assert np.ptp(maps, axis=(1, 2)).min() > 0.9
     x = jnp.asarray(images[0], jnp.float32) / 255
     smooth = adv2.interpreters.grad(model, x, 0, act=relu_h)
@@ -62,7 +67,9 @@ def test_equinox_module(photos, tmp_path):
     equinox = pytest.importorskip("equinox")
     fresh = user.load(f"{NOTEBOOKS}/equinox_module.py:network")
     check(fresh, photos, 10)
-    other = equinox.tree_at(lambda net: net.linear.bias, fresh, fresh.linear.bias + jnp.arange(10.0))
+    other = equinox.tree_at(
+        lambda net: net.linear.bias, fresh, fresh.linear.bias + jnp.arange(10.0)
+    )
     equinox.tree_serialise_leaves(tmp_path / "network.eqx", other)
     loaded = user.load(f"{NOTEBOOKS}/equinox_module.py:network", tmp_path / "network.eqx")
     difference = loaded.head(jnp.zeros((4, 4, 32))) - fresh.head(jnp.zeros((4, 4, 32)))
@@ -76,10 +83,31 @@ def test_tokens_without_feature_maps(photos, tmp_path):
     np.savez(tmp_path / "weights.npz", **weights)
     logits, _ = adv2.explain(fresh, photos, [0, 0, 0], interpreter="grad")
     np.savez(tmp_path / "images.npz", images=photos, labels=logits.argmax(1))
-    words = ["--weights", str(tmp_path / "weights.npz"), "--images", str(tmp_path / "images.npz"), "--steps", "3", "--quiet"]
-    assert cli.main(["attack", "--model", f"{NOTEBOOKS}/tokens.py:network", *words, "--out", str(tmp_path / "run")]) == 0
+    words = [
+        "--weights",
+        str(tmp_path / "weights.npz"),
+        "--images",
+        str(tmp_path / "images.npz"),
+        "--steps",
+        "3",
+        "--quiet",
+    ]
+    assert (
+        cli.main(
+            [
+                "attack",
+                "--model",
+                f"{NOTEBOOKS}/tokens.py:network",
+                *words,
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
-    assert [row["interpreter"] for row in rows] == ["grad", "grad", "mask", "mask"]  # those it can be explained by
+    # those it can be explained by
+    assert [row["interpreter"] for row in rows] == ["grad", "grad", "mask", "mask"]
 
 
 def miniature(rng):
@@ -89,17 +117,35 @@ def miniature(rng):
         ("b", "dwconv", 2, "relu", (5, 5, 1, 8)),
         ("c", "dwconv", 1, "none", (3, 3, 1, 8)),
     ]
-    ops, weights, last = [{"op": "quantize", "input": "images", "output": "images_int8"}], {}, "images_int8"
+    ops, weights, last = (
+        [{"op": "quantize", "input": "images", "output": "images_int8"}],
+        {},
+        "images_int8",
+    )
     for name, kind, stride, act, shape in layers:
         ops.append(
-            {"op": kind, "name": name, "input": last, "output": f"{name}/out", "stride": stride, "padding": "SAME", "act": act}
+            {
+                "op": kind,
+                "name": name,
+                "input": last,
+                "output": f"{name}/out",
+                "stride": stride,
+                "padding": "SAME",
+                "act": act,
+            }
         )
-        weights |= {f"{name}/kernel": rng.standard_normal(shape), f"{name}/bias": rng.standard_normal(shape[-1])}
+        weights |= {
+            f"{name}/kernel": rng.standard_normal(shape),
+            f"{name}/bias": rng.standard_normal(shape[-1]),
+        }
         last = f"{name}/out"
     ops.append({"op": "add", "inputs": ["b/out", "c/out"], "output": "sum", "act": "none"})
     ops.append({"op": "gap", "input": "sum", "output": "pooled"})
     head = "MobilenetEdgeTPU/Logits/Conv2d_1c_1x1"
-    weights |= {f"{head}/kernel": rng.standard_normal((1, 1, 8, 6)), f"{head}/bias": rng.standard_normal(6)}
+    weights |= {
+        f"{head}/kernel": rng.standard_normal((1, 1, 8, 6)),
+        f"{head}/bias": rng.standard_normal(6),
+    }
     return {"ops": ops}, {name: value.astype(np.float32) for name, value in weights.items()}
 
 
@@ -113,13 +159,19 @@ def test_plain_functions_with_a_dict_of_weights(photos, tmp_path):
     a = jax.nn.relu(conv(2 * x - 1, weights["a/kernel"], 2) + weights["a/bias"])
     b = jax.nn.relu(conv(a, weights["b/kernel"], 2, groups=8) + weights["b/bias"])
     c = conv(b, weights["c/kernel"], 1, groups=8) + weights["c/bias"]
-    np.testing.assert_allclose(model.features(x), b + c, atol=1e-4)  # sums of some hundred float32 products of order 1
+    # sums of some hundred float32 products of order 1
+    np.testing.assert_allclose(model.features(x), b + c, atol=1e-4)
 
 
 def conv(x, kernel, stride, groups=1):
     layout = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(
-        x[None], kernel, (stride, stride), "SAME", dimension_numbers=layout, feature_group_count=groups
+        x[None],
+        kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=layout,
+        feature_group_count=groups,
     )
     return y[0]
 
@@ -149,7 +201,12 @@ def test_the_notebook_runs(capsys):
     theirs = adv2.models.embedded()
     x = jnp.asarray(names["chosen"].images[0], jnp.float32) / 255
     features = theirs.features(x)
-    np.testing.assert_allclose(names["model"].features(x), features, atol=1e-4 * float(features.max()))  # 20 layers of float32
-    np.testing.assert_allclose(names["model"].head(features), theirs.head(features), rtol=1e-5, atol=1e-5)
+    # 20 layers of float32
+    np.testing.assert_allclose(
+        names["model"].features(x), features, atol=1e-4 * float(features.max())
+    )
+    np.testing.assert_allclose(
+        names["model"].head(features), theirs.head(features), rtol=1e-5, atol=1e-5
+    )
     assert "success 1.00" in capsys.readouterr().out
     pyplot.close("all")

@@ -7,7 +7,15 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from make_goldens import NAMES, PATH, drawn, photograph, summary, torchvision_forward, torchvision_network
+from make_goldens import (
+    NAMES,
+    PATH,
+    drawn,
+    photograph,
+    summary,
+    torchvision_forward,
+    torchvision_network,
+)
 
 from adv2_jax import models
 from adv2_jax.models.convert import from_state_dict, shapes, to_state_dict
@@ -62,7 +70,9 @@ def test_network_says_what_torchvision_once_said(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_network_says_what_torchvision_says(name, torch):
     with torch.no_grad():
-        expected = torchvision_forward(torchvision_network(name), torch.from_numpy(photograph()).double())
+        expected = torchvision_forward(
+            torchvision_network(name), torch.from_numpy(photograph()).double()
+        )
     for found, tensor in zip(answer(name), expected, strict=True):
         assert_close(found, tensor.numpy())
 
@@ -71,7 +81,10 @@ def test_network_says_what_torchvision_says(name, torch):
 def test_torchvision_takes_what_is_written(name, torch):
     arrays = to_state_dict(network(name))
     theirs = torchvision_network(name)
-    keys = theirs.load_state_dict({key: torch.tensor(array) for key, array in arrays.items()}, strict=False)  # checks shapes
+    # checks shapes
+    keys = theirs.load_state_dict(
+        {key: torch.tensor(array) for key, array in arrays.items()}, strict=False
+    )
     assert keys.unexpected_keys == []
     assert [key for key in keys.missing_keys if not key.endswith("num_batches_tracked")] == []
 

@@ -23,7 +23,15 @@ def test_the_numbers_are_all_there():
             "size": None,
             "steps": 25,
             "learning_rate": 0.2,
-            "objective": {"l1": 2.5, "tv": 10.0, "beta": 3.0, "blur": 0.6, "area": 0.0, "game": "deletion", "score": None},
+            "objective": {
+                "l1": 2.5,
+                "tv": 10.0,
+                "beta": 3.0,
+                "blur": 0.6,
+                "area": 0.0,
+                "game": "deletion",
+                "score": None,
+            },
             "free": 1,
             "ahead": 1,
             "hypergradient": "unrolled",
@@ -44,10 +52,19 @@ def test_the_numbers_are_all_there():
 
 
 def test_what_a_file_does_not_say_is_that_of_default(tmp_path):
-    (tmp_path / "my.json").write_text('{"cam": {"steps": 7, "balance": 5}, "pgd": {"momentum": null}}')
+    (tmp_path / "my.json").write_text(
+        '{"cam": {"steps": 7, "balance": 5}, "pgd": {"momentum": null}}'
+    )
     found = read(tmp_path / "my.json")
-    assert (found["cam"].steps, found["cam"].balance, found["pgd"].momentum) == (7, constant(5), None)
-    assert found["cam"].step_size == PRESETS["default"]["cam"].step_size and found["grad"] == PRESETS["default"]["grad"]
+    assert (found["cam"].steps, found["cam"].balance, found["pgd"].momentum) == (
+        7,
+        constant(5),
+        None,
+    )
+    assert (
+        found["cam"].step_size == PRESETS["default"]["cam"].step_size
+        and found["grad"] == PRESETS["default"]["grad"]
+    )
     assert presets.resolve(found, "cam", steps=3).steps == 3
 
 
@@ -79,22 +96,52 @@ BAD = {
 @pytest.mark.parametrize("text", BAD)
 def test_bad_files_are_refused_in_one_line(tmp_path, capsys, text):
     (tmp_path / "my.json").write_text(text)
-    words = ["attack", "--images", "shapes:6", "--out", str(tmp_path / "out"), "--preset", str(tmp_path / "my.json")]
+    words = [
+        "attack",
+        "--images",
+        "shapes:6",
+        "--out",
+        str(tmp_path / "out"),
+        "--preset",
+        str(tmp_path / "my.json"),
+    ]
     assert cli.main(words) == 2
     message = capsys.readouterr().err
-    assert f"cannot read {tmp_path / 'my.json'}: " in message and BAD[text] in message and message.count("\n") == 1
+    assert (
+        f"cannot read {tmp_path / 'my.json'}: " in message
+        and BAD[text] in message
+        and message.count("\n") == 1
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_run_with_a_file_of_numbers(tmp_path, capsys):
     path = tmp_path / "my.json"
     path.write_text('{"cam": {"steps": 4, "balance": 9}}')
-    words = ["attack", "--images", "shapes:6", "--limit", "2", "--interpreter", "cam", "--quiet", "--out", str(tmp_path / "run")]
+    words = [
+        "attack",
+        "--images",
+        "shapes:6",
+        "--limit",
+        "2",
+        "--interpreter",
+        "cam",
+        "--quiet",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert cli.main([*words, "--snapshots", "0", "--preset", str(path)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     pgd, adv2 = summary["rows"]
-    assert (adv2["preset"]["steps"], adv2["preset"]["balance"], adv2["gradient_evaluations"]) == (4, 9, 4)
+    assert (adv2["preset"]["steps"], adv2["preset"]["balance"], adv2["gradient_evaluations"]) == (
+        4,
+        9,
+        4,
+    )
     assert (pgd["preset"]["interpreter"], pgd["preset"]["steps"]) == (None, 4)
     assert summary["config"]["numbers"]["cam"] == adv2["preset"]
-    assert cli.main([*words[:-1], str(tmp_path / "gone"), "--preset", str(tmp_path / "none.json")]) == 2
+    assert (
+        cli.main([*words[:-1], str(tmp_path / "gone"), "--preset", str(tmp_path / "none.json")])
+        == 2
+    )
     assert "none.json: No such file" in capsys.readouterr().err

@@ -26,7 +26,9 @@ class Page(HTMLParser):
         self.close()
         assert self.open == []
         wanted = {label.get("for") for label in self.attributes("label")}
-        self.unlabelled = [control for control in self.unlabelled if control.get("id") not in wanted]
+        self.unlabelled = [
+            control for control in self.unlabelled if control.get("id") not in wanted
+        ]
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
@@ -65,15 +67,44 @@ def map_colours(values):
 
 
 def make_row(interpreter, attack, **changes):
-    measures = {"asr": 0.9375, "mc": 0.8765, "map_l1": 0.1234, "map_l2": 0.2345, "map_iou75": 0.345, "map_iou50": 0.456}
+    measures = {
+        "asr": 0.9375,
+        "mc": 0.8765,
+        "map_l1": 0.1234,
+        "map_l2": 0.2345,
+        "map_iou75": 0.345,
+        "map_iou50": 0.456,
+    }
     cost = {"linf": 7.905 / 255, "l2": 1.5678, "gradient_evaluations": 1250, "seconds": 12.34}
-    return {"interpreter": interpreter, "attack": attack, "threat": "linf", "n": 16, **measures, **cost, **changes}
+    return {
+        "interpreter": interpreter,
+        "attack": attack,
+        "threat": "linf",
+        "n": 16,
+        **measures,
+        **cost,
+        **changes,
+    }
 
 
 def make_summary(interpreters=("cam",), **changes):
-    rows = [make_row(interpreter, attack) for interpreter in interpreters for attack in ("pgd", "adv2")]
-    config = {"command": "adv2 demo", "model": "tiny", "interpreters": list(interpreters), "threat": "linf"}
-    return {"schema": 1, "config": config, "environment": {"python": "3.12"}, "counts": {}, "rows": rows, **changes}
+    rows = [
+        make_row(interpreter, attack) for interpreter in interpreters for attack in ("pgd", "adv2")
+    ]
+    config = {
+        "command": "adv2 demo",
+        "model": "tiny",
+        "interpreters": list(interpreters),
+        "threat": "linf",
+    }
+    return {
+        "schema": 1,
+        "config": config,
+        "environment": {"python": "3.12"},
+        "counts": {},
+        "rows": rows,
+        **changes,
+    }
 
 
 def make_results(n=3, height=16, width=16, interpreters=("cam",)):
@@ -103,17 +134,48 @@ def with_everything(summary, results):
         for curve in ("loss", "confidence", "map_l1"):
             results[f"{key}/curve_{curve}"] = rng.random((n, 4), dtype=np.float32)
         results[f"{key}/snapshot_steps"] = np.array([0, 20, 40], np.int32)
-        results[f"{key}/snapshot_images"] = rng.integers(0, 256, (2, 3, height, width, 3), dtype=np.uint8)
+        results[f"{key}/snapshot_images"] = rng.integers(
+            0, 256, (2, 3, height, width, 3), dtype=np.uint8
+        )
         results[f"{key}/snapshot_maps"] = rng.random((2, 3, 4, 4), dtype=np.float32)
-        results[f"{key}/snapshot_confidence"] = np.tile(np.array([0.01, 0.5, 0.98], np.float32), (2, 1))
+        results[f"{key}/snapshot_confidence"] = np.tile(
+            np.array([0.01, 0.5, 0.98], np.float32), (2, 1)
+        )
         results[f"{key}/flow"] = rng.normal(size=(n, height, width, 2)).astype(np.float32)
-    rows = [row | {"ci": {"map_l1": [0.11, 0.14]}, "mean_displacement": 0.25, "flow_penalty": 3.5} for row in summary["rows"]]
-    paired = [{"interpreter": names[0], "threat": "flow", "measure": "map_l1", "n": n, "difference": -0.08, "ci": [-0.1, 0.05]}]
+    rows = [
+        row | {"ci": {"map_l1": [0.11, 0.14]}, "mean_displacement": 0.25, "flow_penalty": 3.5}
+        for row in summary["rows"]
+    ]
+    paired = [
+        {
+            "interpreter": names[0],
+            "threat": "flow",
+            "measure": "map_l1",
+            "n": n,
+            "difference": -0.08,
+            "ci": [-0.1, 0.05],
+        }
+    ]
     sources = ["benign", "pgd", *names]
     numbers = rng.random((len(sources), len(names))).tolist()
     transfer = {"interpreters": names, "sources": sources, "map_l1": numbers, "map_iou75": numbers}
-    models = [{"model": "other", "source": "pgd", "n": n, "asr": 0.5, "interpreter": names[0], "map_l1": 0.1, "map_iou75": 0.7}]
-    return summary | {"rows": rows, "paired": paired, "transfer": transfer, "models": models}, results
+    models = [
+        {
+            "model": "other",
+            "source": "pgd",
+            "n": n,
+            "asr": 0.5,
+            "interpreter": names[0],
+            "map_l1": 0.1,
+            "map_iou75": 0.7,
+        }
+    ]
+    return summary | {
+        "rows": rows,
+        "paired": paired,
+        "transfer": transfer,
+        "models": models,
+    }, results
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (32, 32)])
@@ -145,26 +207,48 @@ def test_page_is_balanced_and_needs_nothing_else():
     html = report.render(make_summary(("grad", "cam")), make_results(interpreters=("grad", "cam")))
     page = Page(html)
     assert page.attributes("html")[0]["lang"] == "en"
-    assert "http:" not in html and "https:" not in html and "url(" not in html and "@import" not in html
+    assert (
+        "http:" not in html
+        and "https:" not in html
+        and "url(" not in html
+        and "@import" not in html
+    )
     assert not {"link", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     assert page.attributes("script") == [{}] and page.attributes("style") == [{}]
-    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name in ("srcset", "action")]
+    assert not [
+        name
+        for _, attributes in page.tags
+        for name in attributes
+        if name.startswith("on") or name in ("srcset", "action")
+    ]
     assert all(header.get("scope") for header in page.attributes("th"))
 
 
 @pytest.mark.parametrize("extra", [False, True])
 def test_page_can_be_used_without_seeing_it(extra):
-    summary, results = make_summary(("grad", "a b", "a-b")), make_results(interpreters=("grad", "a b", "a-b"))
-    page = Page(report.render(*(with_everything(summary, results) if extra else (summary, results))))
+    summary, results = (
+        make_summary(("grad", "a b", "a-b")),
+        make_results(interpreters=("grad", "a b", "a-b")),
+    )
+    page = Page(
+        report.render(*(with_everything(summary, results) if extra else (summary, results)))
+    )
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     named = [attributes.get("aria-labelledby", "").split() for _, attributes in page.tags]
-    named += [[label["for"]] for label in page.attributes("label") + page.attributes("output") if "for" in label]
+    named += [
+        [label["for"]]
+        for label in page.attributes("label") + page.attributes("output")
+        if "for" in label
+    ]
     named += [[link["href"].removeprefix("#")] for link in page.attributes("a")]
     assert {name for names in named for name in names} <= set(ids)
     assert all(img["alt"] or "base" in img["class"].split() for img in page.attributes("img"))
     drawings = [svg for svg in page.attributes("svg") if svg.get("aria-hidden") != "true"]
-    assert all(svg["role"] == "img" and (svg.get("aria-label") or svg.get("aria-labelledby")) for svg in drawings)
+    assert all(
+        svg["role"] == "img" and (svg.get("aria-label") or svg.get("aria-labelledby"))
+        for svg in drawings
+    )
     assert page.unlabelled == []
     levels = [int(tag[1]) for tag, _ in page.tags if tag in ("h1", "h2", "h3", "h4")]
     assert levels[0] == 1 and levels.count(1) == 1 and max(np.diff(levels)) <= 1
@@ -175,7 +259,10 @@ def test_pictures_are_those_of_the_run():
     pictures = Page(report.render(make_summary(), results)).pictures()
     expected = [results["images"][0], map_colours(results["cam/benign_maps"][0])]
     for attack in ("pgd", "adv2"):
-        expected += [results[f"cam/{attack}/images"][0], map_colours(results[f"cam/{attack}/maps"][0])]
+        expected += [
+            results[f"cam/{attack}/images"][0],
+            map_colours(results[f"cam/{attack}/maps"][0]),
+        ]
     expected += [report.amplified_difference(results["cam/adv2/images"][0], results["images"][0])]
     for (_, picture), pixels in zip(pictures, expected, strict=True):
         np.testing.assert_array_equal(picture, pixels)
@@ -186,8 +273,34 @@ def test_table_shows_the_numbers_of_every_row():
     summary["rows"][0] |= {"asr": 1.0, "mc": None, "map_l1": float("nan")}
     summary["rows"][1] |= {"pointing_game": 0.75}
     cells = Page(report.render(summary, make_results())).inside("td")
-    plain = ["16", "1.000", "–", "–", "0.2345", "0.345", "0.456", "7.91", "1.568", "1,250.0", "12.3", "–"]
-    adv2 = ["16", "0.938", "0.876", "0.1234", "0.2345", "0.345", "0.456", "7.91", "1.568", "1,250.0", "12.3", "0.7500"]
+    plain = [
+        "16",
+        "1.000",
+        "–",
+        "–",
+        "0.2345",
+        "0.345",
+        "0.456",
+        "7.91",
+        "1.568",
+        "1,250.0",
+        "12.3",
+        "–",
+    ]
+    adv2 = [
+        "16",
+        "0.938",
+        "0.876",
+        "0.1234",
+        "0.2345",
+        "0.345",
+        "0.456",
+        "7.91",
+        "1.568",
+        "1,250.0",
+        "12.3",
+        "0.7500",
+    ]
     assert cells == plain + adv2
 
 
@@ -204,8 +317,13 @@ def test_captions_tell_class_confidence_distance_and_success():
         "Image 40: cat → ship",
         "Image 41: cat → ship",
     ]
-    first, second = ["✓ success", "p(ship) 0.62", "map L1 0.062"], ["✗ failed", "p(ship) 0.62", "map L1 0.062"]
-    spans = [text for text in page.inside("span") if text[0] in "✓✗" or text.startswith(("p(", "map"))]
+    first, second = (
+        ["✓ success", "p(ship) 0.62", "map L1 0.062"],
+        ["✗ failed", "p(ship) 0.62", "map L1 0.062"],
+    )
+    spans = [
+        text for text in page.inside("span") if text[0] in "✓✗" or text.startswith(("p(", "map"))
+    ]
     assert spans == 2 * first + 2 * second
 
 
@@ -218,7 +336,10 @@ def test_classes_without_a_name_are_numbers(classes):
 def test_images_are_called_by_their_files():
     results = make_results(n=2) | {"names": np.array(["a/1.png", "b <2>.png"])}
     page = Page(report.render(make_summary(), results))
-    assert [text.split(":")[0] for text in page.inside("h3")[:2]] == ["Image 40 (a/1.png)", "Image 41 (b <2>.png)"]
+    assert [text.split(":")[0] for text in page.inside("h3")[:2]] == [
+        "Image 40 (a/1.png)",
+        "Image 41 (b <2>.png)",
+    ]
 
 
 def test_what_comes_from_files_is_escaped():
@@ -264,8 +385,15 @@ def test_optional_parts_may_be_missing():
 
 
 def test_arrays_that_are_not_per_image_are_ignored():
-    extra = {"seed": np.array(0), "cam/adv2/history": np.zeros(2), "loss": np.zeros(0), "cam/adv2/steps": np.zeros(3)}
-    assert report.render(make_summary(), make_results() | extra) == report.render(make_summary(), make_results())
+    extra = {
+        "seed": np.array(0),
+        "cam/adv2/history": np.zeros(2),
+        "loss": np.zeros(0),
+        "cam/adv2/steps": np.zeros(3),
+    }
+    assert report.render(make_summary(), make_results() | extra) == report.render(
+        make_summary(), make_results()
+    )
 
 
 def test_no_image_left_gives_a_page_without_pictures():
@@ -277,13 +405,20 @@ def test_plain_attack_by_flow_is_called_stadv():
     summary["rows"] = [row | {"threat": "flow"} for row in summary["rows"]]
     html = report.render(summary, make_results(n=1))
     page = Page(html)
-    assert "StAdv" in page.inside("th") and "StAdv" in page.inside("b") and "StAdv succeeds" in page.inside("option")
+    assert (
+        "StAdv" in page.inside("th")
+        and "StAdv" in page.inside("b")
+        and "StAdv succeeds" in page.inside("option")
+    )
     assert not [text for parent, text in page.text if "PGD" in text and parent != "script"]
 
 
 def test_cut_pictures_are_announced():
     results = make_results(n=5)
-    cut, whole = report.render(make_summary(), results, limit=2), report.render(make_summary(), results)
+    cut, whole = (
+        report.render(make_summary(), results, limit=2),
+        report.render(make_summary(), results),
+    )
     assert len(Page(cut).pictures()) == 2 * 7 and len(Page(whole).pictures()) == 5 * 7
     assert "first 2 of 5 images" in cut and "images; the table" not in whole
 
@@ -371,9 +506,11 @@ def curve(page):
 
 def test_curve_goes_through_every_loss_of_a_short_training(tmp_path):
     points, said = curve(training_page(tmp_path))
-    assert (np.diff(points[:, 0]) > 0).all() and np.allclose(np.diff(points[:, 0], 2), 0, atol=0.21)  # equally far apart, in tenths
+    # equally far apart, in tenths
+    assert (np.diff(points[:, 0]) > 0).all() and np.allclose(np.diff(points[:, 0], 2), 0, atol=0.21)
     heights = points[:, 1].max() - points[:, 1]  # the picture grows downwards
-    np.testing.assert_allclose(heights / heights.max(), [1, 0.5, 0.75, 0], atol=2e-3)  # tenths of 160
+    # tenths of 160
+    np.testing.assert_allclose(heights / heights.max(), [1, 0.5, 0.75, 0], atol=2e-3)
     assert said == "loss from 3 to 1, over steps 1 to 4."
 
 
@@ -394,7 +531,15 @@ def test_curve_without_a_slope_has_finite_points(tmp_path, losses):
 
 
 def test_quality_is_a_table_of_interpreters(tmp_path):
-    numbers = {"n": 200, "kept": 0.8765, "removed": 0.1234, "inside": 0.75, "outside": 0.0625, "pointing_game": 0.98, "iou": 0.5}
+    numbers = {
+        "n": 200,
+        "kept": 0.8765,
+        "removed": 0.1234,
+        "inside": 0.75,
+        "outside": 0.0625,
+        "pointing_game": 0.98,
+        "iou": 0.5,
+    }
     unknown = dict.fromkeys(("inside", "outside", "pointing_game", "iou"))
     quality = [{"interpreter": "rts", **numbers}, {"interpreter": "grad_cam", **numbers, **unknown}]
     page = training_page(tmp_path, quality=quality)
@@ -411,7 +556,9 @@ def test_what_comes_from_a_training_is_escaped(tmp_path):
     config = {"command": evil, "model": evil}
     page = training_page(tmp_path, config=config, quality=[{"interpreter": evil, evil: evil}])
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<script") == 1  # our own
-    assert evil in page.inside("th") and page.inside("td") == [evil] and page.inside("code") == [evil]
+    assert (
+        evil in page.inside("th") and page.inside("td") == [evil] and page.inside("code") == [evil]
+    )
 
 
 def test_a_training_of_another_schema_is_refused(tmp_path):
@@ -436,7 +583,9 @@ def test_a_map_with_a_palette_is_a_third_of_the_colours_of_it():
     levels = np.random.default_rng(3).integers(0, 256, (64, 64, 1), dtype=np.uint8)
     palette = report.colour_map(np.arange(256) / 255)
     file = report.png(levels, palette=palette)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), palette[levels[..., 0]])
+    np.testing.assert_array_equal(
+        np.asarray(Image.open(io.BytesIO(file)).convert("RGB")), palette[levels[..., 0]]
+    )
     assert len(file) < len(report.png(values)) / 2
 
 
@@ -455,7 +604,11 @@ def test_settings_are_columns_only_where_rows_differ():
     assert "Target map" not in page.inside("th") and "patch" in page.inside("dd")
     summary["rows"][0]["target_map"] = "image"
     page = Page(report.render(summary, make_results()))
-    assert "Target map" in page.inside("th") and "patch" not in page.inside("dd") and "patch" in page.inside("td")
+    assert (
+        "Target map" in page.inside("th")
+        and "patch" not in page.inside("dd")
+        and "patch" in page.inside("td")
+    )
 
 
 def test_flow_rows_tell_shift_and_penalty():
@@ -469,14 +622,24 @@ def test_flow_rows_tell_shift_and_penalty():
 
 def test_paired_differences_have_a_sign():
     cells = Page(report.render(*with_everything(make_summary(), make_results()))).inside("td")
-    assert cells[cells.index("−0.0800") - 3 :][:5] == ["flow", "Map L1 ↓", "3", "−0.0800", "−0.1000 to +0.0500"]
+    assert cells[cells.index("−0.0800") - 3 :][:5] == [
+        "flow",
+        "Map L1 ↓",
+        "3",
+        "−0.0800",
+        "−0.1000 to +0.0500",
+    ]
 
 
 def test_transfer_is_a_table_of_readable_numbers_with_the_attacked_marked():
-    summary, results = with_everything(make_summary(("grad", "cam")), make_results(interpreters=("grad", "cam")))
+    summary, results = with_everything(
+        make_summary(("grad", "cam")), make_results(interpreters=("grad", "cam"))
+    )
     summary["transfer"]["map_l1"][0][0] = None
     page = Page(report.render(summary, results))
-    cells = [attributes for attributes in page.attributes("td") if "heat" in attributes.get("class", "")]
+    cells = [
+        attributes for attributes in page.attributes("td") if "heat" in attributes.get("class", "")
+    ]
     assert len(cells) == 2 * 4 * 2
     assert [k for k, cell in enumerate(cells[:8]) if "own" in cell["class"]] == [4, 7]
     numbers = [number for row in summary["transfer"]["map_l1"] for number in row]
@@ -485,30 +648,41 @@ def test_transfer_is_a_table_of_readable_numbers_with_the_attacked_marked():
         assert f"{number:.4f}" in shown
     for cell in cells:
         background, ink = cell["style"].split(";")
-        colour = np.array(background.removeprefix("background:rgb(").removesuffix(")").split(","), float)
+        colour = np.array(
+            background.removeprefix("background:rgb(").removesuffix(")").split(","), float
+        )
         assert tables.contrast(colour, np.full(3, 255.0 if ink == "color:#fff" else 0.0)) >= 4.5
     assert len({cell["style"] for cell in cells[:8]}) > 4
 
 
-@pytest.mark.parametrize(("one", "other", "ratio"), [(0, 255, 21.0), (255, 255, 1.0), (118, 255, 4.54)])
+@pytest.mark.parametrize(
+    ("one", "other", "ratio"), [(0, 255, 21.0), (255, 255, 1.0), (118, 255, 4.54)]
+)
 def test_contrast_is_that_of_wcag(one, other, ratio):
     assert tables.contrast(np.full(3, one), np.full(3, other)) == pytest.approx(ratio, abs=0.01)
 
 
 def test_numbers_read_on_every_colour_of_the_scale():
     for colour in report.colour_map(np.linspace(0, 1, 256)):
-        assert max(tables.contrast(colour, np.zeros(3)), tables.contrast(colour, np.full(3, 255))) >= 4.5
+        assert (
+            max(tables.contrast(colour, np.zeros(3)), tables.contrast(colour, np.full(3, 255)))
+            >= 4.5
+        )
 
 
 def test_old_runs_have_no_curves_sliders_or_transfer():
     html = report.render(make_summary(), make_results())
     page = Page(html)
     inputs = [control["type"] for control in page.attributes("input")]
-    assert page.attributes("svg") == [] and page.attributes("details") == [] and "range" not in inputs
+    assert (
+        page.attributes("svg") == [] and page.attributes("details") == [] and "range" not in inputs
+    )
     assert page.inside("h2") == ["Summary", "CAM", "Reproduce"]
 
 
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (0, 0.073), (-3.2, 17), (5, 5), (0, 0), (0, 1250), (0.98, 0.99)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (0, 0.073), (-3.2, 17), (5, 5), (0, 0), (0, 1250), (0.98, 0.99)]
+)
 def test_ticks_are_few_and_round_and_reach_both_ends(low, high):
     ticks = charts.ticks(low, high)
     step = ticks[1] - ticks[0]
@@ -533,11 +707,14 @@ def test_curves_are_drawn_where_their_axes_say():
     (drawn,) = page.attributes("polyline")
     points = np.array([point.split(",") for point in drawn["points"].split()], float)
     numbers = {
-        text["y"]: float(label) for text, label in zip(page.attributes("text"), page.inside("text"), strict=True) if label != "step"
+        text["y"]: float(label)
+        for text, label in zip(page.attributes("text"), page.inside("text"), strict=True)
+        if label != "step"
     }
     levels = sorted((float(y) - 3.5, value) for y, value in numbers.items() if float(y) < 185)
     heights, values = zip(*levels, strict=True)
-    np.testing.assert_allclose(np.interp(points[:, 1], heights, values), [0, 0.5, 2], atol=0.01)  # a tenth of a pixel
+    # a tenth of a pixel
+    np.testing.assert_allclose(np.interp(points[:, 1], heights, values), [0, 0.5, 2], atol=0.01)
     assert points[1, 0] - points[0, 0] == pytest.approx(points[2, 0] - points[1, 0], abs=0.11)
     assert page.inside("desc") == ["ADV² from 0 to 2, over steps 0 to 100."]
 
@@ -546,16 +723,30 @@ def test_curves_are_drawn_where_their_axes_say():
 def test_numbers_of_steps_are_not_cut_off(last):
     line = charts.over_images("ADV²", "adv2", [0, last], np.array([[0.0, 1.0]]))
     page = Page(charts.chart([line], anchor="a", title="Loss"))
-    ends = {label: float(text["x"]) for text, label in zip(page.attributes("text"), page.inside("text"), strict=True)}
-    assert ends[str(last)] + 7 * len(str(last)) / 2 <= charts.WIDTH  # a digit of the page's 11 px is 7 wide
+    ends = {
+        label: float(text["x"])
+        for text, label in zip(page.attributes("text"), page.inside("text"), strict=True)
+    }
+    # a digit of the page's 11 px is 7 wide
+    assert ends[str(last)] + 7 * len(str(last)) / 2 <= charts.WIDTH
 
 
 def test_curves_of_both_attacks_share_a_plot_and_one_may_be_missing():
     summary, results = with_everything(make_summary(), make_results())
     del results["cam/pgd/curve_map_l1"]
     page = Page(report.render(summary, results))
-    assert [line["class"] for line in page.attributes("polyline")] == ["pgd", "adv2", "pgd", "adv2", "adv2"]
-    assert page.inside("figcaption") == ["Loss of the attack", "Confidence in the target class", "Map L1"]
+    assert [line["class"] for line in page.attributes("polyline")] == [
+        "pgd",
+        "adv2",
+        "pgd",
+        "adv2",
+        "adv2",
+    ]
+    assert page.inside("figcaption") == [
+        "Loss of the attack",
+        "Confidence in the target class",
+        "Map L1",
+    ]
 
 
 def test_arrows_point_along_the_flow():
@@ -563,7 +754,9 @@ def test_arrows_point_along_the_flow():
     flow[:14] = (0, 3)
     flow[14:] = (-1.5, 0)
     (path,) = Page(charts.arrows(flow, "flow")).attributes("path")
-    shafts = [tuple(map(int, shaft)) for shaft in re.findall(r"M[\d.]+ [\d.]+l(-?\d+) (-?\d+)", path["d"])]
+    shafts = [
+        tuple(map(int, shaft)) for shaft in re.findall(r"M[\d.]+ [\d.]+l(-?\d+) (-?\d+)", path["d"])
+    ]
     assert len(shafts) == 14 * 14
     assert shafts[0] == (charts.CELL, 0) and shafts[-1] == (0, -charts.CELL // 2)
     (still,) = Page(charts.arrows(np.zeros((5, 3, 2)), "flow")).attributes("path")
@@ -576,7 +769,10 @@ def test_captions_tell_the_longest_shift():
     results["cam/adv2/flow"][0, 3, 5] = (3, -4)
     page = Page(report.render(summary, results))
     assert "shift up to 5.00 px" in page.inside("span")
-    assert any(svg.get("aria-label") == "Flow of ADV² image 40, at most 5.00 px" for svg in page.attributes("svg"))
+    assert any(
+        svg.get("aria-label") == "Flow of ADV² image 40, at most 5.00 px"
+        for svg in page.attributes("svg")
+    )
 
 
 def test_films_hold_the_snapshots_side_by_side():
@@ -587,8 +783,11 @@ def test_films_hold_the_snapshots_side_by_side():
         "PGD image 40 after steps 0, 20, 40",
         "CAM maps of PGD image 40 after steps 0, 20, 40",
     ]
-    assert len(films) == 2 * 2 * 2  # images and maps, two attacks, the two images that have snapshots
-    np.testing.assert_array_equal(films[0][1], np.concatenate(results["cam/pgd/snapshot_images"][0], axis=1))
+    # images and maps, two attacks, the two images that have snapshots
+    assert len(films) == 2 * 2 * 2
+    np.testing.assert_array_equal(
+        films[0][1], np.concatenate(results["cam/pgd/snapshot_images"][0], axis=1)
+    )
     assert films[1][1].shape == films[0][1].shape
     told = [film for _, film in page.tags if film.get("class") == "film"]
     assert told[0]["data-steps"] == "0 20 40" and told[0]["data-confidence"] == "0.01 0.50 0.98"

@@ -11,8 +11,18 @@ import pytest
 
 from adv2_jax import report
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-QUIET = ("disable-gpu", "disable-quic", "no-first-run", "disable-background-networking", "disable-component-update", "disable-sync")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
+    None,
+)
+QUIET = (
+    "disable-gpu",
+    "disable-quic",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+)
 
 ERRORS = """<script>const errors = [];
 addEventListener("error", (event) => errors.push(event.message));
@@ -46,9 +56,20 @@ def run_in_browser(tmp_path_factory):
         driver = DRIVER.replace("PROGRAM", program)
         page = page.replace("<head>", "<head>" + ERRORS, 1).replace("</body>", driver + "</body>")
         (folder / "page.html").write_text(page, encoding="utf-8")
-        command = [BROWSER, "--headless", "--no-sandbox", *(f"--{flag}" for flag in (*QUIET, *flags))]
-        command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
-        dump = subprocess.run([*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120)
+        command = [
+            BROWSER,
+            "--headless",
+            "--no-sandbox",
+            *(f"--{flag}" for flag in (*QUIET, *flags)),
+        ]
+        command += [
+            f"--user-data-dir={folder / 'profile'}",
+            "--virtual-time-budget=5000",
+            "--dump-dom",
+        ]
+        dump = subprocess.run(
+            [*command, (folder / "page.html").as_uri()], capture_output=True, text=True, timeout=120
+        )
         outcome = re.search(r'<output id="outcome">(.*?)</output>', dump.stdout, re.DOTALL)
         assert outcome, dump.stderr
         outcome = json.loads(html.unescape(outcome[1]))
@@ -63,12 +84,19 @@ def page():
     """Five images, two with snapshots; in the order of ADV²'s map distance: 3, 0, 4, 1, and 2, where it is not known."""
     rng = np.random.default_rng(0)
     pixels = lambda *shape: rng.integers(0, 256, (*shape, 16, 16, 3), dtype=np.uint8)  # noqa: E731
-    results = {"images": pixels(5), "labels": np.zeros(5, np.int32), "targets": np.ones(5, np.int32), "indices": np.arange(5)}
+    results = {
+        "images": pixels(5),
+        "labels": np.zeros(5, np.int32),
+        "targets": np.ones(5, np.int32),
+        "indices": np.arange(5),
+    }
     results["cam/benign_maps"] = results["cam/target_maps"] = rng.random((5, 4, 4))
     for attack in ("pgd", "adv2"):
         results |= {f"cam/{attack}/images": pixels(5), f"cam/{attack}/maps": rng.random((5, 4, 4))}
         results[f"cam/{attack}/confidence"] = np.array([0.5, 0.9, 0.1, 0.7, 0.3])
-        results[f"cam/{attack}/success"] = np.array([True, True, False, True, False]) ^ (attack == "pgd")
+        results[f"cam/{attack}/success"] = np.array([True, True, False, True, False]) ^ (
+            attack == "pgd"
+        )
         results[f"cam/{attack}/map_l1"] = np.array([0.02, 0.2, np.nan, 0.01, 0.1])
         results[f"cam/{attack}/snapshot_steps"] = np.array([0, 10, 20, 30])
         results[f"cam/{attack}/snapshot_images"] = pixels(2, 4)
@@ -77,7 +105,10 @@ def page():
         results[f"cam/{attack}/flow"] = rng.normal(size=(5, 16, 16, 2))
         results[f"cam/{attack}/curve_steps"] = np.arange(3)
         results[f"cam/{attack}/curve_loss"] = rng.random((5, 3))
-    rows = [{"interpreter": "cam", "attack": attack, "threat": "linf", "n": 5} for attack in ("pgd", "adv2")]
+    rows = [
+        {"interpreter": "cam", "attack": attack, "threat": "linf", "n": 5}
+        for attack in ("pgd", "adv2")
+    ]
     return report.render({"schema": 1, "rows": rows}, results)
 
 
@@ -129,11 +160,15 @@ def test_slider_goes_through_the_steps_and_back(run_in_browser, page):
         """,
     )
     told = [("PGD step {0}: p {1}", "ADV² step {0}: p {1}")] * 2
-    words = lambda *at: [mark.join(both).format(*at) for mark, both in zip((" · ", ", "), told, strict=True)]  # noqa: E731
+
+    def words(*at):
+        return [mark.join(both).format(*at) for mark, both in zip((" · ", ", "), told, strict=True)]
+
     assert found["sliders"] == 2 and found["focused"] is True
     assert found["start"] == found["end"] == ["3", *words(30, "0.98")]
     assert found["one"] == ["1", *words(10, "0.25")]
-    assert found["playing"] == [0, 0, 1, -1]  # image, the grey below, map; the picture below the arrows stays
+    # image, the grey below, map; the picture below the arrows stays
+    assert found["playing"] == [0, 0, 1, -1]
     assert found["frame"] == pytest.approx([4, 1, 1], abs=0.01)
     assert found["same"] is True
 
@@ -145,7 +180,10 @@ def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, pag
         one("#bare").checked = true;
         return [over, opacity(), ...[".scripted", ".slider"].map((part) => one(part).offsetHeight === 0), shown().length, scrollX];
         """
-    for html_page, hidden in ((page, False), (re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL), True)):
+    for html_page, hidden in (
+        (page, False),
+        (re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL), True),
+    ):
         assert run_in_browser(html_page, program) == ["0.65", "1", hidden, hidden, 5, 0]
 
 

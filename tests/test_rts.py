@@ -9,14 +9,20 @@ import pytest
 from test_blending import blended
 
 from adv2_jax import attack, explain, interpreters, losses, metrics, threats
-from adv2_jax.interpreters import Context, MaskWeights, rts_interpreter
-from adv2_jax.interpreters.rts import head_loss, log_probability, mask_loss, mean_loss, size_loss
-from adv2_jax.models import Masked
+from adv2_jax.interpreters import Context, SaliencyWeights, rts_interpreter
+from adv2_jax.interpreters.masker_maps import (
+    head_loss,
+    log_probability,
+    mean_loss,
+    saliency_loss,
+    size_loss,
+)
+from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.presets import Preset, constant
 
 LABEL = 1
-WEIGHTS = MaskWeights(variation=0.7, area=1.3, removal=2.1, power=0.4, area_power=0.6)
-NONE = MaskWeights(variation=0.0, area=0.0, removal=0.0, power=1.0, area_power=1.0)
+WEIGHTS = SaliencyWeights(variation=0.7, area=1.3, removal=2.1, power=0.4, area_power=0.6)
+NONE = SaliencyWeights(variation=0.0, area=0.0, removal=0.0, power=1.0, area_power=1.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,21 +51,28 @@ def probability(linear, x):
 
 
 def variation(m):
-    vertical = [(m[i + 1, j] - m[i, j]) ** 2 for i in range(m.shape[0] - 1) for j in range(m.shape[1])]
-    horizontal = [(m[i, j + 1] - m[i, j]) ** 2 for i in range(m.shape[0]) for j in range(m.shape[1] - 1)]
+    vertical = [
+        (m[i + 1, j] - m[i, j]) ** 2 for i in range(m.shape[0] - 1) for j in range(m.shape[1])
+    ]
+    horizontal = [
+        (m[i, j + 1] - m[i, j]) ** 2 for i in range(m.shape[0]) for j in range(m.shape[1] - 1)
+    ]
     return np.mean(vertical) + np.mean(horizontal)
 
 
 def plain_loss(linear, x, m, other, weights):
     """Eq. 8."""
-    kept, removed = probability(linear, blended(x, m, other)), probability(linear, blended(x, 1 - m, other))
+    kept, removed = (
+        probability(linear, blended(x, m, other)),
+        probability(linear, blended(x, 1 - m, other)),
+    )
     size = weights.variation * variation(m) + weights.area * (m**weights.area_power).sum() / m.size
     return size - np.log(kept) + weights.removal * removed**weights.power
 
 
 def loss_of(linear, x, m, other, weights):
     x, m, other = (jnp.asarray(array, jnp.result_type(float)) for array in (x, m, other))
-    return mask_loss(linear, x, LABEL, m, other, weights)
+    return saliency_loss(linear, x, LABEL, m, other, weights)
 
 
 TERMS = {
@@ -85,15 +98,19 @@ def test_the_size_of_a_map_does_not_ask_the_classifier(m):
 
 
 def test_defaults_weigh_every_term():
-    assert all(value > 0 for value in MaskWeights())
+    assert all(value > 0 for value in SaliencyWeights())
 
 
 @pytest.mark.parametrize("argument", ["image", "mask"])
-def test_gradients_of_equation_8_are_central_differences(double, slope, linear, x, m, other, argument):
+def test_gradients_of_equation_8_are_central_differences(
+    double, slope, linear, x, m, other, argument
+):
     network = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), linear)
 
     def f(changed):
-        return loss_of(network, *((changed, m) if argument == "image" else (x, changed)), other, WEIGHTS)
+        return loss_of(
+            network, *((changed, m) if argument == "image" else (x, changed)), other, WEIGHTS
+        )
 
     at = x if argument == "image" else m
     v = np.random.default_rng(2).standard_normal(at.shape)
@@ -106,7 +123,9 @@ def test_a_probability_that_rounds_to_zero_has_a_finite_slope(linear, x, m, othe
     """There f_c^λ4 has an infinite one, and log f_c none."""
     certain = replace(linear, bias=jnp.array([0.0, -200.0, 0.0]))
     assert jnp.exp(log_probability(certain, jnp.asarray(x, jnp.float32), LABEL)) == 0
-    loss, slopes = jax.value_and_grad(lambda m: loss_of(certain, x, m, other, WEIGHTS))(jnp.asarray(m, jnp.float32))
+    loss, slopes = jax.value_and_grad(lambda m: loss_of(certain, x, m, other, WEIGHTS))(
+        jnp.asarray(m, jnp.float32)
+    )
     assert np.isfinite(loss) and loss > 100
     assert np.isfinite(slopes).all() and jnp.abs(slopes).max() > 0
 
@@ -121,11 +140,15 @@ def photo(images):
 
 def test_head_loss_is_the_cross_entropy_of_the_encoder(masker, photo):
     features = np.asarray(masker.encoder.features(photo), float)
-    kernel, bias = (np.asarray(variable[...], float) for variable in (masker.encoder.linear.kernel, masker.encoder.linear.bias))
+    kernel, bias = (
+        np.asarray(variable[...], float)
+        for variable in (masker.encoder.linear.kernel, masker.encoder.linear.bias)
+    )
     logits = features.mean((0, 1)) @ kernel + bias
     for label in (0, 6):
         expected = np.log(np.exp(logits).sum()) - logits[label]
-        assert head_loss(masker, photo, label) == pytest.approx(expected, rel=1e-4)  # float32, eight layers
+        # float32, eight layers
+        assert head_loss(masker, photo, label) == pytest.approx(expected, rel=1e-4)
 
 
 def test_mean_loss_is_the_distance_to_the_class_mean(masker, photo):
@@ -141,22 +164,30 @@ def test_mean_loss_is_the_distance_to_the_class_mean(masker, photo):
 
 @pytest.fixture(scope="module")
 def model(make_small, masker):
-    return Masked(make_small(), masker)
+    return ClassifierWithMasker(make_small(), masker)
 
 
 def test_masked_classifies_as_its_classifier(model, make_small, photo):
-    np.testing.assert_array_equal(model.head(model.features(photo)), make_small().head(make_small().features(photo)))
+    np.testing.assert_array_equal(
+        model.head(model.features(photo)), make_small().head(make_small().features(photo))
+    )
     negative = model.features(photo, act=lambda z: -z)
     np.testing.assert_array_equal(negative, make_small().features(photo, act=lambda z: -z))
 
 
 @pytest.mark.parametrize("loss", ["head", "mean"])
 @pytest.mark.parametrize("weight", [0.3, 0.0])
-def test_the_surrogate_is_the_map_explained_the_logits_and_the_weighted_encoder_loss(model, masker, photo, loss, weight):
+def test_the_surrogate_is_the_map_explained_the_logits_and_the_weighted_encoder_loss(
+    model, masker, photo, loss, weight
+):
     interpreter = rts_interpreter(encoder_loss=loss, encoder_weight=weight)
     logits, m, penalty, memory = interpreter.surrogate(model, photo, 3, Context(jnp.zeros(())))
     np.testing.assert_array_equal(logits, model.head(model.features(photo)))
-    for drawn in (interpreter.explain(model, photo, 3), interpreters.rts(masker, photo, 3), masker(photo, 3)):
+    for drawn in (
+        interpreter.explain(model, photo, 3),
+        interpreters.rts(masker, photo, 3),
+        masker(photo, 3),
+    ):
         np.testing.assert_array_equal(m, drawn)
     expected = {"head": head_loss, "mean": mean_loss}[loss](masker, photo, 3)
     assert penalty == pytest.approx(float(weight * expected), rel=1e-6) and memory is None
@@ -185,7 +216,10 @@ def test_wrong_options_are_named(options, message):
 @pytest.mark.parametrize(
     ("case", "message"),
     [
-        ("no masker", "rts needs a masker: its model is a models.Masked(classifier, masker), not a Small"),
+        (
+            "no masker",
+            "rts needs a masker: its model is a models.ClassifierWithMasker(classifier, masker), not a Small",
+        ),
         ("classes", "the masker draws maps of 10 classes, the network has 9"),
         ("size", "the masker cannot take images of [15, 15, 3]; it was made for 32 x 32"),
     ],
@@ -193,7 +227,11 @@ def test_wrong_options_are_named(options, message):
 def test_models_that_do_not_fit_are_refused(make_small, masker, images, case, message):
     network, seen = make_small(), images[:, :15, :15] if case == "size" else images
     few = replace(network, weights=network.weights[:, :9])
-    model = {"no masker": network, "classes": Masked(few, masker), "size": Masked(network, masker)}[case]
+    model = {
+        "no masker": network,
+        "classes": ClassifierWithMasker(few, masker),
+        "size": ClassifierWithMasker(network, masker),
+    }[case]
     with pytest.raises(ValueError) as refusal:
         attack(model, seen, np.zeros(6, int), np.zeros((6, 8, 8)), interpreter="rts")
     assert str(refusal.value) == message
@@ -225,14 +263,25 @@ def goal(model, images):
 def run(model, images, goal):
     def call(plan, **options):
         maps = None if plan.interpreter is None else goal[1]
-        return attack(model, images, goal[0], maps, interpreter=plan.interpreter, preset=plan, threat=threats.linf(0.1), **options)
+        return attack(
+            model,
+            images,
+            goal[0],
+            maps,
+            interpreter=plan.interpreter,
+            preset=plan,
+            threat=threats.linf(0.1),
+            **options,
+        )
 
     return call
 
 
 @pytest.fixture(scope="module")
 def results(run):
-    return {name: run(plan) for name, plan in (("bare", BARE), ("encoder", WITH_ENCODER), ("pgd", PGD))}
+    return {
+        name: run(plan) for name, plan in (("bare", BARE), ("encoder", WITH_ENCODER), ("pgd", PGD))
+    }
 
 
 @pytest.mark.slow
@@ -241,13 +290,21 @@ def test_the_attack_shows_the_target_map(model, images, results, goal):
     pgd_maps = explain(model, results["pgd"].images, targets, interpreter="rts")[1]
     before, _ = explain(model, images, targets, interpreter="rts")
     for name in ("bare", "encoder"):
-        assert metrics.map_l1(results[name].maps, maps).mean() < 0.7 * metrics.map_l1(pgd_maps, maps).mean()
-        assert (metrics.confidence(results[name].logits, targets) > metrics.confidence(before, targets)).all()
+        assert (
+            metrics.map_l1(results[name].maps, maps).mean()
+            < 0.7 * metrics.map_l1(pgd_maps, maps).mean()
+        )
+        assert (
+            metrics.confidence(results[name].logits, targets) > metrics.confidence(before, targets)
+        ).all()
 
 
 def test_encoder_loss_moves_the_encoder_towards_the_target(masker, results, goal):
     loss = jax.jit(jax.vmap(head_loss, (None, 0, 0)))
-    bare, encoder = (loss(masker, results[name].images / np.float32(255), goal[0]) for name in ("bare", "encoder"))
+    bare, encoder = (
+        loss(masker, results[name].images / np.float32(255), goal[0])
+        for name in ("bare", "encoder")
+    )
     assert (encoder < bare).all()
 
 

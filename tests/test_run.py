@@ -11,11 +11,11 @@ from adv2_jax import explain, metrics, threats
 from adv2_jax.attacks import attack
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
-from adv2_jax.experiments import batches
-from adv2_jax.experiments.run import run
-from adv2_jax.experiments.task import Settings
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
+from adv2_jax.runs import store
+from adv2_jax.runs.run import run
+from adv2_jax.runs.task import Settings
 
 
 class Mean(nnx.Module):
@@ -34,19 +34,26 @@ def coloured(channels, labels):
         image[:2, :2, channel] = 140
     masks = np.zeros((len(channels), 4, 4), bool)
     masks[:, :2, :2] = True
-    return ImageSet(images, np.array(labels, np.int32), masks=masks)
+    return ImageSet(images, np.array(labels, np.int32), objects=masks)
 
 
 def test_rows_are_what_the_arrays_say(tmp_path):
     settings = Settings(("cam",), threats.linf(0.1), warm_steps=2, steps=20, batch_size=2)
     ticks = []
     images = coloured([0, 1, 2], [0, 1, 2])
-    outcome = run(Mean(), images, settings, tmp_path, progress=lambda images, steps, done: ticks.append)
+    outcome = run(
+        Mean(), images, settings, tmp_path, progress=lambda images, steps, done: ticks.append
+    )
     arrays = read_arrays(tmp_path / "results.npz")
     for row in outcome.rows:
-        found = {key.split("/")[-1]: value for key, value in arrays.items() if key.startswith(f"cam/{row['attack']}/")}
+        found = {
+            key.split("/")[-1]: value
+            for key, value in arrays.items()
+            if key.startswith(f"cam/{row['attack']}/")
+        }
         difference = (found["images"].astype(float) - arrays["images"]) / 255
-        assert row["linf"] == pytest.approx(abs(difference).max(), rel=1e-5)  # float32 means of a handful of values
+        # float32 means of a handful of values
+        assert row["linf"] == pytest.approx(abs(difference).max(), rel=1e-5)
         assert row["l2"] == pytest.approx(np.sqrt((difference**2).sum((1, 2, 3))).mean(), rel=1e-5)
         assert row["asr"] == found["success"].mean() == 1
         assert row["mc"] == pytest.approx(found["confidence"].mean(), rel=1e-6)
@@ -54,15 +61,19 @@ def test_rows_are_what_the_arrays_say(tmp_path):
         np.testing.assert_allclose(found["map_l1"], apart.mean((1, 2)), rtol=1e-5)
         assert row["map_l1"] == pytest.approx(apart.mean(), rel=1e-5)
         assert row["linf"] <= 0.1
-        assert row["gradient_evaluations"] == pytest.approx(22, rel=0.02)  # a tiny network: the weights of its head count
+        # a tiny network: the weights of its head count
+        assert row["gradient_evaluations"] == pytest.approx(22, rel=0.02)
         assert 0 <= row["pointing_game"] <= 1
-        assert row["benign_pointing_game"] == 1  # the map of a colour is its channel, which is brightest on the object
+        # the map of a colour is its channel, which is brightest on the object
+        assert row["benign_pointing_game"] == 1
     assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
 
 
 def test_own_target_maps_of_another_size_are_refused(tmp_path):
     images = coloured([0], [0])._replace(target_maps=np.zeros((1, 3, 3), np.float32))
-    with pytest.raises(ValueError, match=r"target_maps must be \[1, 4, 4\] for cam, got \[1, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"target_maps must be \[1, 4, 4\] for cam, got \[1, 3, 3\]"
+    ):
         run(Mean(), images, Settings(("cam",), threats.linf()), tmp_path)
 
 
@@ -73,7 +84,9 @@ def varied(n=7, seed=0):
     """Images whose colour says their class and whose pixels do not; each class twice at least."""
     images = coloured(np.arange(n) % 3, np.arange(n) % 3)
     noise = np.random.default_rng(seed).integers(-15, 16, images.images.shape)
-    return images._replace(images=(images.images + noise).astype(np.uint8), classes=("red", "green", "blue"))
+    return images._replace(
+        images=(images.images + noise).astype(np.uint8), classes=("red", "green", "blue")
+    )
 
 
 QUICK = Settings(("cam",), threats.linf(0.1), warm_steps=1, steps=8, batch_size=2)
@@ -107,7 +120,9 @@ def test_own_maps_are_named_and_do_not_give_way(tmp_path):
     own = varied()._replace(target_maps=np.zeros((7, 4, 4), np.float32))
     run(Mean(), own, QUICK, tmp_path)
     assert {row["target_map"] for row in read_summary(tmp_path)["rows"]} == {"file"}
-    with pytest.raises(ValueError, match=r"^target map 'patch': the images come with target maps of their own$"):
+    with pytest.raises(
+        ValueError, match=r"^target map 'patch': the images come with target maps of their own$"
+    ):
         run(Mean(), own, QUICK._replace(target_map="patch"), tmp_path)
 
 
@@ -116,14 +131,19 @@ def test_unknown_target_map_lists_the_valid_ones(tmp_path):
         run(Mean(), varied(), QUICK._replace(target_map="cat"), tmp_path)
 
 
-# Batches.
+# Store.
 
 
 @pytest.mark.slow
 def test_batch_size_changes_nothing(tmp_path):
     for size in (2, 3, 10):
         (tmp_path / str(size)).mkdir()
-        run(Mean(), varied(), QUICK._replace(batch_size=size, target_map="patch"), tmp_path / str(size))
+        run(
+            Mean(),
+            varied(),
+            QUICK._replace(batch_size=size, target_map="patch"),
+            tmp_path / str(size),
+        )
     a, *others = (results(tmp_path / str(size)) for size in (2, 3, 10))
     for b in others:
         assert list(a) == list(b)
@@ -152,8 +172,11 @@ def whole(tmp_path_factory):
 
 
 def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, whole):
-    with pytest.raises(KeyboardInterrupt, match=r"^; 3 of 8 parts are kept, --resume goes on from them$"):
-        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))  # 9 steps a part
+    with pytest.raises(
+        KeyboardInterrupt, match=r"^; 3 of 8 parts are kept, --resume goes on from them$"
+    ):
+        # 9 steps a part
+        run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batches", "log.jsonl"]
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"batch": 1, "inter')  # a kill
@@ -163,10 +186,22 @@ def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, whole):
         seen.append((images, steps, done))
         return seen.append
 
-    run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0, "out": "elsewhere"}, resume=True, progress=progress)
+    run(
+        Mean(),
+        varied(),
+        QUICK,
+        tmp_path,
+        config={"seed": 0, "out": "elsewhere"},
+        resume=True,
+        progress=progress,
+    )
     assert seen[0] == (7, 72, 27) and sum(seen[1:]) == 45
     assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "results.npz", "summary.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "log.jsonl",
+        "results.npz",
+        "summary.json",
+    ]
     rows, expected = (read_summary(directory)["rows"] for directory in (tmp_path, whole))
     assert [row | {"seconds": 0} for row in rows] == [row | {"seconds": 0} for row in expected]
 
@@ -181,24 +216,45 @@ def test_log_has_a_line_for_each_part(tmp_path):
     ]
     found = results(tmp_path)
     for line in lines:
-        assert line.keys() == {"batch", "interpreter", "attack", "n", "failed", "asr", "map_l1", "seconds"}
+        assert line.keys() == {
+            "batch",
+            "interpreter",
+            "attack",
+            "n",
+            "failed",
+            "asr",
+            "map_l1",
+            "seconds",
+        }
         images = slice(2 * line["batch"], 2 * line["batch"] + 2)
-        assert line["map_l1"] == pytest.approx(found[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6)  # six digits
+        # six digits
+        assert line["map_l1"] == pytest.approx(
+            found[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6
+        )
 
 
 def test_resuming_must_be_said_and_settings_stay(tmp_path):
-    with pytest.raises(ValueError, match=f"^nothing to resume: {tmp_path} holds no unfinished run$"):
+    with pytest.raises(
+        ValueError, match=f"^nothing to resume: {tmp_path} holds no unfinished run$"
+    ):
         run(Mean(), varied(), QUICK, tmp_path, resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
     kept = sorted(tmp_path.rglob("*"))
-    with pytest.raises(ValueError, match=rf"^{tmp_path} holds an unfinished run: go on with it \(--resume\), or remove "):
+    with pytest.raises(
+        ValueError,
+        match=rf"^{tmp_path} holds an unfinished run: go on with it \(--resume\), or remove ",
+    ):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
     with pytest.raises(
-        ValueError, match=rf"^cannot resume {tmp_path} with other settings: seed was 0, is 1; limit was None, is 5$"
+        ValueError,
+        match=rf"^cannot resume {tmp_path} with other settings: seed was 0, is 1; limit was None, is 5$",
     ):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 1, "limit": 5}, resume=True)
-    with pytest.raises(ValueError, match=r"with other settings: image set was .* numbers [0-9a-f]{8}, is .* numbers [0-9a-f]{8}$"):
+    with pytest.raises(
+        ValueError,
+        match=r"with other settings: image set was .* numbers [0-9a-f]{8}, is .* numbers [0-9a-f]{8}$",
+    ):
         run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
     assert sorted(tmp_path.rglob("*")) == kept
 
@@ -220,14 +276,18 @@ def full_disk(monkeypatch, module, name, call):
 
 def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        full_disk(patch, batches.np, "savez", 4)
+        full_disk(patch, store.np, "savez", 4)
         with pytest.raises(
-            ValueError, match=r"^cannot write .*cam\.adv2.00001\.npz: No space left on device; 3 of 8 parts are kept"
+            ValueError,
+            match=r"^cannot write .*cam\.adv2.00001\.npz: No space left on device; 3 of 8 parts are kept",
         ):
             run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
     with monkeypatch.context() as patch:
-        full_disk(patch, batches, "write_streams", 1)
-        with pytest.raises(ValueError, match=r"^cannot write .*results\.npz: No space left on device; 8 of 8 parts are kept"):
+        full_disk(patch, store, "write_streams", 1)
+        with pytest.raises(
+            ValueError,
+            match=r"^cannot write .*results\.npz: No space left on device; 8 of 8 parts are kept",
+        ):
             run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batches", "log.jsonl"]
     assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
@@ -236,8 +296,10 @@ def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, whole, monke
 
 
 def test_disk_that_is_full_from_the_start_is_left_alone(tmp_path, monkeypatch):
-    full_disk(monkeypatch, batches.np, "savez", 1)
-    with pytest.raises(ValueError, match=r"^cannot write .*cam\.pgd.00000\.npz: No space left on device$"):
+    full_disk(monkeypatch, store.np, "savez", 1)
+    with pytest.raises(
+        ValueError, match=r"^cannot write .*cam\.pgd.00000\.npz: No space left on device$"
+    ):
         run(Mean(), varied(), QUICK, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -247,7 +309,10 @@ def test_failure_to_publish_keeps_the_run(tmp_path):
         assert read_summary(directory)["rows"] and results(directory)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(ValueError, match=rf"^cannot write to {tmp_path}: No space left on device; 8 of 8 parts are kept"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^cannot write to {tmp_path}: No space left on device; 8 of 8 parts are kept",
+    ):
         run(Mean(), varied(), QUICK, tmp_path, publish=publish)
     published = []
     run(Mean(), varied(), QUICK, tmp_path, resume=True, publish=published.append)
@@ -272,8 +337,12 @@ def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
     assert "cam/pgd/curve_map_l1" not in found and found["cam/pgd/curve_loss"].shape == (19, 100)
     np.testing.assert_array_equal(found["cam/adv2/snapshot_images"], whole.snapshots)
     np.testing.assert_array_equal(found["cam/adv2/snapshot_steps"], snapshot_steps(plan))
-    np.testing.assert_array_equal(found["cam/adv2/snapshot_maps"][:, -1], found["cam/adv2/maps"][:16])
-    np.testing.assert_array_equal(found["cam/adv2/snapshot_confidence"][:, -1], found["cam/adv2/confidence"][:16])
+    np.testing.assert_array_equal(
+        found["cam/adv2/snapshot_maps"][:, -1], found["cam/adv2/maps"][:16]
+    )
+    np.testing.assert_array_equal(
+        found["cam/adv2/snapshot_confidence"][:, -1], found["cam/adv2/confidence"][:16]
+    )
 
 
 # Intervals.

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.select import _by_chance, select
+from adv2_jax.runs.select import _by_chance, select
 
 
 class Mean(nnx.Module):
@@ -39,9 +39,14 @@ def test_images_the_network_gets_wrong_are_left_out_and_counted():
 
 
 def test_nothing_right_is_refused():
-    with pytest.raises(ValueError, match=r"none of the 2 images right: nothing to attack; the order of its classes may be another"):
+    with pytest.raises(
+        ValueError,
+        match=r"none of the 2 images right: nothing to attack; the order of its classes may be another",
+    ):
         select(Mean(), coloured([0, 1], [1, 0]))
-    with pytest.raises(ValueError, match=r"none of the 2 images right: nothing to attack; sort the classes$"):
+    with pytest.raises(
+        ValueError, match=r"none of the 2 images right: nothing to attack; sort the classes$"
+    ):
         select(Mean(), coloured([0, 1], [1, 0])._replace(advice="sort the classes"))
 
 
@@ -99,13 +104,23 @@ def extreme(channels):
 
 @pytest.mark.parametrize(
     ("low", "high", "name"),
-    [(0, 255, "0..255"), (-1, 1, "-1..1"), (-2.12, 2.43, "ImageNet's mean 0 and standard deviation 1")],
+    [
+        (0, 255, "0..255"),
+        (-1, 1, "-1..1"),
+        (-2.12, 2.43, "ImageNet's mean 0 and standard deviation 1"),
+    ],
 )
 def test_a_network_trained_on_another_range_is_refused(low, high, name):
-    few, many = [1, 2, 1, 2], [0, 0, 0] + [1, 2] * 6  # few: none right, a majority with the other range; many: a sign test
-    with pytest.raises(ValueError, match=f"4 of 4 images right when they are scaled to {name}, 0 in .0, 1.: features must"):
+    # few: none right, a majority with the other range; many: a sign test
+    few, many = ([1, 2, 1, 2], [0, 0, 0] + [1, 2] * 6)
+    with pytest.raises(
+        ValueError,
+        match=f"4 of 4 images right when they are scaled to {name}, 0 in .0, 1.: features must",
+    ):
         select(Trained(low, high), extreme(few))
-    with pytest.raises(ValueError, match=f"15 of 15 images right when they are scaled to {name}, 3 in .0, 1."):
+    with pytest.raises(
+        ValueError, match=f"15 of 15 images right when they are scaled to {name}, 3 in .0, 1."
+    ):
         select(Trained(low, high), extreme(many))
 
 
@@ -123,7 +138,10 @@ def swapped(labels):
 @pytest.mark.parametrize("labels", [[0, 1], [0, 1, 1], [0, 1] * 12, [0] * 9 + [1] * 14])
 def test_two_classes_in_the_other_order_are_told(labels):
     n = len(labels)
-    with pytest.raises(ValueError, match=f"none of the {n} images right, but {n} with the two classes swapped: .* order"):
+    with pytest.raises(
+        ValueError,
+        match=f"none of the {n} images right, but {n} with the two classes swapped: .* order",
+    ):
         select(Two(), coloured(labels, swapped(labels)))
 
 
@@ -131,14 +149,19 @@ def test_a_network_that_is_right_on_one_of_the_swapped_is_refused_too():
     labels = [0, 1] * 12
     wrong = swapped(labels)
     wrong[3] = labels[3]
-    with pytest.raises(ValueError, match="1 of the 24 images right, but 23 with the two classes swapped"):
+    with pytest.raises(
+        ValueError, match="1 of the 24 images right, but 23 with the two classes swapped"
+    ):
         select(Two(), coloured(labels, wrong))
 
 
 @pytest.mark.parametrize(("shift", "word"), [(1, "lower"), (-1, "higher")])
 def test_labels_that_count_from_another_number_are_told(shift, word):
     labels = np.tile([1], 3).tolist() + [0, 1] * 3 if shift == 1 else [1, 2] * 4 + [2]
-    with pytest.raises(ValueError, match=f"none of the 9 images right, but 9 with labels one {word}: labels must count from 0"):
+    with pytest.raises(
+        ValueError,
+        match=f"none of the 9 images right, but 9 with labels one {word}: labels must count from 0",
+    ):
         select(Mean(), coloured(labels, np.array(labels) + shift))
 
 
@@ -147,7 +170,9 @@ class Guess(Mean):
 
     def head(self, features):
         fits = (features.min() > -0.01) & (features.max() < 1.01)
-        return jnp.where(fits, super().head(features)[jnp.array([1, 0, 2])], jnp.array([2.0, 0.0, 0.0]))
+        return jnp.where(
+            fits, super().head(features)[jnp.array([1, 0, 2])], jnp.array([2.0, 0.0, 0.0])
+        )
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 2] * 8, [0, 1, 2, 0], [0], [1] * 24, [0] * 20 + [1] * 2])
@@ -164,7 +189,9 @@ def test_wrong_labels_are_not_blamed_on_the_range(labels, caplog):
 
 
 def test_images_of_every_class_are_tried_on_other_ranges():
-    with pytest.raises(ValueError, match=r"50 of 50 images right when they are scaled to 0\.\.255, 25 in .0, 1."):
+    with pytest.raises(
+        ValueError, match=r"50 of 50 images right when they are scaled to 0\.\.255, 25 in .0, 1."
+    ):
         select(Trained(0, 255), extreme([0] * 50 + [1] * 50))
 
 
@@ -182,6 +209,8 @@ def test_sign_test_against_all_outcomes():
 
 
 def test_indices_are_places_in_the_source():
-    image_set = coloured([0, 1, 2, 0], [0, 2, 2, 0])._replace(positions=np.array([3, 5, 8, 9], np.int32))
+    image_set = coloured([0, 1, 2, 0], [0, 2, 2, 0])._replace(
+        positions=np.array([3, 5, 8, 9], np.int32)
+    )
     np.testing.assert_array_equal(select(Mean(), image_set).indices, [3, 8, 9])
     np.testing.assert_array_equal(select(Mean(), image_set, limit=2).indices, [3, 8])

@@ -15,7 +15,13 @@ from conftest import enable_x64
 from flax import nnx
 
 from adv2_jax import attack, explain, models, threats
-from adv2_jax.interpreters import INTERPRETERS, MaskObjective, mask_interpreter, rts_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters import (
+    INTERPRETERS,
+    MaskObjective,
+    mask_interpreter,
+    rts_interpreter,
+    smooth_grad_interpreter,
+)
 from adv2_jax.presets import PRESETS, resolve
 
 pytestmark = pytest.mark.slow
@@ -34,7 +40,9 @@ MASK = mask_interpreter(steps=3, free=1)
 OTHER = {
     "smooth_grad": smooth_grad_interpreter(),
     "encoder mean": rts_interpreter(encoder_loss="mean"),
-    "mask implicit": mask_interpreter(steps=3, free=1, hypergradient="implicit", objective=MaskObjective(game="preservation")),
+    "mask implicit": mask_interpreter(
+        steps=3, free=1, hypergradient="implicit", objective=MaskObjective(game="preservation")
+    ),
 }
 EVERY = {**{name: make() for name, make in INTERPRETERS.items()}, "mask": MASK, **OTHER}
 
@@ -42,7 +50,9 @@ EVERY = {**{name: make() for name, make in INTERPRETERS.items()}, "mask": MASK, 
 def plan(name, preset="default"):
     """The plan of an interpreter, scored and reset once on the way where it is scored apart."""
     own = EVERY[name]
-    return dataclasses.replace(resolve(preset, own, **SHORT), score_every=min(resolve(preset, own).score_every, 1))
+    return dataclasses.replace(
+        resolve(preset, own, **SHORT), score_every=min(resolve(preset, own).score_every, 1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +61,37 @@ def pair(masker, make_small):
     means = np.random.default_rng(3).uniform(0.5, 1, masker.means.shape).astype(np.float32)
     copy = nnx.clone(masker)
     copy.means[...] = jnp.asarray(means)
-    return models.Masked(make_small(), copy)
+    return models.ClassifierWithMasker(make_small(), copy)
 
 
 def cast(model, dtype):
-    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model)
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, model
+    )
 
 
 def look_and_attack(model, images, interpreter, **options):
     """An explanation and an attack; all numbers are finite and float32, and the image changes."""
     labels, targets = np.zeros(len(images), int), np.ones(len(images), int)
     logits, maps = explain(model, images, labels, interpreter=interpreter.interpreter or "grad")
-    result = attack(model, images, targets, maps, interpreter=interpreter.interpreter, preset=interpreter, **options)
-    for array in (logits, maps, result.logits, result.maps, result.float_logits, result.float_maps, result.float_images):
+    result = attack(
+        model,
+        images,
+        targets,
+        maps,
+        interpreter=interpreter.interpreter,
+        preset=interpreter,
+        **options,
+    )
+    for array in (
+        logits,
+        maps,
+        result.logits,
+        result.maps,
+        result.float_logits,
+        result.float_maps,
+        result.float_images,
+    ):
         assert array.dtype == np.float32 and np.isfinite(array).all()
     assert not result.failed.any()
     assert (result.images != images).any()
@@ -76,7 +104,12 @@ def two(images):
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [(name, setting) for setting in SETTINGS for name in (INTERPRETERS if setting == "disable_jit" else EVERY)]
+    ("name", "setting"),
+    [
+        (name, setting)
+        for setting in SETTINGS
+        for name in (INTERPRETERS if setting == "disable_jit" else EVERY)
+    ],
 )
 def test_every_interpreter_under_every_setting(pair, two, name, setting):
     with SETTINGS[setting]():
@@ -105,7 +138,8 @@ def test_plain_pgd_under_every_setting(pair, two, setting):
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [*((name, jnp.bfloat16) for name in INTERPRETERS), *((name, jnp.float16) for name in EVERY)]
+    ("name", "dtype"),
+    [*((name, jnp.bfloat16) for name in INTERPRETERS), *((name, jnp.float16) for name in EVERY)],
 )
 def test_half_precision_under_every_interpreter(pair, two, name, dtype):
     half = Typed(cast(pair, dtype), dtype)
@@ -135,7 +169,7 @@ def test_float64_networks(pair, two, name):
 class Typed:
     """A network that is given images, and gives features and logits, of its own type."""
 
-    own: models.Masked
+    own: models.ClassifierWithMasker
     dtype: jnp.dtype = dataclasses.field(metadata={"static": True})
 
     @property
@@ -168,7 +202,11 @@ def test_the_command_line_under_every_setting(tmp_path):
     ]
     program = "import sys; from adv2_jax.cli import script; sys.exit(script())"
     finished = subprocess.run(
-        [sys.executable, "-c", program, *line], cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, text=True
+        [sys.executable, "-c", program, *line],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
     )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "summary.json").exists()

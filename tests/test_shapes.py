@@ -17,7 +17,9 @@ def lens(r, s, d):
         np.arccos((d * d + r * r - s * s) / (2 * d * r)),
         np.arccos((d * d + s * s - r * r) / (2 * d * s)),
     )
-    return r * r * (corner_r - np.sin(2 * corner_r) / 2) + s * s * (corner_s - np.sin(2 * corner_s) / 2)
+    return r * r * (corner_r - np.sin(2 * corner_r) / 2) + s * s * (
+        corner_s - np.sin(2 * corner_s) / 2
+    )
 
 
 STAR = [np.exp(2j * np.pi * k / 10) * (1 if k % 2 == 0 else 0.42) for k in range(10)]
@@ -44,7 +46,7 @@ def scenes():
 
 def test_layout(scenes):
     assert scenes.images.shape == (200, 64, 64, 3) and scenes.images.dtype == np.uint8
-    assert scenes.masks.shape == (200, 64, 64) and scenes.masks.dtype == np.bool_
+    assert scenes.objects.shape == (200, 64, 64) and scenes.objects.dtype == np.bool_
     assert scenes.labels.dtype == np.int32
     assert np.bincount(scenes.labels).tolist() == [20] * len(shapes.CLASSES)
 
@@ -75,14 +77,18 @@ def test_polygon_distance_is_that_to_the_nearest_point_of_its_outline():
     axis = np.linspace(-1.2, 1.2, 24)
     z = axis + 1j * axis[:, None]
     t = np.linspace(0, 1, 2000)
-    outline = np.concatenate([a + (b - a) * t for a, b in zip(ARROW, np.roll(ARROW, -1), strict=True)])
+    outline = np.concatenate(
+        [a + (b - a) * t for a, b in zip(ARROW, np.roll(ARROW, -1), strict=True)]
+    )
     nearest = np.abs(z[..., None] - outline).min(-1)
     np.testing.assert_allclose(np.abs(shapes._SHAPES["arrow"](z)), nearest, atol=1e-3)
 
 
 @pytest.mark.parametrize("index", range(10))
 def test_mask_is_one_object_of_its_class_at_any_resolution(index):
-    coarse, fine = (shapes.generate(1, seed=1, start=index, size=size).masks[0] for size in (64, 128))
+    coarse, fine = (
+        shapes.generate(1, seed=1, start=index, size=size).objects[0] for size in (64, 128)
+    )
     radius = (fine.mean() / AREAS[shapes.CLASSES[index]]) ** 0.5
     assert shapes.RADIUS[0] < radius < shapes.RADIUS[1]
     assert coarse.mean() == pytest.approx(fine.mean(), rel=0.05)
@@ -90,12 +96,15 @@ def test_mask_is_one_object_of_its_class_at_any_resolution(index):
 
 def test_object_stands_out_from_what_surrounds_it(scenes):
     brightness = scenes.images.max(-1) / 255.0
-    for value, mask in zip(brightness, scenes.masks, strict=True):
-        assert abs(value[mask].mean() - np.median(value[~mask])) > 0.04  # the two ranges of values are .05 apart
+    for value, mask in zip(brightness, scenes.objects, strict=True):
+        # the two ranges of values are .05 apart
+        assert abs(value[mask].mean() - np.median(value[~mask])) > 0.04
 
 
 def test_colour_does_not_tell_the_class(scenes):
-    colours = np.array([image[mask].mean(0) for image, mask in zip(scenes.images, scenes.masks, strict=True)])
+    colours = np.array(
+        [image[mask].mean(0) for image, mask in zip(scenes.images, scenes.objects, strict=True)]
+    )
     centres = np.array([colours[:100][scenes.labels[:100] == c].mean(0) for c in range(10)])
     guesses = np.abs(colours[100:, None] - centres).sum(-1).argmin(-1)
     assert (guesses == scenes.labels[100:]).mean() < 0.25
@@ -110,13 +119,14 @@ def away_from(pixels):
 @pytest.mark.slow
 def test_plain_scenes_show_the_object_and_hide_other_places_under_one_colour(scenes):
     mixed = shapes.generate(60, seed=5, plain=0.3)
-    np.testing.assert_array_equal(mixed.masks, scenes.masks[:60])
+    np.testing.assert_array_equal(mixed.objects, scenes.objects[:60])
     changed = np.flatnonzero((mixed.images != scenes.images[:60]).any((1, 2, 3)))
     assert 10 < len(changed) < 30
     shares = []
     for i in changed:
-        image, before, mask = mixed.images[i].astype(int), scenes.images[i], mixed.masks[i]
-        inner = away_from(~mask) > 4  # beyond a soft edge of 5 pixels about the outline, and one pixel of rounding
+        image, before, mask = mixed.images[i].astype(int), scenes.images[i], mixed.objects[i]
+        # beyond a soft edge of 5 pixels about the outline, and one pixel of rounding
+        inner = away_from(~mask) > 4
         np.testing.assert_array_equal(image[inner], before[inner])
         far = away_from(mask) > 64 / 8 + 4
         hidden = far & (image != before).any(-1)

@@ -16,9 +16,9 @@ import pytest
 from PIL import Image
 
 from adv2_jax.data import ImageSet, load, photos, shapes, sizes_vary
-from adv2_jax.data.labels import ClassList, read_classes, read_labels
+from adv2_jax.data.class_files import ClassList, read_classes, read_labels
 from adv2_jax.data.sources import check_classes
-from adv2_jax.experiments.train import training_sets
+from adv2_jax.data.splits import training_sets
 from adv2_jax.files import write_arrays
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), np.uint8)
@@ -76,7 +76,10 @@ def test_class_folders_are_classes_in_sorted_order(folders):
 def test_a_guessed_class_order_must_fit_the_network(folders):
     images = load(folders)
     check_classes(images, 3)
-    with pytest.raises(ValueError, match=r"has 3 class folders, the network 1000 classes: name the classes with --classes FILE"):
+    with pytest.raises(
+        ValueError,
+        match=r"has 3 class folders, the network 1000 classes: name the classes with --classes FILE",
+    ):
         check_classes(images, 1000)
     check_classes(load("shapes:2"), 11)
 
@@ -85,7 +88,11 @@ def test_folders_that_are_numbers_are_the_labels(tmp_path):
     for i, name in enumerate(("10", "007", "2")):
         write(tmp_path / name / "a.png", PIXELS[i])
     images = load(tmp_path)
-    assert dict(zip(images.names, images.labels, strict=True)) == {"007/a.png": 7, "10/a.png": 10, "2/a.png": 2}
+    assert dict(zip(images.names, images.labels, strict=True)) == {
+        "007/a.png": 7,
+        "10/a.png": 10,
+        "2/a.png": 2,
+    }
     assert images.classes is None
     check_classes(images, 1000)
     with pytest.raises(ValueError, match="label 10 of image 1 is out of range"):
@@ -104,20 +111,31 @@ def twelve(tmp_path):
 
 
 def by_folder(images):
-    return {name.split("/")[0]: int(label) for name, label in zip(images.names, images.labels, strict=True)}
+    return {
+        name.split("/")[0]: int(label)
+        for name, label in zip(images.names, images.labels, strict=True)
+    }
 
 
 @pytest.mark.parametrize("line", ["{}", "{:0>3}", "{} thing", "n{:0>8} {}"], ids=str)
 def test_a_class_file_that_names_numbers_gives_their_order(twelve, tmp_path, line):
-    images = load(twelve, classes=text(tmp_path / "c.txt", *(line.format(name, name) for name in ORDER)))
+    images = load(
+        twelve, classes=text(tmp_path / "c.txt", *(line.format(name, name) for name in ORDER))
+    )
     assert by_folder(images) == {name: ORDER.index(name) for name in ORDER}
 
 
 def test_a_class_file_of_other_names_leaves_numbers_as_they_are(twelve, tmp_path):
     names = [f"thing{chr(97 + i)}" for i in range(12)]
-    assert by_folder(load(twelve, classes=text(tmp_path / "c.txt", *names))) == {name: int(name) for name in ORDER}
+    assert by_folder(load(twelve, classes=text(tmp_path / "c.txt", *names))) == {
+        name: int(name) for name in ORDER
+    }
     refused("class 11 is out of range: ", twelve, classes=text(tmp_path / "c.txt", *names[:11]))
-    refused("class '11' is in no line of", twelve, classes=text(tmp_path / "c.txt", *map(str, range(11)), "background"))
+    refused(
+        "class '11' is in no line of",
+        twelve,
+        classes=text(tmp_path / "c.txt", *map(str, range(11)), "background"),
+    )
 
 
 def test_numbers_that_imagefolder_would_sort_otherwise_come_with_advice(twelve, tmp_path):
@@ -125,7 +143,8 @@ def test_numbers_that_imagefolder_would_sort_otherwise_come_with_advice(twelve, 
     assert by_folder(images) == {name: int(name) for name in ORDER}
     assert "give the order with --classes FILE" in images.advice
     with pytest.raises(
-        ValueError, match=r"label 11 of image 3 is out of range: the network has 11 classes, 0..10; the class folders"
+        ValueError,
+        match=r"label 11 of image 3 is out of range: the network has 11 classes, 0..10; the class folders",
     ):
         check_classes(images, 11)
     for folder in ("0", "01", "02"):
@@ -133,7 +152,9 @@ def test_numbers_that_imagefolder_would_sort_otherwise_come_with_advice(twelve, 
     assert load(tmp_path / "padded").advice is None  # both orders are one
     for folder in ("3", "17"):
         write(tmp_path / "gaps" / folder / "a.png")
-    assert by_folder(load(tmp_path / "gaps")) == {"3": 3, "17": 17} and load(tmp_path / "gaps").advice
+    assert (
+        by_folder(load(tmp_path / "gaps")) == {"3": 3, "17": 17} and load(tmp_path / "gaps").advice
+    )
     assert load(twelve, classes=text(tmp_path / "c.txt", *ORDER)).advice is None
 
 
@@ -154,11 +175,19 @@ def test_accents_are_one_name_however_they_are_encoded(tmp_path):
         assert load(base, classes=text(tmp_path / "c.txt", "zoo", other)).labels.tolist() == [1, 0]
         write(base / "flat" / f"{own}.png")
         for name in (f"{other}.png", other, f"{other.upper()}.PNG"):
-            images = load(base / "flat", labels=text(tmp_path / "l.csv", f"{name},{other}"), classes=tmp_path / "c.txt")
+            images = load(
+                base / "flat",
+                labels=text(tmp_path / "l.csv", f"{name},{other}"),
+                classes=tmp_path / "c.txt",
+            )
             assert images.names.tolist() == [f"{own}.png"] and images.labels.tolist() == [1]
     write(tmp_path / "both" / f"{composed}.png")
     write(tmp_path / "both" / f"{apart}.png")
-    refused("may be any of 'cafe\\u0301.png', 'caf\\xe9.png'", tmp_path / "both", labels=text(tmp_path / "l.csv", f"{apart}.png,0"))
+    refused(
+        "may be any of 'cafe\\u0301.png', 'caf\\xe9.png'",
+        tmp_path / "both",
+        labels=text(tmp_path / "l.csv", f"{apart}.png,0"),
+    )
     assert len(load(tmp_path / "both").images) == 2
 
 
@@ -202,7 +231,9 @@ def test_a_class_file_gives_the_order(folders, tmp_path):
 def test_a_folder_is_a_line_its_identifier_or_its_name(tmp_path):
     for name in ("n01", "n02 a fish", "great white", "hen"):
         write(tmp_path / "photos" / name / "a.png")
-    classes = text(tmp_path / "classes.txt", "n01 tench", "n02 a fish", "great white", "great auk", "n05 hen")
+    classes = text(
+        tmp_path / "classes.txt", "n01 tench", "n02 a fish", "great white", "great auk", "n05 hen"
+    )
     images = load(tmp_path / "photos", classes=classes)
     assert dict(zip([name.split("/")[0] for name in images.names], images.labels, strict=True)) == {
         "n01": 0,
@@ -214,12 +245,22 @@ def test_a_folder_is_a_line_its_identifier_or_its_name(tmp_path):
 
 
 def test_the_class_file_may_lie_beside_the_folders(folders):
-    assert load(folders, classes=text(folders / "classes.txt", "eel", "dog", "cat")).labels.tolist() == [2, 2, 1, 0]
+    assert load(
+        folders, classes=text(folders / "classes.txt", "eel", "dog", "cat")
+    ).labels.tolist() == [2, 2, 1, 0]
 
 
 def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
-    refused("class 'eel' is in no line of", folders, classes=text(tmp_path / "classes.txt", "cat", "dog"))
-    refused("class 'eel' may be any of lines 2, 4 of", folders, classes=text(tmp_path / "c.txt", "cat", "eel", "dog", "eel"))
+    refused(
+        "class 'eel' is in no line of",
+        folders,
+        classes=text(tmp_path / "classes.txt", "cat", "dog"),
+    )
+    refused(
+        "class 'eel' may be any of lines 2, 4 of",
+        folders,
+        classes=text(tmp_path / "c.txt", "cat", "eel", "dog", "eel"),
+    )
     refused("c.txt line 2 is empty", folders, classes=text(tmp_path / "c.txt", "cat", "", "dog"))
     refused("c.txt is empty", folders, classes=text(tmp_path / "c.txt", ""))
     refused("cannot read nowhere.txt: No such file", folders, classes="nowhere.txt")
@@ -246,7 +287,15 @@ def test_what_people_did_not_put_there_is_passed_over(flat, folders):
     assert len(load(folders).images) == 4
 
 
-LEFT_BEHIND = ["__MACOSX", "@eaDir", ".ipynb_checkpoints", "$RECYCLE.BIN", "System Volume Information", "lost+found", "#recycle"]
+LEFT_BEHIND = [
+    "__MACOSX",
+    "@eaDir",
+    ".ipynb_checkpoints",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+    "#recycle",
+]
 
 
 @pytest.mark.parametrize("name", LEFT_BEHIND)
@@ -264,10 +313,17 @@ def test_class_folders_without_an_image_are_refused_by_name(folders, tmp_path):
     for i in range(7):
         (folders / f"empty{i}").mkdir()
     (folders / "empty0" / ".DS_Store").write_bytes(b"")
-    refused(f"class folders of {folders} hold no images: empty0, empty1, empty2, empty3, empty4, …", folders)
+    refused(
+        f"class folders of {folders} hold no images: empty0, empty1, empty2, empty3, empty4, …",
+        folders,
+    )
     for i in range(1, 7):
         (folders / f"empty{i}").rmdir()
-    refused(f"class folders of {folders} hold no images: empty0", folders, classes=text(tmp_path / "c.txt", "cat", "dog", "eel"))
+    refused(
+        f"class folders of {folders} hold no images: empty0",
+        folders,
+        classes=text(tmp_path / "c.txt", "cat", "dog", "eel"),
+    )
     with pytest.raises(ValueError, match="hold no images: empty0"):
         training_sets(str(folders))
 
@@ -284,7 +340,11 @@ def test_names_that_cannot_be_printed(tmp_path):
     refused("c d.txt is not an image", tmp_path)
     (tmp_path / "c\nd.txt").unlink()
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    refused("loop.png: Too many levels of symbolic links", tmp_path, labels=text(tmp_path / "l.csv", "loop,1"))
+    refused(
+        "loop.png: Too many levels of symbolic links",
+        tmp_path,
+        labels=text(tmp_path / "l.csv", "loop,1"),
+    )
 
 
 def test_folders_and_files_that_may_not_be_read(flat, monkeypatch):
@@ -313,7 +373,10 @@ def test_other_files_are_refused_by_name(flat, folders, tmp_path):
 
 
 def test_paths_that_are_no_source_are_refused(tmp_path):
-    refused("neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder", tmp_path / "nowhere")
+    refused(
+        "neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder",
+        tmp_path / "nowhere",
+    )
 
 
 # Labels of a flat folder
@@ -337,16 +400,30 @@ def test_labels_may_be_names_and_the_header_may_be_missing(flat, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["a0.png", "a0", "photos/a0.png", "./a0", "/data/photos/a0.png", "data\\photos\\a0.png", "A0.PNG", "A0"]
+    "name",
+    [
+        "a0.png",
+        "a0",
+        "photos/a0.png",
+        "./a0",
+        "/data/photos/a0.png",
+        "data\\photos\\a0.png",
+        "A0.PNG",
+        "A0",
+    ],
 )
 def test_a_file_may_be_named_in_other_ways(tmp_path, name):
     write(tmp_path / "photos" / "a0.png", PIXELS[1])
     write(tmp_path / "photos" / "b.1.JPG", PIXELS[2])
-    images = load(tmp_path / "photos", labels=text(tmp_path / "l.csv", "image_id,dx", f"{name},1", "b.1,2"))
+    images = load(
+        tmp_path / "photos", labels=text(tmp_path / "l.csv", "image_id,dx", f"{name},1", "b.1,2")
+    )
     assert images.names.tolist() == ["a0.png", "b.1.JPG"] and images.labels.tolist() == [1, 2]
     for other in ("test/a0.png", "a0.jpg", "a", "png", "photos", "b"):
         refused(
-            f"line 2: no image {other!r} in the folder", tmp_path / "photos", labels=text(tmp_path / "l.csv", "id,dx", f"{other},1")
+            f"line 2: no image {other!r} in the folder",
+            tmp_path / "photos",
+            labels=text(tmp_path / "l.csv", "id,dx", f"{other},1"),
         )
 
 
@@ -354,9 +431,20 @@ def test_a_name_must_fit_one_file(tmp_path):
     for name in ("a.png", "a.jpg", "A.bmp", "b.png", "b.png.jpg"):
         write(tmp_path / "photos" / name)
     text(tmp_path / "photos" / "b.txt")
-    refused("line 1: 'a' may be any of 'a.jpg', 'a.png'", tmp_path / "photos", labels=text(tmp_path / "l.csv", "a,1"))
-    refused("line 2: 'b' for the second time", tmp_path / "photos", labels=text(tmp_path / "l.csv", "b.png,1", "b,1"))
-    images = load(tmp_path / "photos", labels=text(tmp_path / "l.csv", "a.png,1", "A,2", "b.png,3", "b.png.jpg,4"))
+    refused(
+        "line 1: 'a' may be any of 'a.jpg', 'a.png'",
+        tmp_path / "photos",
+        labels=text(tmp_path / "l.csv", "a,1"),
+    )
+    refused(
+        "line 2: 'b' for the second time",
+        tmp_path / "photos",
+        labels=text(tmp_path / "l.csv", "b.png,1", "b,1"),
+    )
+    images = load(
+        tmp_path / "photos",
+        labels=text(tmp_path / "l.csv", "a.png,1", "A,2", "b.png,3", "b.png.jpg,4"),
+    )
     assert dict(zip(images.names.tolist(), images.labels.tolist(), strict=True)) == {
         "a.png": 1,
         "A.bmp": 2,
@@ -366,24 +454,50 @@ def test_a_name_must_fit_one_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "first", ["missing.heic,1", "missing,1", "missing,-1", "missing,1.0", "missing,nan", "missing,", "missing,dog"]
+    "first",
+    [
+        "missing.heic,1",
+        "missing,1",
+        "missing,-1",
+        "missing,1.0",
+        "missing,nan",
+        "missing,",
+        "missing,dog",
+    ],
 )
 def test_a_first_line_with_a_class_is_no_header(flat, tmp_path, first):
-    table, classes = text(tmp_path / "l.csv", first, "1.png,0"), text(tmp_path / "c.txt", "n1 cat", "n2 dog")
+    table, classes = (
+        text(tmp_path / "l.csv", first, "1.png,0"),
+        text(tmp_path / "c.txt", "n1 cat", "n2 dog"),
+    )
     refused("line 1: no image 'missing", flat, labels=table, classes=classes)
 
 
 def test_a_first_line_for_a_file_is_no_header(flat, tmp_path):
     classes = text(tmp_path / "c.txt", "cat", "dog")
-    refused("line 1: class 'cta' is in no line", flat, labels=text(tmp_path / "l.csv", "0,cta", "1,cat"), classes=classes)
-    refused("line 1: 1 columns, expected 2 or 3", flat, labels=text(tmp_path / "l.csv", "file", "1,0"))
+    refused(
+        "line 1: class 'cta' is in no line",
+        flat,
+        labels=text(tmp_path / "l.csv", "0,cta", "1,cat"),
+        classes=classes,
+    )
+    refused(
+        "line 1: 1 columns, expected 2 or 3", flat, labels=text(tmp_path / "l.csv", "file", "1,0")
+    )
 
 
 def test_numbers_in_a_table_are_names_where_the_class_file_has_them(flat, tmp_path):
     classes = text(tmp_path / "c.txt", *ORDER)
-    images = load(flat, labels=text(tmp_path / "l.csv", "0.png,10", "1.png,2", "2.png,011"), classes=classes)
+    images = load(
+        flat, labels=text(tmp_path / "l.csv", "0.png,10", "1.png,2", "2.png,011"), classes=classes
+    )
     assert images.labels.tolist() == [2, 4, 3]
-    refused("line 1: class '12' is in no line", flat, labels=text(tmp_path / "l.csv", "0.png,12,10"), classes=classes)
+    refused(
+        "line 1: class '12' is in no line",
+        flat,
+        labels=text(tmp_path / "l.csv", "0.png,12,10"),
+        classes=classes,
+    )
 
 
 @pytest.mark.parametrize("mark", [";", "\t", "|"])
@@ -396,7 +510,11 @@ def test_other_separators_are_named(flat, tmp_path, mark):
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
 def test_other_encodings_are_named(flat, folders, tmp_path, encoding):
     (tmp_path / "l.csv").write_text("0.png,1\n", encoding=encoding)
-    refused("l.csv: it is not a UTF-8 text but, it seems, UTF-16; save it as UTF-8", flat, classes=tmp_path / "l.csv")
+    refused(
+        "l.csv: it is not a UTF-8 text but, it seems, UTF-16; save it as UTF-8",
+        flat,
+        classes=tmp_path / "l.csv",
+    )
     (tmp_path / "l.csv").write_text("caf\u00e9,1\n", encoding="latin-1")
     refused("l.csv: it is not a UTF-8 text", flat, classes=tmp_path / "l.csv")
 
@@ -413,7 +531,8 @@ def test_a_long_table_takes_seconds(tmp_path):
     table = text(tmp_path / "l.csv", "id,class", *(f"{i},thing {i % 1000}" for i in range(20000)))
     start = time.process_time()
     assert len(read_labels(table, tmp_path, files, classes).names) == 20000
-    assert time.process_time() - start < 3  # a million lines in less than a minute or two; 0.4 s here
+    # a million lines in less than a minute or two; 0.4 s here
+    assert time.process_time() - start < 3
 
 
 BAD_LABELS = {
@@ -433,7 +552,9 @@ BAD_LABELS = {
 @pytest.mark.parametrize("message", BAD_LABELS)
 def test_bad_labels_are_refused_by_line(flat, tmp_path, message):
     classes = text(tmp_path / "classes.txt", "cat", "dog")
-    refused(message, flat, labels=text(tmp_path / "labels.csv", *BAD_LABELS[message]), classes=classes)
+    refused(
+        message, flat, labels=text(tmp_path / "labels.csv", *BAD_LABELS[message]), classes=classes
+    )
 
 
 def test_labels_that_cannot_be_used_are_refused(flat, folders, tmp_path):
@@ -443,7 +564,11 @@ def test_labels_that_cannot_be_used_are_refused(flat, folders, tmp_path):
         (flat / f"{i}.png").unlink()
     refused("are for a flat folder", folders, labels=table)
     write(tmp_path / "flat" / "0.png")
-    refused("line 1: class 'cat' is not a whole number, 0 or more; names need --classes FILE", tmp_path / "flat", labels=table)
+    refused(
+        "line 1: class 'cat' is not a whole number, 0 or more; names need --classes FILE",
+        tmp_path / "flat",
+        labels=table,
+    )
     (tmp_path / "labels.csv").write_bytes(b"\xff\xfe")
     refused("is not a UTF-8 text", tmp_path / "flat", labels=table)
 
@@ -468,7 +593,8 @@ def test_an_image_of_the_right_size_is_left_alone():
 
 def test_the_centre_is_taken():
     wide = np.random.default_rng(0).integers(0, 256, (224, 1025, 3), np.uint8)
-    np.testing.assert_array_equal(photos.fit(wide, 196), wide[14:210, 414:610])  # 196 * 256 / 224 is 224: nothing to resize
+    # 196 * 256 / 224 is 224: nothing to resize
+    np.testing.assert_array_equal(photos.fit(wide, 196), wide[14:210, 414:610])
     tall = wide.swapaxes(0, 1)
     np.testing.assert_array_equal(photos.fit(tall, 196), tall[414:610, 14:210])
 
@@ -499,14 +625,22 @@ def _orientation(value):
 
 
 def test_odd_metadata_is_not_the_users_concern(flat):
-    outside = b"II*\0\x08\0\0\0\x01\0\x0e\x01\x02\0" + bytes([100, 0, 0, 0, 200, 0, 0, 0]) + bytes(4)  # a text beyond the end
+    # a text beyond the end
+    outside = (
+        b"II*\0\x08\0\0\0\x01\0\x0e\x01\x02\0" + bytes([100, 0, 0, 0, 200, 0, 0, 0]) + bytes(4)
+    )
     write(flat / "4.jpg", PIXELS[0], exif=b"Exif\0\0" + outside)
     with pytest.warns(UserWarning, match="Skipping tag"):
         photos.read(flat / "4.jpg")
     assert len(load(flat).images) == 5
 
 
-BROKEN_EXIF = (b"garbage! more garbage", b"Exif\0\0II*\0", b"\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0MM\0*\xff\xff\xff\xff")
+BROKEN_EXIF = (
+    b"garbage! more garbage",
+    b"Exif\0\0II*\0",
+    b"\0\x08\0\x02\x01\x12\0\x03",
+    b"Exif\0\0MM\0*\xff\xff\xff\xff",
+)
 
 
 @pytest.mark.parametrize("block", BROKEN_EXIF)
@@ -515,12 +649,16 @@ def test_malformed_exif_turns_nothing(tmp_path, kind, block):
     options = {"quality": 95} if kind == "jpg" else {"lossless": True} if kind == "webp" else {}
     write(tmp_path / f"a.{kind}", PIXELS[0], exif=block, **options)
     write(tmp_path / "plain" / f"a.{kind}", PIXELS[0], **options)
-    np.testing.assert_array_equal(load(tmp_path / "plain").images[0], photos.read_all(tmp_path, [f"a.{kind}"], None)[0])
+    np.testing.assert_array_equal(
+        load(tmp_path / "plain").images[0], photos.read_all(tmp_path, [f"a.{kind}"], None)[0]
+    )
 
 
 def test_an_orientation_that_is_none_turns_nothing(tmp_path):
     for value in (0, 9, 65535):
-        np.testing.assert_array_equal(photos.read(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0])
+        np.testing.assert_array_equal(
+            photos.read(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0]
+        )
     write(tmp_path / "b.tiff", PIXELS[0], tiffinfo={0x0112: 3})
     np.testing.assert_array_equal(photos.read(tmp_path / "b.tiff"), PIXELS[0][::-1, ::-1])
 
@@ -535,12 +673,17 @@ def test_of_a_strip_the_middle_alone_is_resized(shape):
     assert tracemalloc.get_traced_memory()[1] < 2e6
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # whole: 1 to 5 GB
     tracemalloc.stop()
-    assert large.shape == (224, 224, 3) and mask.shape == (224, 224) and set(np.unique(mask)) <= {0, 1}
+    assert (
+        large.shape == (224, 224, 3) and mask.shape == (224, 224) and set(np.unique(mask)) <= {0, 1}
+    )
     side = round(16 * 256 / 224)
     width, height = (round(side * n / min(shape)) for n in shape[::-1])
     left, top = (width - 16) // 2, (height - 16) // 2
-    whole = np.asarray(Image.fromarray(strip).resize((width, height), Image.Resampling.BILINEAR))[top : top + 16, left : left + 16]
-    assert np.abs(photos.fit(strip, 16).astype(int) - whole).max() <= 2  # Pillow rounds each of its two passes, boxes to float32
+    whole = np.asarray(Image.fromarray(strip).resize((width, height), Image.Resampling.BILINEAR))[
+        top : top + 16, left : left + 16
+    ]
+    # Pillow rounds each of its two passes, boxes to float32
+    assert np.abs(photos.fit(strip, 16).astype(int) - whole).max() <= 2
     assert photos.fit(strip, 1).shape == (1, 1, 3)
 
 
@@ -554,13 +697,29 @@ def _palette():
 MODES = {
     "1": (Image.fromarray(GREY > 100), "png", (GREY > 100) * 255),
     "L": (Image.fromarray(GREY), "png", GREY),
-    "LA": (Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (8, 8), 0)]), "png", np.full((8, 8), 255)),
-    "RGBA": (Image.fromarray(np.dstack([GREY] * 3 + [np.full((8, 8), 255, np.uint8)])), "png", GREY),
-    "half": (Image.fromarray(np.dstack([0 * GREY] * 3 + [0 * GREY + 51])), "png", np.full((8, 8), 204)),
+    "LA": (
+        Image.merge("LA", [Image.fromarray(GREY), Image.new("L", (8, 8), 0)]),
+        "png",
+        np.full((8, 8), 255),
+    ),
+    "RGBA": (
+        Image.fromarray(np.dstack([GREY] * 3 + [np.full((8, 8), 255, np.uint8)])),
+        "png",
+        GREY,
+    ),
+    "half": (
+        Image.fromarray(np.dstack([0 * GREY] * 3 + [0 * GREY + 51])),
+        "png",
+        np.full((8, 8), 204),
+    ),
     "I;16": (Image.fromarray(np.array(GREY, np.uint16) * 257 + 128), "png", GREY),
     "I;16 tiff": (Image.fromarray(np.array(GREY, np.uint16) * 257), "tiff", GREY),
     "I pgm": (Image.fromarray(np.array(GREY, np.uint16) * 257), "pgm", GREY),
-    "CMYK": (Image.merge("CMYK", [Image.fromarray(255 - GREY)] * 3 + [Image.new("L", (8, 8))]), "tiff", GREY),
+    "CMYK": (
+        Image.merge("CMYK", [Image.fromarray(255 - GREY)] * 3 + [Image.new("L", (8, 8))]),
+        "tiff",
+        GREY,
+    ),
 }
 
 
@@ -572,7 +731,10 @@ def test_every_mode_comes_out_in_rgb(tmp_path, mode):
 
 
 def test_palettes_are_looked_up(tmp_path):
-    plain, see_through = (photos.read(write(tmp_path / "a.png", _palette(), **options)) for options in ({}, {"transparency": 0}))
+    plain, see_through = (
+        photos.read(write(tmp_path / "a.png", _palette(), **options))
+        for options in ({}, {"transparency": 0})
+    )
     np.testing.assert_array_equal(plain, PIXELS[0] // 128 * 255)
     hidden = np.asarray(_palette()) == 0
     assert (see_through[hidden] == 255).all() and hidden.any()
@@ -586,15 +748,24 @@ def _png16(path, numbers):
     """A 16-bit PNG in colour, which Pillow cannot write."""
 
     def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     height, width, bands = numbers.shape
     header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.pgm", "swapped.tiff", "rgb.png", "rgba.png", "la.png"])
+@pytest.mark.parametrize(
+    "name", ["a.png", "a.tiff", "a.pgm", "swapped.tiff", "rgb.png", "rgba.png", "la.png"]
+)
 def test_twelve_bits_in_sixteen_are_refused(tmp_path, name):
     opaque = np.full_like(TWELVE, 65535)
     colours = {"rgb": [TWELVE] * 3, "rgba": [TWELVE] * 3 + [opaque], "la": [TWELVE, opaque]}
@@ -602,11 +773,17 @@ def test_twelve_bits_in_sixteen_are_refused(tmp_path, name):
     for numbers in (TWELVE, 16 * TWELVE):
         if stem in colours:
             scale = numbers.max() // 4095
-            _png16(tmp_path / name, np.stack([band if band is opaque else scale * band for band in colours[stem]], -1))
+            _png16(
+                tmp_path / name,
+                np.stack([band if band is opaque else scale * band for band in colours[stem]], -1),
+            )
         else:
             write(tmp_path / name, numbers.astype(">u2") if stem == "swapped" else numbers)
         if numbers is TWELVE:
-            refused(f"the 16-bit images of {tmp_path} hold no number above 4095, of 65535, and would be black: multiply", tmp_path)
+            refused(
+                f"the 16-bit images of {tmp_path} hold no number above 4095, of 65535, and would be black: multiply",
+                tmp_path,
+            )
     assert np.abs(load(tmp_path).images[0] - np.linspace(0, 255, 64).reshape(8, 8, 1)).max() <= 1
 
 
@@ -625,7 +802,10 @@ def _frames(path, count):
 
 
 def test_files_that_are_no_single_image_are_refused_by_name(tmp_path):
-    whole = write(tmp_path / "w" / "whole.png", np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).read_bytes()
+    whole = write(
+        tmp_path / "w" / "whole.png",
+        np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8),
+    ).read_bytes()
     jpeg = write(tmp_path / "w" / "whole.jpg", PIXELS.reshape(48, 8, 3)).read_bytes()
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -654,10 +834,16 @@ def test_files_that_are_no_single_image_are_refused_by_name(tmp_path):
         refused(f"cannot read {alone / reason}", alone, size=8)
     _frames(tmp_path / "single.gif", 1)
     _frames(tmp_path / "phone.mpo", 2)  # a JPEG with a preview
-    assert photos.read(tmp_path / "single.gif").shape == photos.read(tmp_path / "phone.mpo").shape == (8, 8, 3)
+    assert (
+        photos.read(tmp_path / "single.gif").shape
+        == photos.read(tmp_path / "phone.mpo").shape
+        == (8, 8, 3)
+    )
 
 
-@pytest.mark.parametrize("pixels", [60, 40])  # Pillow warns of up to twice its limit, and refuses beyond
+@pytest.mark.parametrize(
+    "pixels", [60, 40]
+)  # Pillow warns of up to twice its limit, and refuses beyond
 def test_decompression_bombs_are_refused(flat, monkeypatch, pixels):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels if pixels > 50 else 20)
     refused("0.png: Image size (64 pixels) exceeds limit", flat)
@@ -686,29 +872,40 @@ def test_arrays_of_another_size_are_cropped_with_their_masks(tmp_path):
     scenes = shapes.generate(3, seed=1)
     images = load("shapes:3", size=32)
     np.testing.assert_array_equal(images.images[2], photos.fit(scenes.images[2], 32))
-    assert images.masks.shape == (3, 32, 32) and images.masks.dtype == bool
-    np.testing.assert_array_equal(images.masks[2], photos.fit(scenes.masks[2].astype(np.uint8), 32, nearest=True) == 1)
-    assert np.abs(images.masks.mean() - scenes.masks.mean()) < 0.05
+    assert images.objects.shape == (3, 32, 32) and images.objects.dtype == bool
+    np.testing.assert_array_equal(
+        images.objects[2], photos.fit(scenes.objects[2].astype(np.uint8), 32, nearest=True) == 1
+    )
+    assert np.abs(images.objects.mean() - scenes.objects.mean()) < 0.05
     np.testing.assert_array_equal(load("shapes:3", size=64).images, scenes.images)
     maps, masks = np.random.default_rng(0).random((6, 2, 2), np.float32), PIXELS[..., 0] > 128
     arrays = {"images": PIXELS, "labels": np.arange(6), "target_maps": maps}
     write_arrays(tmp_path / "a.npz", arrays)
     write_arrays(tmp_path / "b.npz", arrays | {"masks": masks})
     found = load(tmp_path / "a.npz", size=4)
-    assert found.images.shape == (6, 4, 4, 3) and found.masks is None
+    assert found.images.shape == (6, 4, 4, 3) and found.objects is None
     nearest = photos.fit(masks[0].astype(np.uint8), 4, nearest=True) == 1
-    np.testing.assert_array_equal(load(tmp_path / "b.npz", size=4).masks[0], nearest)
+    np.testing.assert_array_equal(load(tmp_path / "b.npz", size=4).objects[0], nearest)
     np.testing.assert_array_equal(found.target_maps, maps)
 
 
 def test_a_sample_is_drawn_from_the_seed(flat, tmp_path):
     write_arrays(tmp_path / "a.npz", {"images": np.repeat(PIXELS, 10, 0), "labels": np.arange(60)})
-    one, same, other = (load(tmp_path / "a.npz", sample=5, seed=seed).labels.tolist() for seed in (3, 3, 4))
+    one, same, other = (
+        load(tmp_path / "a.npz", sample=5, seed=seed).labels.tolist() for seed in (3, 3, 4)
+    )
     assert one == same == sorted(set(one)) and one != other and len(one) == 5
-    assert load(tmp_path / "a.npz", sample=5, seed=3).positions.tolist() == one  # the labels number the images
+    # the labels number the images
+    assert load(tmp_path / "a.npz", sample=5, seed=3).positions.tolist() == one
     assert load(flat, sample=2, seed=1).positions.tolist() == _drawn(4, 2, 1).tolist()
-    np.testing.assert_array_equal(load("shapes:20", sample=3, seed=2).images, load("shapes:20").images[_drawn(20, 3, 2)])
-    assert load(flat, sample=4).names.tolist() == load(flat, sample=9).names.tolist() == ["0.png", "1.png", "2.png", "3.png"]
+    np.testing.assert_array_equal(
+        load("shapes:20", sample=3, seed=2).images, load("shapes:20").images[_drawn(20, 3, 2)]
+    )
+    assert (
+        load(flat, sample=4).names.tolist()
+        == load(flat, sample=9).names.tolist()
+        == ["0.png", "1.png", "2.png", "3.png"]
+    )
     refused("sample must be at least 1, got 0", flat, sample=0)
 
 
@@ -721,7 +918,9 @@ def test_only_the_sample_is_decoded(flat, tmp_path):
     for i in range(4):
         if i != chosen:
             (flat / f"{i}.png").write_bytes(b"damaged")
-    images = load(flat, sample=1, labels=text(tmp_path / "l.csv", *(f"{i}.png,{i}" for i in range(4))))
+    images = load(
+        flat, sample=1, labels=text(tmp_path / "l.csv", *(f"{i}.png,{i}" for i in range(4)))
+    )
     assert images.names.tolist() == [f"{chosen}.png"] and images.labels.tolist() == [chosen]
 
 
@@ -735,9 +934,20 @@ def test_classes_name_those_of_arrays(tmp_path):
 def several(tmp_path):
     """Files of several sets, as MedMNIST and Keras write them."""
     grey, labels = PIXELS[..., 0], np.arange(6, dtype=np.uint8) % 3
-    med = {"train_images": grey[:4], "train_labels": labels[:4, None], "test_images": PIXELS[4:], "test_labels": labels[4:, None]}
+    med = {
+        "train_images": grey[:4],
+        "train_labels": labels[:4, None],
+        "test_images": PIXELS[4:],
+        "test_labels": labels[4:, None],
+    }
     np.savez(tmp_path / "med.npz", **med)
-    np.savez(tmp_path / "keras.npz", x_train=grey[:4, ..., None], y_train=labels[:4], x_test=grey[4:], y_test=labels[4:])
+    np.savez(
+        tmp_path / "keras.npz",
+        x_train=grey[:4, ..., None],
+        y_train=labels[:4],
+        x_test=grey[4:],
+        y_test=labels[4:],
+    )
     np.savez(tmp_path / "one.npz", val_images=grey, val_labels=labels)
     return tmp_path
 
@@ -759,21 +969,31 @@ def test_one_of_several_sets_in_a_file(several):
 
 
 def test_files_of_several_sets_are_refused_once(several):
-    refused(f"med.npz holds the sets train, test: name one, {several}/med.npz/test", several / "med.npz")
+    refused(
+        f"med.npz holds the sets train, test: name one, {several}/med.npz/test", several / "med.npz"
+    )
     refused("med.npz has no set 'val'; it holds train, test", several / "med.npz/val")
     refused("cannot read", several / "none.npz/test")
     np.savez(several / "many.npz", test_images=PIXELS, test_labels=np.zeros((6, 14), np.uint8))
-    refused("many.npz/test: labels must be integers [6], one an image, got uint8 [6, 14]", several / "many.npz/test")
-    np.savez(several / "solid.npz", test_images=np.zeros((2, 8, 8, 8), np.uint8), test_labels=np.zeros((2, 1), np.uint8))
+    refused(
+        "many.npz/test: labels must be integers [6], one an image, got uint8 [6, 14]",
+        several / "many.npz/test",
+    )
+    np.savez(
+        several / "solid.npz",
+        test_images=np.zeros((2, 8, 8, 8), np.uint8),
+        test_labels=np.zeros((2, 1), np.uint8),
+    )
     refused("images must be [N, H, W, 3], got [2, 8, 8, 8]", several / "solid.npz/test")
     np.savez(several / "half.npz", test_images=PIXELS)
     refused("half.npz lacks images and labels; it holds test_images", several / "half.npz")
 
 
 def test_which_sources_have_images_of_any_size(tmp_path):
-    assert [sizes_vary(source) for source in ("shapes", "shapes:3", "a.npz", tmp_path, "tfds:mnist/test")] == [False] * 3 + [
-        True
-    ] * 2
+    assert [
+        sizes_vary(source)
+        for source in ("shapes", "shapes:3", "a.npz", tmp_path, "tfds:mnist/test")
+    ] == [False] * 3 + [True] * 2
 
 
 def test_an_image_set_may_be_images_alone():
@@ -793,23 +1013,37 @@ def prepare(tmp_path, monkeypatch):
     from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.example_parser import tf_example_pb2
 
-    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))  # TFDS_DATA_DIR, read when the library was imported
+    # TFDS_DATA_DIR, read when the library was imported
+    monkeypatch.setattr(constants, "DATA_DIR", str(tmp_path / "tfds"))
 
     def make(name, features, examples, **info):
         folder = tmp_path / "tfds" / name / "1.0.0"
         folder.mkdir(parents=True)
-        file = writer.ArrayRecordWriter(str(folder / f"{name}-test.array_record-00000-of-00001"), "group_size:1")
+        file = writer.ArrayRecordWriter(
+            str(folder / f"{name}-test.array_record-00000-of-00001"), "group_size:1"
+        )
         for example in examples:
             record = tf_example_pb2.Example()
             for key, value in example.items():
                 kept = record.features.feature[key]
-                (kept.bytes_list if isinstance(value, bytes) else kept.int64_list).value.append(value)
+                (kept.bytes_list if isinstance(value, bytes) else kept.int64_list).value.append(
+                    value
+                )
             file.write(record.SerializeToString())
         file.close()
-        template = tfds.core.ShardedFileTemplate(data_dir=folder, dataset_name=name, split="test", filetype_suffix="array_record")
-        split = tfds.core.SplitInfo(name="test", shard_lengths=[len(examples)], num_bytes=1, filename_template=template)
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=name, split="test", filetype_suffix="array_record"
+        )
+        split = tfds.core.SplitInfo(
+            name="test", shard_lengths=[len(examples)], num_bytes=1, filename_template=template
+        )
         tfds.folder_dataset.write_metadata(
-            data_dir=folder, features=features, split_infos=[split], filename_template=template, check_data=False, **info
+            data_dir=folder,
+            features=features,
+            split_infos=[split],
+            filename_template=template,
+            check_data=False,
+            **info,
         )
         return folder
 
@@ -829,7 +1063,9 @@ def image_and_label(channels=3, names=("n02", "n01")):
 
 
 def test_a_prepared_data_set_is_read_without_tensorflow(prepare, tmp_path, caplog):
-    prepare("pictures", image_and_label(), [{"image": png(PIXELS[i]), "label": i % 2} for i in range(6)])
+    prepare(
+        "pictures", image_and_label(), [{"image": png(PIXELS[i]), "label": i % 2} for i in range(6)]
+    )
     with caplog.at_level(logging.INFO):
         images = load("tfds:pictures/test")
     np.testing.assert_array_equal(images.images, PIXELS)
@@ -837,20 +1073,36 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepare, tmp_path, caplo
     assert images.classes == ("n02", "n01") and images.names is None
     assert "tensorflow" not in sys.modules and not caplog.records
     np.testing.assert_array_equal(load("tfds:pictures:1.0.0/test[1:3]").images, PIXELS[1:3])
-    np.testing.assert_array_equal(load("tfds:pictures/test", sample=2, seed=5).images, PIXELS[_drawn(6, 2, 5)])
+    np.testing.assert_array_equal(
+        load("tfds:pictures/test", sample=2, seed=5).images, PIXELS[_drawn(6, 2, 5)]
+    )
     assert load("tfds:pictures/test", size=6).images.shape == (6, 6, 6, 3)
-    assert load("tfds:pictures/test", classes=text(tmp_path / "c.txt", "n01 tench", "n02 eel")).labels.tolist() == [1, 0] * 3
-    with pytest.raises(ValueError, match="tfds:pictures/test has 2 classes, the network 1000 classes"):
+    assert (
+        load(
+            "tfds:pictures/test", classes=text(tmp_path / "c.txt", "n01 tench", "n02 eel")
+        ).labels.tolist()
+        == [1, 0] * 3
+    )
+    with pytest.raises(
+        ValueError, match="tfds:pictures/test has 2 classes, the network 1000 classes"
+    ):
         check_classes(images, 1000)
 
 
 def test_grey_and_transparent_data_sets(prepare):
     prepare("grey", image_and_label(1), [{"image": png(GREY), "label": 0}])
     np.testing.assert_array_equal(load("tfds:grey/test").images[0], np.dstack([GREY] * 3))
-    prepare("clear", image_and_label(4), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}])
+    prepare(
+        "clear", image_and_label(4), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}]
+    )
     assert (load("tfds:clear/test").images == 255).all()
-    prepare("wrong", image_and_label(3), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}])
-    refused("example 0 of tfds:wrong/test must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]", "tfds:wrong/test")
+    prepare(
+        "wrong", image_and_label(3), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}]
+    )
+    refused(
+        "example 0 of tfds:wrong/test must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]",
+        "tfds:wrong/test",
+    )
 
 
 def test_unlabelled_data_sets(prepare):
@@ -886,10 +1138,19 @@ def test_data_sets_that_cannot_be_read_are_refused(prepare, tmp_path):
     folder = prepare("pictures", image_and_label(), [{"image": png(PIXELS[0]), "label": 0}])
     refused("expected tfds:NAME/SPLIT", "tfds:pictures")
     refused("expected tfds:NAME/SPLIT", "tfds:pictures/")
-    refused("cannot read tfds:pictures/train: Unknown split 'train'. Should be one of ['test']", "tfds:pictures/train")
+    refused(
+        "cannot read tfds:pictures/train: Unknown split 'train'. Should be one of ['test']",
+        "tfds:pictures/train",
+    )
     refused("cannot read tfds:pictures/test[5:9]: Requested slice", "tfds:pictures/test[5:9]")
-    refused("has no data set 'cifar11', and none of that name is prepared; did you mean cifar10", "tfds:cifar11/test")
-    refused("cannot read tfds:cifar10:9.9.9: Dataset cifar10 cannot be loaded at version 9.9.9, only:", "tfds:cifar10:9.9.9/test")
+    refused(
+        "has no data set 'cifar11', and none of that name is prepared; did you mean cifar10",
+        "tfds:cifar11/test",
+    )
+    refused(
+        "cannot read tfds:cifar10:9.9.9: Dataset cifar10 cannot be loaded at version 9.9.9, only:",
+        "tfds:cifar10:9.9.9/test",
+    )
     (folder / "pictures-test.array_record-00000-of-00001").unlink()
     refused("cannot read tfds:pictures/test: open() failed: No such file", "tfds:pictures/test")
     info = folder / "dataset_info.json"
@@ -899,13 +1160,17 @@ def test_data_sets_that_cannot_be_read_are_refused(prepare, tmp_path):
 
 def test_data_sets_not_prepared_say_how_to(prepare, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        refused(f"tfds:mnist/test is not prepared: there is none in {tmp_path / 'tfds' / 'mnist'}", "tfds:mnist/test")
+        refused(
+            f"tfds:mnist/test is not prepared: there is none in {tmp_path / 'tfds' / 'mnist'}",
+            "tfds:mnist/test",
+        )
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     recipe = "(needs pip install tensorflow): python -c \"import tensorflow_datasets as tfds; tfds.builder('mnist'"
     refused(recipe + ", file_format='array_record').download_and_prepare()\"", "tfds:mnist/test")
     manual = tmp_path / "tfds" / "downloads" / "manual"
     refused(
-        f"download its files by hand into {manual} (manual_dir should contain two files: ILSVRC", "tfds:imagenet2012/validation"
+        f"download its files by hand into {manual} (manual_dir should contain two files: ILSVRC",
+        "tfds:imagenet2012/validation",
     )
 
 

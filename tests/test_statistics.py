@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from adv2_jax.experiments.measures import paired
-from adv2_jax.experiments.statistics import interval, intervals, proportion_interval
+from adv2_jax.runs.measures import paired
+from adv2_jax.runs.statistics import interval, intervals, proportion_interval
 
 
 def values(n, seed=0):
@@ -30,13 +30,17 @@ def test_plain_loop_agrees():
 def test_many_images_give_the_normal_interval():
     numbers = values(4000)
     error = 1.96 * numbers.std() / np.sqrt(4000)
-    np.testing.assert_allclose(interval(numbers), [numbers.mean() - error, numbers.mean() + error], atol=0.2 * error)
+    np.testing.assert_allclose(
+        interval(numbers), [numbers.mean() - error, numbers.mean() + error], atol=0.2 * error
+    )
 
 
 def test_most_intervals_hold_the_true_mean():
     found = [interval(values(40, seed), seed=seed) for seed in range(200)]
-    share = np.mean([low <= 2.0 <= high for low, high in found])  # the mean of the distribution is 2
-    assert 0.88 <= share <= 0.99  # 95 % in the limit, a little less at 40 skewed values; 200 trials: standard error 1.5 %
+    # the mean of the distribution is 2
+    share = np.mean([low <= 2.0 <= high for low, high in found])
+    # 95 % in the limit, a little less at 40 skewed values; 200 trials: standard error 1.5 %
+    assert 0.88 <= share <= 0.99
 
 
 def test_equal_seeds_give_equal_intervals():
@@ -49,7 +53,8 @@ def test_a_proportion_has_wilsons_interval(hits, n):
     p = np.linspace(0, 1, 200_001)
     inside = p[np.abs(hits / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-9]
     found = proportion_interval(np.arange(n) < hits)
-    np.testing.assert_allclose(found, [inside[0], inside[-1]], atol=1e-4)  # the step of the grid, and 1e-9 at its end
+    # the step of the grid, and 1e-9 at its end
+    np.testing.assert_allclose(found, [inside[0], inside[-1]], atol=1e-4)
     assert intervals({"asr": np.arange(n) < hits}) == {"asr": found}
 
 
@@ -71,7 +76,9 @@ def test_less_than_two_values_have_no_interval(numbers):
 def test_pairs_are_compared_image_by_image():
     level = np.linspace(0, 1, 20)  # images differ much more than the attacks do
     sound = np.zeros(20, bool)
-    pgd, adv2 = ({"map_l1": level + shift, "map_iou75": level, "failed": sound} for shift in (0.0, -0.01))
+    pgd, adv2 = (
+        {"map_l1": level + shift, "map_iou75": level, "failed": sound} for shift in (0.0, -0.01)
+    )
     l1, iou = paired(pgd, adv2, seed=0)
     assert l1["difference"] == pytest.approx(-0.01) and l1["n"] == 20
     assert l1["ci"] == pytest.approx([-0.01, -0.01]) and iou["ci"] == [0.0, 0.0]

@@ -28,7 +28,9 @@ def test_patches_are_the_same_figure_at_every_size():
 
 
 def test_patches_differ_by_seed_and_image_and_are_circles_and_rectangles():
-    patches = {(seed, i): targets.patch((64, 64), seed=seed, index=i) for seed in (0, 1) for i in range(20)}
+    patches = {
+        (seed, i): targets.patch((64, 64), seed=seed, index=i) for seed in (0, 1) for i in range(20)
+    }
     assert len({m.tobytes() for m in patches.values()}) == 40
 
     def round_(m):
@@ -36,7 +38,8 @@ def test_patches_differ_by_seed_and_image_and_are_circles_and_rectangles():
         radius = np.sqrt(len(x) / np.pi)
         return np.hypot(y - y.mean(), x - x.mean()).max() < 1.08 * radius
 
-    assert 8 <= sum(map(round_, patches.values())) <= 32  # a square's corner is at 1.25 radii of the circle of its area
+    # a square's corner is at 1.25 radii of the circle of its area
+    assert 8 <= sum(map(round_, patches.values())) <= 32
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 2), (1, 5)])
@@ -60,7 +63,10 @@ def test_donors_have_the_target_class_and_do_not_depend_on_who_else_is_attacked(
 
 
 def test_a_class_without_images_is_named():
-    with pytest.raises(ValueError, match=r"^no image of target class 3 \(cat\) among the 10 images read: it has no map to show$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^no image of target class 3 \(cat\) among the 10 images read: it has no map to show$",
+    ):
         targets.donors(LABELS, np.array([3]), np.array([0]), classes=("ant", "bee", "cow", "cat"))
 
 

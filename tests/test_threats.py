@@ -34,7 +34,9 @@ def test_start_is_the_unchanged_image(image, name):
     threat = threats.THREATS[name]()
     start = threat.init(image)
     np.testing.assert_array_equal(threat.apply(start, image), image)
-    for before, after in zip(jax.tree.leaves(start), jax.tree.leaves(threat.project(start, image)), strict=True):
+    for before, after in zip(
+        jax.tree.leaves(start), jax.tree.leaves(threat.project(start, image)), strict=True
+    ):
         np.testing.assert_array_equal(before, after)
     assert threat.name == name
 
@@ -99,7 +101,10 @@ def test_projection_is_the_nearest_allowed_image(image, epsilon):
     threat = threats.linf(epsilon)
     delta = normal(image.shape)
     projected = threat.project(delta, image)
-    expected = [min(max(d, -epsilon, -x), epsilon, 1 - x) for d, x in zip(np.ravel(delta), np.ravel(image), strict=True)]
+    expected = [
+        min(max(d, -epsilon, -x), epsilon, 1 - x)
+        for d, x in zip(np.ravel(delta), np.ravel(image), strict=True)
+    ]
     np.testing.assert_allclose(np.ravel(projected), expected, atol=6e-8)  # half an ulp of 1
     x = threat.apply(projected, image)
     assert x.min() >= 0 and x.max() <= 1
@@ -135,7 +140,8 @@ def test_projection_on_the_ball_is_the_nearest_point_where_the_cube_does_not_mat
     rng = np.random.default_rng(4)
     for other in rng.normal(size=(50, *image.shape)):
         other *= 0.3 * rng.random() / np.linalg.norm(other)
-        assert np.vdot(delta - projected, other - projected) <= 1e-6  # what makes it nearest in a convex set
+        # what makes it nearest in a convex set
+        assert np.vdot(delta - projected, other - projected) <= 1e-6
 
 
 def test_a_step_in_the_ball_follows_the_gradient_and_grows_with_the_radius():
@@ -143,7 +149,9 @@ def test_a_step_in_the_ball_follows_the_gradient_and_grows_with_the_radius():
     for epsilon in (0.25, 0.5):
         steepest = threats.l2(epsilon).steepest()
         direction, _ = steepest.update(gradient, steepest.init(gradient))
-        np.testing.assert_allclose(direction / 255, epsilon / 4 * gradient / jnp.linalg.norm(gradient.ravel()), rtol=1e-5)
+        np.testing.assert_allclose(
+            direction / 255, epsilon / 4 * gradient / jnp.linalg.norm(gradient.ravel()), rtol=1e-5
+        )
 
 
 # The flow.
@@ -177,7 +185,8 @@ def plain_penalty(flow):
 def test_warp_is_that_of_plain_numpy(image, scale):
     flow = normal((5, 4, 2), scale=scale)
     expected = plain_warp(np.asarray(image, float), np.asarray(flow, float))
-    np.testing.assert_allclose(threats.warp(image, flow), expected, atol=2e-6)  # float32 places, slopes up to 1
+    # float32 places, slopes up to 1
+    np.testing.assert_allclose(threats.warp(image, flow), expected, atol=2e-6)
 
 
 def test_no_flow_is_the_identity(image):
@@ -186,7 +195,9 @@ def test_no_flow_is_the_identity(image):
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, -1), (-2, 3), (9, -9)])
 def test_whole_shifts_are_exact(image, shift):
-    rows, columns = (np.clip(np.arange(n) + s, 0, n - 1) for n, s in zip((5, 4), shift, strict=True))
+    rows, columns = (
+        np.clip(np.arange(n) + s, 0, n - 1) for n, s in zip((5, 4), shift, strict=True)
+    )
     flow = jnp.broadcast_to(jnp.asarray(shift, jnp.float32), (5, 4, 2))
     np.testing.assert_array_equal(threats.warp(image, flow), image[rows][:, columns])
 
@@ -196,8 +207,12 @@ def test_slope_at_no_flow_is_that_to_the_next_pixel(image):
     x = np.asarray(image)
     v = np.asarray(normal(image.shape, 2))
     gradient = jax.grad(lambda flow: jnp.vdot(threats.warp(image, flow), v))(jnp.zeros((5, 4, 2)))
-    np.testing.assert_allclose(gradient[:-1, :, 0], (v[:-1] * np.diff(x, axis=0)).sum(-1), atol=1e-5)
-    np.testing.assert_allclose(gradient[:, :-1, 1], (v[:, :-1] * np.diff(x, axis=1)).sum(-1), atol=1e-5)
+    np.testing.assert_allclose(
+        gradient[:-1, :, 0], (v[:-1] * np.diff(x, axis=0)).sum(-1), atol=1e-5
+    )
+    np.testing.assert_allclose(
+        gradient[:, :-1, 1], (v[:, :-1] * np.diff(x, axis=1)).sum(-1), atol=1e-5
+    )
     assert (gradient[-1, :, 0] == 0).all() and (gradient[:, -1, 1] == 0).all()
 
 
@@ -213,7 +228,11 @@ def test_gradients_are_the_slopes(of, slope):
     image = jnp.asarray(np.random.default_rng(0).random((5, 4, 3)))
     weights = normal(image.shape, dtype=jnp.float64)
     flow, along = jnp.asarray(away_from_kinks((5, 4, 2))), normal((5, 4, 2), 6, dtype=jnp.float64)
-    f = threats.flow_penalty if of == "penalty" else lambda flow: jnp.vdot(threats.warp(image, flow), weights)
+    f = (
+        threats.flow_penalty
+        if of == "penalty"
+        else lambda flow: jnp.vdot(threats.warp(image, flow), weights)
+    )
     expected = slope(f, flow, along)
     assert abs(expected) > 1e-3
     np.testing.assert_allclose(jnp.vdot(jax.grad(f)(flow), along), expected, rtol=1e-7)
@@ -231,12 +250,18 @@ def test_grad_maps_can_be_differentiated_through_the_flow(make_small, mode, slop
 
     @jax.jit
     def loss(flow):
-        return losses.map_l2(interpreters.grad(model, threats.warp(image, flow), 3, act=smooth), target_map)
+        return losses.map_l2(
+            interpreters.grad(model, threats.warp(image, flow), 3, act=smooth), target_map
+        )
 
     flow, along = jnp.asarray(away_from_kinks((8, 8, 2))), normal((8, 8, 2), 6, dtype=jnp.float64)
     expected = slope(loss, flow, along, 1e-6)
     assert abs(expected) > 1e-2
-    found = jnp.vdot(jax.grad(loss)(flow), along) if mode == "reverse" else jax.jvp(loss, (flow,), (along,))[1]
+    found = (
+        jnp.vdot(jax.grad(loss)(flow), along)
+        if mode == "reverse"
+        else jax.jvp(loss, (flow,), (along,))[1]
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
@@ -253,16 +278,23 @@ def test_losses_have_second_derivatives_in_the_flow_itself(slope):
 
     product = jax.jvp(gradient, (flow,), (along,))[1]
     np.testing.assert_allclose(product, slope(gradient, flow, along, 1e-6), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.grad(lambda flow: jnp.vdot(gradient(flow), along))(flow), product, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(
+        jax.grad(lambda flow: jnp.vdot(gradient(flow), along))(flow), product, rtol=1e-9, atol=1e-12
+    )
 
 
 def test_curved_surrogate_of_grad_has_a_gradient_at_no_flow(make_small):
     """What `grad` x `flow` starts from."""
-    model, image = make_small(), jnp.asarray(np.random.default_rng(0).random((8, 8, 3)), jnp.float32)
+    model, image = (
+        make_small(),
+        jnp.asarray(np.random.default_rng(0).random((8, 8, 3)), jnp.float32),
+    )
 
     @jax.jit
     def loss(flow):
-        m = interpreters.grad(model, threats.warp(image, flow), 3, act=lambda z: relu_curved(z, 0.1))
+        m = interpreters.grad(
+            model, threats.warp(image, flow), 3, act=lambda z: relu_curved(z, 0.1)
+        )
         return losses.map_l2(m, jnp.zeros((8, 8)))
 
     gradient = jax.grad(loss)(jnp.zeros((8, 8, 2)))
@@ -272,8 +304,12 @@ def test_curved_surrogate_of_grad_has_a_gradient_at_no_flow(make_small):
 @pytest.mark.parametrize("scale", [0.0, 0.3, 5.0])
 def test_penalty_is_that_of_plain_numpy(scale):
     flow = normal((5, 4, 2), scale=scale)
-    assert threats.flow_penalty(flow) == pytest.approx(plain_penalty(np.asarray(flow, float)), rel=1e-5)
-    assert threats.flow(0.25).penalty(flow) == pytest.approx(0.25 * float(threats.flow_penalty(flow)), rel=1e-6)
+    assert threats.flow_penalty(flow) == pytest.approx(
+        plain_penalty(np.asarray(flow, float)), rel=1e-5
+    )
+    assert threats.flow(0.25).penalty(flow) == pytest.approx(
+        0.25 * float(threats.flow_penalty(flow)), rel=1e-6
+    )
 
 
 def test_penalty_of_no_flow_has_no_slope():
@@ -354,7 +390,9 @@ def test_adv2_shows_more_of_the_map_than_the_plain_attack(small, name, interpret
 
 @EVERY
 def test_image_is_attacked_the_same_alone_and_in_a_batch(small, name):
-    together, alone = (attack(*small, threat=threats.THREATS[name](), steps=4, batch_size=n).images for n in (6, 1))
+    together, alone = (
+        attack(*small, threat=threats.THREATS[name](), steps=4, batch_size=n).images for n in (6, 1)
+    )
     np.testing.assert_array_equal(together, alone)
 
 
@@ -378,7 +416,10 @@ def test_own_threat_model(small):
 
 
 WRONG = {
-    r"^epsilon = 0 must lie in \[1/255, 1\].*: a change below 1/255 is lost when": (threats.linf, 0),
+    r"^epsilon = 0 must lie in \[1/255, 1\].*: a change below 1/255 is lost when": (
+        threats.linf,
+        0,
+    ),
     r"^epsilon = 0.0039 must lie in \[1/255, 1\]": (threats.linf, 0.0039),
     r"^epsilon = -0.1 must lie in \[1/255, 1\]": (threats.linf, -0.1),
     r"^epsilon = nan must lie in \[1/255, 1\]": (threats.linf_flow, float("nan")),
@@ -405,7 +446,11 @@ def benign(kind, shape=(6, 5, 3), seed=0):
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, 256, shape).astype(np.float64)
     levels[0], levels[1] = 0, 255
-    off = {"8-bit": 0.0, "float": rng.uniform(-0.5, 0.5, shape), "almost 8-bit": rng.uniform(-1e-3, 1e-3, shape)}[kind]
+    off = {
+        "8-bit": 0.0,
+        "float": rng.uniform(-0.5, 0.5, shape),
+        "almost 8-bit": rng.uniform(-1e-3, 1e-3, shape),
+    }[kind]
     return np.clip(levels + off, 0, 255) / 255
 
 
@@ -430,14 +475,22 @@ def test_linf_holds_for_what_is_delivered(kind):
         delta, x = delivered(threats.linf(float(epsilon)), image, seed)
         assert np.abs(x - image).max() <= epsilon * (1 + 1e-12)
         nearest = np.round((image + delta) * 255) / 255
-        allowed = np.abs(nearest - image) <= epsilon * (1 - 1e-6)  # elsewhere rounding may have to go the other way
+        # elsewhere rounding may have to go the other way
+        allowed = np.abs(nearest - image) <= epsilon * (1 - 1e-6)
         np.testing.assert_array_equal(x[allowed], nearest[allowed])
-        assert np.abs(x - (image + delta)).max() < 1 / 255 + 1e-6  # it is never further than the next level
+        # it is never further than the next level
+        assert np.abs(x - (image + delta)).max() < 1 / 255 + 1e-6
 
 
 def test_whole_levels_of_linf_are_used_up(image):
     """8/255 allows 8 levels, .031 and 8.9/255 allow 7 and 8."""
-    for epsilon, level in ((8 / 255, 8), (0.031, 7), (8.9 / 255, 8), (1 / 255, 1), (100 / 255, 100)):
+    for epsilon, level in (
+        (8 / 255, 8),
+        (0.031, 7),
+        (8.9 / 255, 8),
+        (1 / 255, 1),
+        (100 / 255, 100),
+    ):
         grey = np.full((2, 2, 3), 128 / 255)
         x = threats.linf(epsilon).round(grey + epsilon, None, grey)
         np.testing.assert_array_equal(np.round((x - grey) * 255), level)
@@ -461,7 +514,10 @@ def test_l2_holds_for_what_is_delivered(kind):
 def test_an_image_further_from_8_bits_than_l2_allows_is_refused():
     image = np.full((4, 4, 3), 100.5 / 255)  # .5 √48 = 3.46 levels away
     threats.l2(3.5 / 255).check(image)
-    with pytest.raises(ValueError, match=r"^the image is 0.0136 \(L2\) away from the nearest 8-bit image, more than epsilon"):
+    with pytest.raises(
+        ValueError,
+        match=r"^the image is 0.0136 \(L2\) away from the nearest 8-bit image, more than epsilon",
+    ):
         threats.l2(3.4 / 255).check(image)
 
 
@@ -472,7 +528,9 @@ def test_rounding_in_the_loop_is_that_of_what_is_delivered(name):
     for seed in range(20):
         image = benign("8-bit", seed=seed)
         delta, x = delivered(threat, image, seed)
-        looped = jax.jit(threat.round)(jnp.float32(image + delta), jnp.float32(delta), jnp.float32(image))
+        looped = jax.jit(threat.round)(
+            jnp.float32(image + delta), jnp.float32(delta), jnp.float32(image)
+        )
         # l2: at a radius that one level more or less decides, float32 may decide otherwise for one value in a hundred
         assert np.mean(np.abs(looped - x) > 1e-6) <= (0 if name == "linf" else 0.02)
 

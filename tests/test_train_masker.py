@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_blending import blended
-from test_fit import Stop, same, stop_at
+from test_loop import Stop, same, stop_at
 from test_maps import bilinear
 
 from adv2_jax import explain, models
 from adv2_jax.blending import alternative
 from adv2_jax.data import ImageSet, shapes
-from adv2_jax.experiments import train_masker as module
-from adv2_jax.experiments.fit import Kept
-from adv2_jax.experiments.train import Labelled
-from adv2_jax.experiments.train_masker import Recipe, batch_loss, class_means, qualities, quality, to_explain, train_masker
-from adv2_jax.interpreters import INTERPRETERS, MaskWeights
-from adv2_jax.interpreters.rts import mask_loss, size_loss
-from adv2_jax.models import Masked, Masker
+from adv2_jax.interpreters import INTERPRETERS, SaliencyWeights
+from adv2_jax.interpreters.masker_maps import saliency_loss, size_loss
+from adv2_jax.models import ClassifierWithMasker, Masker
+from adv2_jax.runs import faithfulness
+from adv2_jax.runs.faithfulness import qualities, quality, to_explain
+from adv2_jax.training import masker as module
+from adv2_jax.training.loop import Checkpointing
+from adv2_jax.training.masker import MaskerRecipe, batch_loss, class_means, train_masker
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +51,10 @@ def patches():
     """64 grey images of 8 x 8 pixels with a square that is rough in the colour of its class; their labels; the squares."""
     rng = np.random.default_rng(0)
     labels = np.arange(64) % 3
-    images, masks = rng.integers(110, 140, (64, 8, 8, 3)).astype(np.uint8), np.zeros((64, 8, 8), bool)
+    images, masks = (
+        rng.integers(110, 140, (64, 8, 8, 3)).astype(np.uint8),
+        np.zeros((64, 8, 8), bool),
+    )
     for image, label, mask in zip(images, labels, masks, strict=True):
         square = tuple(slice(start, start + 4) for start in rng.integers(0, 5, 2))
         image[*square, label] = rng.integers(0, 256, (4, 4))
@@ -76,7 +80,9 @@ class Asked:
 def noise():
     """600 images of 4 x 4 pixels, for the linear classifier, and their labels."""
     rng = np.random.default_rng(0)
-    return jnp.asarray(rng.random((600, 4, 4, 3)), jnp.float32), jnp.asarray(rng.integers(0, 3, 600))
+    return jnp.asarray(rng.random((600, 4, 4, 3)), jnp.float32), jnp.asarray(
+        rng.integers(0, 3, 600)
+    )
 
 
 def ask(linear, images, labels, recipe, seed=0):
@@ -93,24 +99,28 @@ def ask(linear, images, labels, recipe, seed=0):
 @pytest.mark.parametrize("share", [0.0, 0.4])
 def test_the_loss_of_a_batch_is_the_mean_of_what_each_map_costs(linear, noise, monkeypatch, share):
     monkeypatch.setattr(module, "alternative", lambda key, x: 1 - x)
-    (images, labels), weights = (array[:40] for array in noise), MaskWeights(0.7, 1.3, 2.1, 0.4)
-    found, asked = ask(linear, images, labels, Recipe(absent=share, **weights._asdict()))
+    (images, labels), weights = (array[:40] for array in noise), SaliencyWeights(0.7, 1.3, 2.1, 0.4)
+    found, asked = ask(linear, images, labels, MaskerRecipe(absent=share, **weights._asdict()))
 
     @jax.jit
     @jax.vmap
     def costs(x, y, m):
-        return mask_loss(linear, x, y, m, 1 - x, weights), size_loss(m, weights)
+        return saliency_loss(linear, x, y, m, 1 - x, weights), size_loss(m, weights)
 
     shown, absent = costs(images, labels, Asked()(images, asked))
-    assert found == pytest.approx(np.where(asked == labels, shown, absent).mean(), rel=1e-5)  # float32
+    # float32
+    assert found == pytest.approx(np.where(asked == labels, shown, absent).mean(), rel=1e-5)
     assert (asked == labels).all() == (share == 0)
 
 
 def test_a_share_of_the_maps_is_asked_of_any_other_class(linear, noise):
     images, labels = noise
-    asked, again = (ask(linear, images, labels, Recipe(absent=0.25), seed)[1] for seed in (1, 2))
+    asked, again = (
+        ask(linear, images, labels, MaskerRecipe(absent=0.25), seed)[1] for seed in (1, 2)
+    )
     steps = np.bincount((asked - labels) % 3, minlength=3) / len(labels)
-    np.testing.assert_allclose(steps, [0.75, 0.125, 0.125], atol=0.07)  # four deviations of 600 draws
+    # four deviations of 600 draws
+    np.testing.assert_allclose(steps, [0.75, 0.125, 0.125], atol=0.07)
     assert (again != asked).any()
 
 
@@ -123,7 +133,7 @@ def test_every_image_has_an_alternative_of_its_own(linear, noise, monkeypatch):
 
     monkeypatch.setattr(module, "alternative", noted)
     images, labels = (array[:9] for array in noise)
-    ask(linear, images, labels, Recipe())
+    ask(linear, images, labels, MaskerRecipe())
     jax.effects_barrier()
     assert len(seen) == len(set(seen)) == 9
 
@@ -133,7 +143,12 @@ def test_every_image_has_an_alternative_of_its_own(linear, noise, monkeypatch):
 
 @pytest.fixture(scope="module")
 def fresh(randomised):
-    return randomised(lambda: Masker(models.CifarResNet(1, width=4, num_classes=3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)), 5)
+    return randomised(
+        lambda: Masker(
+            models.CifarResNet(1, width=4, num_classes=3, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0)
+        ),
+        5,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +169,12 @@ def test_training_lowers_the_loss(fresh, trained, patches):
     masker, losses = trained
     assert losses.shape == (40,) and losses.dtype == np.float32
     images, labels, _ = patches
-    recipe = Recipe(**OPTIONS)
-    loss = jax.jit(lambda masker, key: batch_loss(masker, Roughest(), key, images / np.float32(255), labels, recipe=recipe))
+    recipe = MaskerRecipe(**OPTIONS)
+    loss = jax.jit(
+        lambda masker, key: batch_loss(
+            masker, Roughest(), key, images / np.float32(255), labels, recipe=recipe
+        )
+    )
     for key in jax.random.split(jax.random.key(0), 3):
         assert loss(masker, key) < 0.95 * loss(fresh, key)
 
@@ -176,7 +195,12 @@ def changed(one, other, kind):
 def test_the_encoder_stays_as_it_is(fresh, trained):
     masker, _ = trained
     assert changed(fresh.encoder, masker.encoder, (nnx.Param, nnx.BatchStat)) == set()
-    assert {path[0] for path in changed(fresh, masker, nnx.Param)} == {"embedding", "threshold", "stages", "out"}
+    assert {path[0] for path in changed(fresh, masker, nnx.Param)} == {
+        "embedding",
+        "threshold",
+        "stages",
+        "out",
+    }
     assert {path[0] for path in changed(fresh, masker, nnx.BatchStat)} == {"means", "stages"}
 
 
@@ -187,8 +211,14 @@ def test_a_tuned_encoder_keeps_its_statistics(fresh, run):
 
 
 def test_a_trained_masker_draws_a_batch_as_its_images_alone(trained, patches):
-    masker, images, labels = trained[0], jnp.asarray(patches[0][:6], jnp.float32) / 255, np.arange(6) % 3
-    alone = jnp.stack([draw(masker, image, label) for image, label in zip(images, labels, strict=True)])
+    masker, images, labels = (
+        trained[0],
+        jnp.asarray(patches[0][:6], jnp.float32) / 255,
+        np.arange(6) % 3,
+    )
+    alone = jnp.stack(
+        [draw(masker, image, label) for image, label in zip(images, labels, strict=True)]
+    )
     np.testing.assert_allclose(draw(masker, images, labels), alone, atol=1e-5)  # float32
 
 
@@ -200,28 +230,41 @@ def test_mean_features_are_measured_after_training(trained, patches):
 
 def test_a_resumed_run_ends_like_one_that_was_never_stopped(run, trained, tmp_path):
     masker, losses = trained
-    kept = Kept(tmp_path / "run", checkpoint_every=2)
+    kept = Checkpointing(tmp_path / "run", checkpoint_every=2)
     with pytest.raises(Stop):
-        run(kept=kept._replace(on_step=stop_at(3)))
-    resumed, again = run(kept=kept._replace(resume=True))
+        run(checkpointing=kept._replace(on_step=stop_at(3)))
+    resumed, again = run(checkpointing=kept._replace(resume=True))
     assert same(resumed, masker) and again.tobytes() == losses.tobytes()
     with pytest.raises(ValueError, match=r"other settings: area was 2\.0, is 3\.0$"):
-        run(kept=kept._replace(resume=True), area=3.0)
+        run(checkpointing=kept._replace(resume=True), area=3.0)
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_class_means_are_those_of_the_pooled_features(fresh, coloured, batch_size):
     images, labels = (array[:12] for array in coloured)
     labels = np.where(labels == 1, 2, labels)
-    features = jax.jit(lambda encoder, x: encoder.features(x))(fresh.encoder, images / np.float32(255))
+    features = jax.jit(lambda encoder, x: encoder.features(x))(
+        fresh.encoder, images / np.float32(255)
+    )
     pooled = np.asarray(features, float).mean((1, 2))
-    expected = [pooled[labels == 0].mean(0), pooled.mean(0), pooled[labels == 2].mean(0)]  # no image shows class 1
-    np.testing.assert_allclose(class_means(fresh, images, labels, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5)
+    # no image shows class 1
+    expected = [pooled[labels == 0].mean(0), pooled.mean(0), pooled[labels == 2].mean(0)]
+    np.testing.assert_allclose(
+        class_means(fresh, images, labels, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_recipe_weighs_as_the_interpreter_does():
-    assert Recipe().weights == MaskWeights()
-    assert Recipe(variation=1.0, area=2.0, removal=3.0, power=4.0, area_power=5.0).weights == (1, 2, 3, 4, 5)
+    assert MaskerRecipe().weights == SaliencyWeights()
+    assert MaskerRecipe(
+        variation=1.0, area=2.0, removal=3.0, power=4.0, area_power=5.0
+    ).weights == (
+        1,
+        2,
+        3,
+        4,
+        5,
+    )
 
 
 WRONG = {
@@ -233,7 +276,9 @@ WRONG = {
     "absent must lie in [0, 1), got -0.1": {"absent": -0.1},
     "epochs must be at least 1, got 0": {"epochs": 0},
     "batch_size must lie in 1..64, the number of images, got 65": {"batch_size": 65},
-    "resume needs checkpoints, the folder of the run to go on with": {"kept": Kept(resume=True)},
+    "resume needs checkpoints, the folder of the run to go on with": {
+        "checkpointing": Checkpointing(resume=True)
+    },
 }
 
 
@@ -246,11 +291,17 @@ def test_wrong_options_are_named(run, message):
 
 def test_what_does_not_fit_is_named(fresh, masker, patches):
     images, labels, _ = patches
-    with pytest.raises(ValueError, match=r"^labels must lie in 0\.\.2, the model's classes, got 0\.\.3$"):
+    with pytest.raises(
+        ValueError, match=r"^labels must lie in 0\.\.2, the model's classes, got 0\.\.3$"
+    ):
         train_masker(fresh, Roughest(), images, labels + (labels == 2))
-    with pytest.raises(ValueError, match=r"^the masker draws maps of 10 classes, the network has 3$"):
+    with pytest.raises(
+        ValueError, match=r"^the masker draws maps of 10 classes, the network has 3$"
+    ):
         train_masker(masker, Roughest(), images, labels)
-    with pytest.raises(ValueError, match=r"^the masker cannot take images of \[7, 7, 3\]; it was made for 32 x 32$"):
+    with pytest.raises(
+        ValueError, match=r"^the masker cannot take images of \[7, 7, 3\]; it was made for 32 x 32$"
+    ):
         train_masker(fresh, Roughest(), images[:, :7, :7], labels)
 
 
@@ -278,14 +329,21 @@ def test_quality_is_what_is_left_and_what_is_gone(linear, scenes, batch_size):
     maps = np.random.default_rng(2).random((3, 2, 2))
     found = quality(linear, images, labels, maps, seed=4, batch_size=batch_size)
     kept, removed = [], []
-    others = jax.jit(jax.vmap(alternative))(jax.random.split(jax.random.key(4), 3), images / np.float32(255))
+    others = jax.jit(jax.vmap(alternative))(
+        jax.random.split(jax.random.key(4), 3), images / np.float32(255)
+    )
     for image, label, m, other in zip(images, labels, maps, np.asarray(others, float), strict=True):
         x = image / 255
-        kept.append(np.exp(log_probability(linear, blended(x, m, other), label) - log_probability(linear, x, label)))
+        kept.append(
+            np.exp(
+                log_probability(linear, blended(x, m, other), label)
+                - log_probability(linear, x, label)
+            )
+        )
         removed.append(np.exp(log_probability(linear, blended(x, 1 - m, other), label)))
     assert found.n == 3 and found[3:] == (None,) * 4
-    assert found.kept == pytest.approx(np.mean(kept), rel=1e-5)  # float32
-    assert found.removed == pytest.approx(np.mean(removed), rel=1e-5)
+    assert found.confidence_kept == pytest.approx(np.mean(kept), rel=1e-5)  # float32
+    assert found.confidence_removed == pytest.approx(np.mean(removed), rel=1e-5)
 
 
 def test_a_map_that_is_the_object_is_perfect(linear, scenes):
@@ -303,9 +361,13 @@ def test_quality_against_the_truth_is_that_of_plain_loops(linear, scenes):
     on = [up[place] for place in np.ndindex(up.shape) if masks[place]]
     off = [up[place] for place in np.ndindex(up.shape) if not masks[place]]
     peaks = [masks[i][np.unravel_index(up[i].argmax(), (4, 4))] for i in range(3)]
-    shares = [((up[i] >= 0.5) & masks[i]).sum() / ((up[i] >= 0.5) | masks[i]).sum() for i in range(3)]
+    shares = [
+        ((up[i] >= 0.5) & masks[i]).sum() / ((up[i] >= 0.5) | masks[i]).sum() for i in range(3)
+    ]
     found = quality(linear, images, labels, maps, masks)
-    assert found.inside == pytest.approx(np.mean(on), rel=1e-5) and found.outside == pytest.approx(np.mean(off), rel=1e-5)
+    assert found.inside == pytest.approx(np.mean(on), rel=1e-5) and found.outside == pytest.approx(
+        np.mean(off), rel=1e-5
+    )
     assert found.pointing_game == pytest.approx(np.mean(peaks)) and 0 < np.mean(peaks) < 1
     assert found.iou == pytest.approx(np.mean(shares), rel=1e-5) and 0 < np.mean(shares) < 1
 
@@ -313,16 +375,18 @@ def test_quality_against_the_truth_is_that_of_plain_loops(linear, scenes):
 def test_held_out_images_to_explain_are_those_the_network_gets_right(patches):
     images, labels, masks = patches
     wrong = np.where(np.arange(64) % 2, labels, (labels + 1) % 3)
-    chosen = to_explain(Roughest(), Labelled(images, wrong, masks), limit=5)
-    for found, given in ((chosen.images, images), (chosen.labels, labels), (chosen.masks, masks)):
+    chosen = to_explain(Roughest(), ImageSet(images, wrong, objects=masks), limit=5)
+    for found, given in ((chosen.images, images), (chosen.labels, labels), (chosen.objects, masks)):
         np.testing.assert_array_equal(found, given[1:10:2])
     with pytest.raises(ValueError, match="the network gets none of the 64 images right"):
-        to_explain(Roughest(), Labelled(images, (labels + 1) % 3))
+        to_explain(Roughest(), ImageSet(images, (labels + 1) % 3))
 
 
 def test_interpreters_are_measured_on_the_same_images(make_small, masker, images, monkeypatch):
-    monkeypatch.setattr(module, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")})
-    model = Masked(make_small(), masker)
+    monkeypatch.setattr(
+        faithfulness, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")}
+    )
+    model = ClassifierWithMasker(make_small(), masker)
     logits, _ = explain(model, images, np.zeros(6, int), interpreter="cam")
     labels = logits.argmax(-1)
     found = qualities(model, ImageSet(images, labels))
@@ -330,16 +394,18 @@ def test_interpreters_are_measured_on_the_same_images(make_small, masker, images
     for name, value in found.items():
         _, maps = explain(model, images, labels, interpreter=name)
         assert value == quality(model.classifier, images, labels, maps)
-    assert found["cam"].kept != found["rts"].kept
+    assert found["cam"].confidence_kept != found["rts"].confidence_kept
 
 
 def test_the_shipped_masker_marks_what_the_network_needs():
     """What eq. 8 asks of a map, on scenes that neither network was trained on; the numbers README gives."""
-    model = Masked(models.embedded(), models.embedded_masker())
+    model = ClassifierWithMasker(models.embedded(), models.embedded_masker())
     scenes = shapes.generate(220, seed=1)
-    held_out = to_explain(model, Labelled(scenes.images, scenes.labels, scenes.masks), limit=200)
+    held_out = to_explain(
+        model, ImageSet(scenes.images, scenes.labels, objects=scenes.objects), limit=200
+    )
     _, maps = explain(model, held_out.images, held_out.labels, interpreter="rts")
-    found = quality(model.classifier, held_out.images, held_out.labels, maps, held_out.masks)
+    found = quality(model.classifier, held_out.images, held_out.labels, maps, held_out.objects)
     assert found.n == 200
-    assert found.kept >= 0.8 and found.removed < 0.2
+    assert found.confidence_kept >= 0.8 and found.confidence_removed < 0.2
     assert found.pointing_game >= 0.9 and found.iou >= 0.5

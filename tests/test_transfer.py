@@ -8,11 +8,11 @@ import pytest
 
 from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.run import run
-from adv2_jax.experiments.tables import TABLES, by_rows, make_table
-from adv2_jax.experiments.task import Settings
-from adv2_jax.experiments.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 from adv2_jax.files import read_arrays, read_summary
+from adv2_jax.runs.run import run
+from adv2_jax.runs.tables import TABLES, by_rows, make_table
+from adv2_jax.runs.task import Settings
+from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
 FACES = {"grad": interpreters.grad, "cam": interpreters.cam}
 
@@ -53,16 +53,30 @@ def plain_means(model, name, images, classes, wanted):
 @pytest.mark.slow
 def test_matrix_against_a_plain_loop(finished, model):
     found = transfer_matrix(load_run(finished), model, batch_size=5)
-    assert found["interpreters"] == ["grad", "cam"] and found["sources"] == ["benign", "pgd", "grad", "cam"]
+    assert found["interpreters"] == ["grad", "cam"] and found["sources"] == [
+        "benign",
+        "pgd",
+        "grad",
+        "cam",
+    ]
     arrays = read_arrays(finished / "results.npz")
     for j, name in enumerate(FACES):
-        made = [arrays["images"], arrays[f"{name}/pgd/images"], arrays["grad/adv2/images"], arrays["cam/adv2/images"]]
+        made = [
+            arrays["images"],
+            arrays[f"{name}/pgd/images"],
+            arrays["grad/adv2/images"],
+            arrays["cam/adv2/images"],
+        ]
         for i, images in enumerate(made):
             classes = arrays["labels"] if i == 0 else arrays["targets"]
             l1, iou = plain_means(model, name, images, classes, arrays[f"{name}/benign_maps"])
-            assert found["map_l1"][i][j] == pytest.approx(l1, abs=1e-4)  # GRAD in float32, in another batch
-            assert found["map_iou75"][i][j] == pytest.approx(iou, abs=0.02)  # a pixel at the percentile may change sides
-    own = {(row["interpreter"], row["attack"]): row["map_l1"] for row in read_summary(finished)["rows"]}
+            # GRAD in float32, in another batch
+            assert found["map_l1"][i][j] == pytest.approx(l1, abs=1e-4)
+            # a pixel at the percentile may change sides
+            assert found["map_iou75"][i][j] == pytest.approx(iou, abs=0.02)
+    own = {
+        (row["interpreter"], row["attack"]): row["map_l1"] for row in read_summary(finished)["rows"]
+    }
     for j, name in enumerate(FACES):
         assert found["map_l1"][0][j] == pytest.approx(0, abs=1e-4)
         assert found["map_l1"][1][j] == pytest.approx(own[name, "pgd"], abs=1e-4)
@@ -71,35 +85,57 @@ def test_matrix_against_a_plain_loop(finished, model):
 
 def test_another_network_against_a_plain_loop(finished, make_small):
     other, arrays = make_small(3), read_arrays(finished / "results.npz")
-    logits = [other.head(other.features(jnp.asarray(image / np.float32(255)))) for image in arrays["images"]]
+    logits = [
+        other.head(other.features(jnp.asarray(image / np.float32(255))))
+        for image in arrays["images"]
+    ]
     arrays["labels"] = np.argmax(logits, -1).astype(np.int32)
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 10  # it gets the first one wrong
-    rows = transfer_to(load_run(finished)._replace(labels=arrays["labels"]), other, "other", interpreters=["cam"], batch_size=4)
+    rows = transfer_to(
+        load_run(finished)._replace(labels=arrays["labels"]),
+        other,
+        "other",
+        interpreters=["cam"],
+        batch_size=4,
+    )
     assert [row["source"] for row in rows] == ["benign", "pgd", "grad", "cam"]
     wanted = [
-        np.asarray(interpreters.cam(other, i / np.float32(255), c)) for i, c in zip(arrays["images"], arrays["labels"], strict=True)
+        np.asarray(interpreters.cam(other, i / np.float32(255), c))
+        for i, c in zip(arrays["images"], arrays["labels"], strict=True)
     ]
-    made = [arrays["images"], arrays["cam/pgd/images"], arrays["grad/adv2/images"], arrays["cam/adv2/images"]]
+    made = [
+        arrays["images"],
+        arrays["cam/pgd/images"],
+        arrays["grad/adv2/images"],
+        arrays["cam/adv2/images"],
+    ]
     for row, images in zip(rows, made, strict=True):
         assert (row["model"], row["n"], row["interpreter"]) == ("other", 5, "cam")
-        logits = [other.head(other.features(jnp.asarray(image / np.float32(255)))) for image in images[1:]]
+        logits = [
+            other.head(other.features(jnp.asarray(image / np.float32(255)))) for image in images[1:]
+        ]
         assert row["asr"] == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["targets"][1:]))
         classes = arrays["labels"] if row["source"] == "benign" else arrays["targets"]
         l1, iou = plain_means(other, "cam", images[1:], classes[1:], wanted[1:])
-        assert row["map_l1"] == pytest.approx(l1, abs=1e-5) and row["map_iou75"] == pytest.approx(iou, abs=0.02)
+        assert row["map_l1"] == pytest.approx(l1, abs=1e-5) and row["map_iou75"] == pytest.approx(
+            iou, abs=0.02
+        )
 
 
 def test_a_network_that_is_always_wrong_is_refused(finished, model):
     wrong = load_run(finished)
     wrong = wrong._replace(labels=(wrong.labels + 1) % 10)
-    with pytest.raises(ValueError, match=r"^bad gets none of the 6 images of .* right: nothing can transfer to it$"):
+    with pytest.raises(
+        ValueError, match=r"^bad gets none of the 6 images of .* right: nothing can transfer to it$"
+    ):
         transfer_to(wrong, model, "bad", interpreters=["cam"])
 
 
 def test_another_network_than_that_of_the_run_is_refused(finished, model, make_small):
     check_network(load_run(finished), model)
     with pytest.raises(
-        ValueError, match=r"^the network holds \d+ numbers \w{8}, that of .* held \d+ numbers \w{8}: it was made with"
+        ValueError,
+        match=r"^the network holds \d+ numbers \w{8}, that of .* held \d+ numbers \w{8}: it was made with",
     ):
         check_network(load_run(finished), make_small(1))
 
@@ -112,7 +148,9 @@ def test_what_is_found_is_added_to_the_summary(finished):
 
 
 def test_a_directory_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=rf"^{tmp_path} holds no finished run: there is no summary\.json$"):
+    with pytest.raises(
+        ValueError, match=rf"^{tmp_path} holds no finished run: there is no summary\.json$"
+    ):
         load_run(tmp_path)
     (tmp_path / "summary.json").write_text('{"schema": 1}')
     with pytest.raises(ValueError, match=r"holds no attack: its summary\.json has no rows$"):
@@ -120,32 +158,55 @@ def test_a_directory_without_a_run_is_refused(tmp_path):
 
 
 def test_the_plain_attack_by_a_flow_goes_by_its_name():
-    rows = [{"interpreter": "cam", "attack": attack, "threat": "flow", "n": 1, "asr": 1.0} for attack in ("pgd", "adv2")]
-    assert [line[:2] for line in by_rows("", {"asr": "ASR"}, rows, spread=False).lines] == [["cam", "StAdv"], ["cam", "ADV²"]]
+    rows = [
+        {"interpreter": "cam", "attack": attack, "threat": "flow", "n": 1, "asr": 1.0}
+        for attack in ("pgd", "adv2")
+    ]
+    assert [line[:2] for line in by_rows("", {"asr": "ASR"}, rows, spread=False).lines] == [
+        ["cam", "StAdv"],
+        ["cam", "ADV²"],
+    ]
 
 
 def test_tables_share_their_runs(model, image_set, settings, tmp_path):
     published = []
 
     def make(name, **options):
-        return make_table(name, model, image_set, settings, tmp_path, config={"seed": 0}, publish=published.append, **options)
+        return make_table(
+            name,
+            model,
+            image_set,
+            settings,
+            tmp_path,
+            config={"seed": 0},
+            publish=published.append,
+            **options,
+        )
 
     sheet = make("effectiveness")
     rows = read_summary(tmp_path / "linf-benign")["rows"]
     assert sheet.headings == ["interpreter", "attack", "n", "ASR", "MC"]
-    assert [line[:3] for line in sheet.lines] == [[name, kind, "6"] for name in FACES for kind in ("PGD", "ADV²")]
+    assert [line[:3] for line in sheet.lines] == [
+        [name, kind, "6"] for name in FACES for kind in ("PGD", "ADV²")
+    ]
     low, high = rows[1]["ci"]["asr"]
     assert sheet.lines[1][3] == f"{rows[1]['asr']:.3f} [{low:.3f}, {high:.3f}]"
     assert read_summary(tmp_path)["rows"] == rows
     made = (tmp_path / "linf-benign" / "results.npz").stat().st_mtime_ns
     assert make("maps", resume=True).headings[3:] == ["map L1", "map L2"]
     matrix = make("transfer", resume=True)
-    assert (tmp_path / "linf-benign" / "results.npz").stat().st_mtime_ns == made  # nothing was run again
+    assert (
+        tmp_path / "linf-benign" / "results.npz"
+    ).stat().st_mtime_ns == made  # nothing was run again
     assert published == [tmp_path / "linf-benign"] * 2
-    assert [line[0] for line in matrix.lines] == ["benign", "pgd", "grad", "cam"] and matrix.lines[0][2] == "0.000 (1.00)"
+    assert [line[0] for line in matrix.lines] == ["benign", "pgd", "grad", "cam"] and matrix.lines[
+        0
+    ][2] == "0.000 (1.00)"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == matrix.markdown()
     assert "| benign | 0.000 (1.00) | 0.000 (1.00) |" in matrix.markdown()
-    with pytest.raises(ValueError, match=r"linf-benign holds a run with other settings: seed was 0, is 1$"):
+    with pytest.raises(
+        ValueError, match=r"linf-benign holds a run with other settings: seed was 0, is 1$"
+    ):
         make_table("maps", model, image_set, settings, tmp_path, config={"seed": 1}, resume=True)
 
 
@@ -161,6 +222,8 @@ def test_a_run_that_cannot_be_published_stays_as_it_was(finished):
     def publish(directory):
         raise KeyError("measure")
 
-    with pytest.raises(ValueError, match=r"cannot read .*: it is not as adv2 writes it \(KeyError: 'measure'\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot read .*: it is not as adv2 writes it \(KeyError: 'measure'\)"
+    ):
         add(load_run(finished), publish=publish, transfer={"interpreters": []})
     assert (finished / "summary.json").read_bytes() == before

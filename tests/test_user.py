@@ -52,7 +52,9 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("mine")
     (path / "net.py").write_text(FILE)
     (path / "beside.py").write_text("SCALE = 5.0")
-    (path / "at_call.py").write_text("import deeper.down\ndef scaled(net):\n    net.scale = deeper.down.SCALE\n    return net")
+    (path / "at_call.py").write_text(
+        "import deeper.down\ndef scaled(net):\n    net.scale = deeper.down.SCALE\n    return net"
+    )
     (path / "deeper").mkdir()
     (path / "deeper" / "down.py").write_text("SCALE = 6.0")
     (path / "at_trace.py").write_text("SCALE = 7.0")
@@ -84,8 +86,16 @@ def test_modules_beside_the_file_are_found_whenever_they_are_imported(folder, mo
         ("net.py", None, "must be path/to/file.py:name"),
         ("net.py:not a name", None, "must be path/to/file.py:name"),
         ("none.py:network", None, "cannot import .*none.py: no such file"),
-        ("broken.py:network", None, "cannot import .*broken.py: ModuleNotFoundError: .*no_such_module"),
-        ("net.py:networks", None, "has no 'networks'; it has Net, ready, network, needs, Lazy, lazy, leaves, fails"),
+        (
+            "broken.py:network",
+            None,
+            "cannot import .*broken.py: ModuleNotFoundError: .*no_such_module",
+        ),
+        (
+            "net.py:networks",
+            None,
+            "has no 'networks'; it has Net, ready, network, needs, Lazy, lazy, leaves, fails",
+        ),
         ("net.py:number", None, "neither a network nor a function that makes one, but int"),
         ("net.py:ready", "weights.txt", "is a network with its weights"),
         ("net.py:needs", None, r"needs\(\) failed: TypeError: .*path"),
@@ -100,6 +110,9 @@ def test_what_is_wrong_is_told_in_one_line(folder, reference, weights, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("a/b.py:net", True), ("net.py", True), ("resnet50", False), ("c:/x.py:n", True)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a/b.py:net", True), ("net.py", True), ("resnet50", False), ("c:/x.py:n", True)],
+)
 def test_references_are_told_from_names(name, expected):
     assert user.is_reference(name) is expected

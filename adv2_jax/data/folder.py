@@ -8,12 +8,20 @@ from typing import NamedTuple
 import numpy as np
 
 from adv2_jax.data import photos
+from adv2_jax.data.class_files import ClassList, composed, read_labels, whole
 from adv2_jax.data.images import ImageSet
-from adv2_jax.data.labels import ClassList, composed, read_labels, whole
 
 Draw = Callable[[int], np.ndarray]  # N -> sorted positions of those to be read
 PASSED_OVER = {  # what systems, archives and servers leave in folders, in small letters; hidden files are passed over too
-    *("thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information", "lost+found"),
+    *(
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "$recycle.bin",
+        "recycler",
+        "system volume information",
+        "lost+found",
+    ),
     *("__macosx", "icon\r", "icon\uf00d", "network trash folder", "temporary items", "__pycache__"),
     *("@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot"),
 }
@@ -34,39 +42,61 @@ class Contents(NamedTuple):
     advice: str | None = None
 
 
-def load(folder: Path, *, size: int | None, draw: Draw, labels: Path | None = None, listed: ClassList | None = None) -> ImageSet:
+def load(
+    folder: Path,
+    *,
+    size: int | None,
+    draw: Draw,
+    labels: Path | None = None,
+    listed: ClassList | None = None,
+) -> ImageSet:
     """The images of a folder, sorted by name.
 
     Args:
         folder: either with one folder a class, in which there are only images, or flat.
         size: side in pixels the network wants; None where all images have one size.
         draw: N -> the sorted positions of those to be read.
-        labels: CSV file on a flat folder (see `labels.read_labels`); files it does not name are left out.
-        listed: the classes of the network, which class folders or the CSV file may name (see `ClassList.lookup`).
+        labels: CSV file on a flat folder (see `labels.read_labels`); files it does not name are
+            left out.
+        listed: the classes of the network, which class folders or the CSV file may name (see
+            `ClassList.lookup`).
 
     Returns:
-        images, names and: for class folders, labels by `listed` or, without it, labels and `classes` in sorted order, or the
-        folders' names themselves as labels if all are whole numbers; for a flat folder, what the CSV file holds, or no labels.
+        images, names and: for class folders, labels by `listed` or, without it, labels and
+        `classes` in sorted order, or the folders' names themselves as labels if all are whole
+        numbers; for a flat folder, what the CSV file holds, or no labels.
 
     Raises:
         ValueError: one line that names the folder, file or line and what is wrong.
     """
-    aside = {os.path.realpath(path) for path in (labels, listed and listed.path) if path is not None}
-    entries = [path for path in _entries(folder) if not aside or os.path.realpath(path) not in aside]
+    aside = {
+        os.path.realpath(path) for path in (labels, listed and listed.path) if path is not None
+    }
+    entries = [
+        path for path in _entries(folder) if not aside or os.path.realpath(path) not in aside
+    ]
     folders = [path for path in entries if path.is_dir()]
     files = [path for path in entries if not path.is_dir()]
     if folders and files:
-        raise ValueError(f"{folder} holds both folders ({folders[0].name}) and files ({files[0].name}); it may hold one kind")
+        raise ValueError(
+            f"{folder} holds both folders ({folders[0].name}) and files ({files[0].name}); it may hold one kind"
+        )
     if folders and labels:
-        raise ValueError(f"{folder} has class folders: labels in a file, {labels}, are for a flat folder")
-    contents = _class_folders(folder, folders, listed) if folders else _flat(folder, files, labels, listed)
+        raise ValueError(
+            f"{folder} has class folders: labels in a file, {labels}, are for a flat folder"
+        )
+    contents = (
+        _class_folders(folder, folders, listed) if folders else _flat(folder, files, labels, listed)
+    )
     return _read(folder, contents, size, draw)
 
 
 def _read(folder: Path, contents: Contents, size: int | None, draw: Draw) -> ImageSet:
     index = draw(len(contents.names))
     names = [contents.names[i] for i in index]
-    labels, targets = (None if values is None else values[index] for values in (contents.labels, contents.targets))
+    labels, targets = (
+        None if values is None else values[index] for values in (contents.labels, contents.targets)
+    )
     return ImageSet(
         photos.read_all(folder, names, size),
         labels,
@@ -86,7 +116,9 @@ def _class_folders(folder: Path, folders: list[Path], listed: ClassList | None) 
         raise ValueError(f"the class folders of {folder} hold no images")
     empty = [path.name for path, paths in zip(folders, files, strict=True) if not paths]
     if empty:
-        raise ValueError(f"class folders of {folder} hold no images: {', '.join(empty[:5])}{', …' * (len(empty) > 5)}")
+        raise ValueError(
+            f"class folders of {folder} hold no images: {', '.join(empty[:5])}{', …' * (len(empty) > 5)}"
+        )
     classes = tuple(composed(_shown(path.name)) for path in folders)
     places = np.repeat(np.arange(len(folders), dtype=np.int32), [len(paths) for paths in files])
     numbers = [int(name) for name in classes] if all(map(whole, classes)) else None
@@ -97,7 +129,9 @@ def _class_folders(folder: Path, folders: list[Path], listed: ClassList | None) 
     if numbers is not None:
         advice = None if numbers == list(range(len(numbers))) else BY_NUMBER
         return Contents(names, np.array(numbers, np.int32)[places], advice=advice)
-    return Contents(names, places, classes=classes, classes_from=f"{folder} has {len(classes)} class folders")
+    return Contents(
+        names, places, classes=classes, classes_from=f"{folder} has {len(classes)} class folders"
+    )
 
 
 def _check_distinct(folder: Path, folders: list[Path], keys: Sequence[str | int]) -> None:
@@ -105,11 +139,15 @@ def _check_distinct(folder: Path, folders: list[Path], keys: Sequence[str | int]
     seen: dict[str | int, Path] = {}
     for path, key in zip(folders, keys, strict=True):
         if key in seen:
-            raise ValueError(f"class folders {seen[key].name!a} and {path.name!a} of {folder} are one class")
+            raise ValueError(
+                f"class folders {seen[key].name!a} and {path.name!a} of {folder} are one class"
+            )
         seen[key] = path
 
 
-def _flat(folder: Path, files: list[Path], labels: Path | None, listed: ClassList | None) -> Contents:
+def _flat(
+    folder: Path, files: list[Path], labels: Path | None, listed: ClassList | None
+) -> Contents:
     if not files:
         raise ValueError(f"{folder} holds no images")
     if labels is None:
@@ -128,7 +166,9 @@ def _images(folder: Path, files: list[Path] | None = None) -> list[Path]:
             raise ValueError(f"{path} is a folder in a class folder, which may hold only images")
         _check_file(path)
         if path.suffix.lower() not in photos.SUFFIXES:
-            raise ValueError(f"{path} is not an image: suffix {path.suffix!r} is not one of {', '.join(photos.SUFFIXES)}")
+            raise ValueError(
+                f"{path} is not an image: suffix {path.suffix!r} is not one of {', '.join(photos.SUFFIXES)}"
+            )
     return files
 
 
@@ -139,7 +179,11 @@ def _check_file(path: Path) -> None:
 
 def _entries(folder: Path) -> list[Path]:
     """What lies in a folder, by name however it is spelt, without what no person put there."""
-    entries = (path for path in folder.iterdir() if not path.name.startswith(".") and path.name.lower() not in PASSED_OVER)
+    entries = (
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name.lower() not in PASSED_OVER
+    )
     return sorted(entries, key=lambda path: (composed(path.name), path.name))
 
 

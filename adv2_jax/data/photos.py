@@ -16,8 +16,23 @@ from adv2_jax.errors import first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")  # Pillow hands some others to programs outside
-SUFFIXES = (".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+# Pillow hands some others to programs outside
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+SUFFIXES = (
+    ".bmp",
+    ".gif",
+    ".jp2",
+    ".jpeg",
+    ".jpg",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tif",
+    ".tiff",
+    ".webp",
+)
 STRIP = 8  # times as long as wide: of a longer image only the middle is resized, so that memory does not grow with the length
 DARK = 1 << 12  # of 1 << 16: what 12-bit numbers reach
 
@@ -25,8 +40,8 @@ DARK = 1 << 12  # of 1 << 16: what 12-bit numbers reach
 def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.ndarray:
     """An image at the size the network wants.
 
-    The one preprocessing there is: every image goes through it, whether it is attacked or only lends its map as a target, so that
-    two pictures of one file are always the same pixels.
+    The one preprocessing there is: every image goes through it, whether it is attacked or only
+    lends its map as a target, so that two pictures of one file are always the same pixels.
 
     Args:
         pixels: uint8 [H, W, 3] or [H, W].
@@ -34,8 +49,8 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
         nearest: take the nearest pixel in place of an average (for masks).
 
     Returns:
-        uint8 [size, size, ...]: the very same pixels if they have that size already; otherwise the short side is resized to
-        256/224 of `size`, with antialiasing, and the centre cropped.
+        uint8 [size, size, ...]: the very same pixels if they have that size already; otherwise the
+        short side is resized to 256/224 of `size`, with antialiasing, and the centre cropped.
 
     Raises:
         ValueError: Pillow is needed and missing.
@@ -44,7 +59,10 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     if size is None or (height, width) == (size, size):
         return pixels
     pillow = _pillow()
-    image, filtered = pillow.fromarray(pixels), pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR
+    image, filtered = (
+        pillow.fromarray(pixels),
+        pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR,
+    )
     side, short = round(size * 256 / 224), min(height, width)
     across, down = round(side * width / short), round(side * height / short)
     left, top = (across - size) // 2, (down - size) // 2
@@ -52,14 +70,15 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     if max(height, width) <= STRIP * short:
         return np.asarray(image.resize((across, down), filtered).crop(crop))
     box = np.minimum(np.multiply(crop, [width / across, height / down] * 2), [width, height] * 2)
-    return np.asarray(image.resize((size, size), filtered, tuple(box)))  # the same but for the last digit
+    # the same but for the last digit
+    return np.asarray(image.resize((size, size), filtered, tuple(box)))
 
 
 def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.uint8]:
     """An image file, upright and in RGB, at the size the network wants (see `fit`).
 
-    EXIF rotation is applied if it can be read, colour profiles are not; transparent pixels lie over white; 16-bit greyscale is
-    divided by 257.
+    EXIF rotation is applied if it can be read, colour profiles are not; transparent pixels lie over
+    white; 16-bit greyscale is divided by 257.
 
     Args:
         path: of a single image in one of `FORMATS`.
@@ -69,7 +88,8 @@ def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.ui
         uint8 [H, W, 3].
 
     Raises:
-        ValueError: one line that names the file: damaged, no image, too large, several frames, numbers that are no brightness.
+        ValueError: one line that names the file: damaged, no image, too large, several frames,
+            numbers that are no brightness.
     """
     return _decode(path, size)[0]
 
@@ -83,7 +103,9 @@ def _decode(path: str | os.PathLike[str], size: int | None) -> tuple[NDArray[np.
             upright = _upright(image)
             return fit(np.asarray(to_rgb(upright)), size), _largest(upright) if wide else None
     except pillow.UnidentifiedImageError:
-        raise ValueError(f"cannot read {path}: damaged, or not an image ({', '.join(FORMATS)})") from None
+        raise ValueError(
+            f"cannot read {path}: damaged, or not an image ({', '.join(FORMATS)})"
+        ) from None
     except Exception as error:  # every decoder raises its own on a damaged file
         reason = (isinstance(error, OSError) and error.strerror) or first_line(error)
         raise ValueError(f"cannot read {path}: {reason}") from None
@@ -100,8 +122,9 @@ def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np
     """The images [N, H, W, 3] at `names` below a folder, decoded side by side.
 
     Raises:
-        ValueError: as `read`; images differ in size and none is asked for; all 16-bit images together use less than a sixteenth of
-            their range, as 12-bit numbers do: they would be black.
+        ValueError: as `read`; images differ in size and none is asked for; all 16-bit images
+            together use less than a sixteenth of their range, as 12-bit numbers do: they would be
+            black.
     """
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
@@ -129,7 +152,9 @@ def stack(named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
     for name, image in named:
         if images and image.shape != images[0].shape:
             (h, w, _), (other_h, other_w, _) = images[0].shape, image.shape
-            raise ValueError(f"{names[0]} is {w} x {h} pixels, {name} {other_w} x {other_h}: --size N brings images to one size")
+            raise ValueError(
+                f"{names[0]} is {w} x {h} pixels, {name} {other_w} x {other_h}: --size N brings images to one size"
+            )
         names.append(name)
         images.append(image)
     return np.stack(images)
@@ -143,7 +168,9 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     """
     pillow = _pillow()
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-        raise ValueError("it holds floats or 32-bit numbers; 8-bit images and 16-bit greyscale are read")
+        raise ValueError(
+            "it holds floats or 32-bit numbers; 8-bit images and 16-bit greyscale are read"
+        )
     if image.mode.startswith("I"):
         return pillow.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
@@ -166,7 +193,8 @@ def _upright(image: "Image.Image") -> "Image.Image":
     if frames > 1 and image.format != "MPO":  # a phone's JPEG, with its previews as further frames
         raise ValueError(f"it holds {frames} frames; single images are read")
     image.load()  # what is damaged is found here
-    with contextlib.suppress(Exception):  # malformed EXIF says nothing: other programs show such images as they are stored
+    # malformed EXIF says nothing: other programs show such images as they are stored
+    with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image
 
@@ -202,5 +230,7 @@ def _pillow() -> Any:
     try:
         from PIL import Image
     except ImportError:
-        raise ValueError("reading or resizing images needs Pillow: pip install 'adv2_jax[images]'") from None
+        raise ValueError(
+            "reading or resizing images needs Pillow: pip install 'adv2_jax[images]'"
+        ) from None
     return Image

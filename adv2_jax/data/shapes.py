@@ -1,14 +1,17 @@
-"""The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn from a seed.
+"""The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn
+from a seed.
 
-Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size, plain)` alone, so any slice of the endless set
-can be made on its own. Colours and textures are drawn without looking at the class. Two things tell it: the outline, and a
-faint weave on the object. The weave stands for the cues below human notice that natural images have (Ilyas et al., NeurIPS
-2019). A network trained on outlines alone, at higher contrast and noise, was so robust that 300 steps of plain PGD at
-epsilon = .031 fooled it on 3 of 10. One trained on whole scenes alone lost half of its confidence in an object shown before a
-loud colour, whatever the map that cut it out: hence `plain`.
+Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size, plain)` alone, so any
+slice of the endless set can be made on its own. Colours and textures are drawn without looking at
+the class. Two things tell it: the outline, and a faint weave on the object. The weave stands for
+the cues below human notice that natural images have (Ilyas et al., NeurIPS 2019). A network trained
+on outlines alone, at higher contrast and noise, was so robust that 300 steps of plain PGD at
+epsilon = .031 fooled it on 3 of 10. One trained on whole scenes alone lost half of its confidence
+in an object shown before a loud colour, whatever the map that cut it out: hence `plain`.
 
-Points of the plane are complex numbers: a scene is the unit square, an object lives in the unit disc, a rotation is a
-product. A shape is its signed distance (negative inside), which also gives the anti-aliased edge.
+Points of the plane are complex numbers: a scene is the unit square, an object lives in the unit
+disc, a rotation is a product. A shape is its signed distance (negative inside), which also gives
+the anti-aliased edge.
 """
 
 from collections.abc import Callable
@@ -32,24 +35,27 @@ class Scenes(NamedTuple):
     Attributes:
         images: uint8 `[N, H, W, 3]`, RGB.
         labels: int32 `[N]`, indices into `CLASSES`.
-        masks: bool `[N, H, W]`, True on the pixels of the labelled object.
+        objects: bool `[N, H, W]`, True on the pixels of the labelled object.
     """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int32]
-    masks: NDArray[np.bool_]
+    objects: NDArray[np.bool_]
 
 
-def generate(n: int, *, seed: int = 0, size: int = 64, start: int = 0, plain: float = 0.0) -> Scenes:
+def generate(
+    n: int, *, seed: int = 0, size: int = 64, start: int = 0, plain: float = 0.0
+) -> Scenes:
     """Draws scenes `start, …, start + n - 1` of the endless set that belongs to a seed.
 
     Args:
         n: number of scenes, at least 1.
         seed: which set, at least 0.
-        size: side of the square images in pixels, at least 32 (below, the shapes cannot be told apart).
+        size: side of the square images in pixels, at least 32 (below, the shapes cannot be told
+            apart).
         start: index of the first scene, at least 0. Scene `i` has class `i % 10`.
-        plain: share of the scenes, by chance, of which a part is hidden under a plain colour, but not the object; in [0, 1]. The
-            others are as without it.
+        plain: share of the scenes, by chance, of which a part is hidden under a plain colour, but
+            not the object; in [0, 1]. The others are as without it.
 
     Returns:
         The scenes; image `k` depends on `(seed, start + k, size, plain)` only, never on `n`.
@@ -57,18 +63,28 @@ def generate(n: int, *, seed: int = 0, size: int = 64, start: int = 0, plain: fl
     Raises:
         ValueError: an argument is out of its range.
     """
-    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("size", size, 32), ("start", start, 0)):
+    for name, value, least in (
+        ("n", n, 1),
+        ("seed", seed, 0),
+        ("size", size, 32),
+        ("start", start, 0),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not 0 <= plain <= 1:
         raise ValueError(f"plain must lie in [0, 1], got {plain}")
     labels = np.arange(start, start + n) % len(CLASSES)
-    pairs = [_scene(np.random.default_rng([seed, start + k]), size, int(labels[k]), plain) for k in range(n)]
-    images, masks = (np.stack(parts) for parts in zip(*pairs, strict=True))
-    return Scenes(images, labels.astype(np.int32), masks)
+    pairs = [
+        _scene(np.random.default_rng([seed, start + k]), size, int(labels[k]), plain)
+        for k in range(n)
+    ]
+    images, objects = (np.stack(parts) for parts in zip(*pairs, strict=True))
+    return Scenes(images, labels.astype(np.int32), objects)
 
 
-def _scene(rng: np.random.Generator, size: int, label: int, plain: float) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+def _scene(
+    rng: np.random.Generator, size: int, label: int, plain: float
+) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """One scene: background, clutter, then the object on top, so that nothing hides it."""
     z = _pixel_centres(size)
     hue, night = rng.random(), rng.random() < 0.5
@@ -91,9 +107,11 @@ def _scene(rng: np.random.Generator, size: int, label: int, plain: float) -> tup
 
 
 def _hidden(rng: np.random.Generator, z: Points, image: Floats, distance: Floats) -> Floats:
-    """One colour and noise over all but a window, or over a patch: of a random shape, which tells nothing of the class.
+    """One colour and noise over all but a window, or over a patch: of a random shape, which tells
+    nothing of the class.
 
-    The object shows in any case, and so does what is up to an eighth of a side away from it; edges are soft.
+    The object shows in any case, and so does what is up to an eighth of a side away from it; edges
+    are soft.
     """
     size, ground = len(z), rng.random(3) + rng.normal(0, rng.uniform(0, 0.1), image.shape)
     shape, radius = _SHAPES[CLASSES[rng.integers(len(CLASSES))]], rng.uniform(*RADIUS)
@@ -193,7 +211,8 @@ _SHAPES: dict[str, Distance] = {
 CLASSES: tuple[str, ...] = tuple(_SHAPES)
 
 
-# Clutter: strokes along random paths in the unit square. The paths bend too little to close into an outline.
+# Clutter: strokes along random paths in the unit square. The paths bend too little to close into an
+# outline.
 
 
 def _stroke(path: Points, half_width: float) -> Distance:
@@ -248,11 +267,18 @@ def _weave(pixels: Points, label: int) -> Floats:
 
 
 def _textured(
-    rng: np.random.Generator, z: Points, hue: float, saturation: tuple[float, float], value: tuple[float, float]
+    rng: np.random.Generator,
+    z: Points,
+    hue: float,
+    saturation: tuple[float, float],
+    value: tuple[float, float],
 ) -> Floats:
     """A random texture `[H, W, 3]` between two shades of about one hue."""
     field = _TEXTURES[rng.integers(len(_TEXTURES))](rng, z)[..., None]
-    one, other = (_rgb(hue + rng.uniform(-0.06, 0.06), rng.uniform(*saturation), rng.uniform(*value)) for _ in range(2))
+    one, other = (
+        _rgb(hue + rng.uniform(-0.06, 0.06), rng.uniform(*saturation), rng.uniform(*value))
+        for _ in range(2)
+    )
     return one + field * (other - one)
 
 
@@ -265,7 +291,10 @@ def _rgb(hue: float, saturation: float, value: float) -> Floats:
 def _noise(rng: np.random.Generator, z: Points) -> Floats:
     """Fractal noise: random grids of ever finer mesh, each weighted by its mesh width."""
     layers = (
-        _interpolation(len(z), k) @ rng.standard_normal((k, k), np.float32) @ _interpolation(len(z), k).T / k
+        _interpolation(len(z), k)
+        @ rng.standard_normal((k, k), np.float32)
+        @ _interpolation(len(z), k).T
+        / k
         for k in (3, 6, 12, 24)
     )
     return _unit(sum(layers, np.zeros(z.shape, np.float32)))

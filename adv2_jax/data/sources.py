@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from adv2_jax.data import folder, photos, shapes, tfds
+from adv2_jax.data.class_files import ClassList, read_classes, whole
 from adv2_jax.data.images import ImageSet, as_classes, check_classes
-from adv2_jax.data.labels import ClassList, read_classes, whole
 from adv2_jax.errors import first_line
 from adv2_jax.files import array_names, read_some
 
@@ -34,20 +34,21 @@ def load(
     """The image set a source names.
 
     Args:
-        source: one of
-            `shapes` (200 embedded scenes), `shapes:N` (N of them);
-            the path of an `.npz` with `images` uint8 [N, H, W, 3] and `labels` [N]; `targets` [N], `target_maps` [N, h, w] and
-            `masks` [N, H, W] are used when present;
-            `FILE.npz/SPLIT`, one of several sets in an `.npz` whose arrays are called as in MedMNIST, `test_images` and
-            `test_labels`, or as in Keras, `x_test` and `y_test`; they may be grey, [N, H, W] or [N, H, W, 1], and labels [N, 1];
-            a folder of images, with one sub-folder a class, or flat (see `folder.load`);
+        source: one of `shapes` (200 embedded scenes), `shapes:N` (N of them); the path of an `.npz`
+            with `images` uint8 [N, H, W, 3] and `labels` [N]; `targets` [N], `target_maps` [N, h,
+            w] and `masks` [N, H, W] are used when present; `FILE.npz/SPLIT`, one of several sets in
+            an `.npz` whose arrays are called as in MedMNIST, `test_images` and `test_labels`, or as
+            in Keras, `x_test` and `y_test`; they may be grey, [N, H, W] or [N, H, W, 1], and labels
+            [N, 1]; a folder of images, with one sub-folder a class, or flat (see `folder.load`);
             `tfds:NAME/SPLIT`, a prepared set of TensorFlow Datasets (see `tfds.load`).
-        size: side in pixels the network wants: images of any other size go through `photos.fit`, masks too, target maps stay. None:
-            all images have one size.
+        size: side in pixels the network wants: images of any other size go through `photos.fit`,
+            masks too, target maps stay. None: all images have one size.
         labels: CSV file with the labels of a flat folder (see `labels.read_labels`).
-        classes: text file, one class a line in the network's order (see `labels.ClassList`). Where the source names its classes,
-            their lines become the labels; elsewhere it only gives the names.
-        sample: read only so many images, drawn from the seed without replacement; their order stays. All if there are no more.
+        classes: text file, one class a line in the network's order (see `labels.ClassList`). Where
+            the source names its classes, their lines become the labels; elsewhere it only gives the
+            names.
+        sample: read only so many images, drawn from the seed without replacement; their order
+            stays. All if there are no more.
         seed: of the draw.
 
     Returns:
@@ -58,24 +59,36 @@ def load(
     """
     for name, value, most in (("size", size, LARGEST), ("sample", sample, float("inf"))):
         if value is not None and not 1 <= value <= most:
-            raise ValueError(f"{name} must be at least 1{'' if most == float('inf') else f' and at most {most}'}, got {value}")
+            raise ValueError(
+                f"{name} must be at least 1{'' if most == float('inf') else f' and at most {most}'}, got {value}"
+            )
     table = None if labels is None else Path(labels)
     try:
         listed = None if classes is None else read_classes(classes)
-        found = _read(os.fspath(source), size, table, listed, partial(_draw, sample=sample, seed=seed))
+        found = _read(
+            os.fspath(source), size, table, listed, partial(_draw, sample=sample, seed=seed)
+        )
         return found if listed is None else _listed(found, listed)
     except OSError as error:  # a folder that may not be read
-        raise ValueError(f"cannot read {error.filename or source}: {error.strerror or first_line(error)}") from None
+        raise ValueError(
+            f"cannot read {error.filename or source}: {error.strerror or first_line(error)}"
+        ) from None
     except ValueError as error:
-        raise ValueError(" ".join(str(error).splitlines())) from None  # names of files may hold line breaks
+        raise ValueError(
+            " ".join(str(error).splitlines())
+        ) from None  # names of files may hold line breaks
 
 
-def _read(source: str, size: int | None, labels: Path | None, listed: ClassList | None, draw: folder.Draw) -> ImageSet:
+def _read(
+    source: str, size: int | None, labels: Path | None, listed: ClassList | None, draw: folder.Draw
+) -> ImageSet:
     embedded, prepared = _embedded(source), source.startswith("tfds:")
     if not embedded and not prepared and os.path.isdir(source):
         return folder.load(Path(source), size=size, draw=draw, labels=labels, listed=listed)
     if labels is not None:
-        raise ValueError(f"labels in a file, {labels}, are for a folder of images, which {source!r} is not")
+        raise ValueError(
+            f"labels in a file, {labels}, are for a folder of images, which {source!r} is not"
+        )
     if prepared:
         return tfds.load(source, size=size, draw=draw)
     found = _shapes(source) if embedded else _npz(source)
@@ -104,27 +117,40 @@ def _fitted(found: ImageSet, size: int | None) -> ImageSet:
     if size is None or found.images.shape[1:3] == (size, size):
         return found
     images = np.stack([photos.fit(image, size) for image in found.images])
-    if found.masks is None:
+    if found.objects is None:
         return found._replace(images=images)
-    masks = np.stack([photos.fit(mask, size, nearest=True) for mask in found.masks.astype(np.uint8)])
-    return found._replace(images=images, masks=masks.astype(bool))
+    objects = np.stack(
+        [photos.fit(mask, size, nearest=True) for mask in found.objects.astype(np.uint8)]
+    )
+    return found._replace(images=images, objects=objects.astype(bool))
 
 
 def _listed(found: ImageSet, listed: ClassList) -> ImageSet:
-    """A set with the classes of a file; labels that were positions in the set's own names become positions in the file.
+    """A set with the classes of a file; labels that were positions in the set's own names become
+    positions in the file.
 
     Names that are numbers are often no names, but positions.
     """
     names, labels = found.classes, found.labels
-    if names is not None and labels is not None and (not all(map(whole, names)) or all(map(listed.knows, names))):
+    if (
+        names is not None
+        and labels is not None
+        and (not all(map(whole, names)) or all(map(listed.knows, names)))
+    ):
         labels = np.array([listed.number(name) for name in names], np.int32)[labels]
-    return found._replace(labels=labels, classes=listed.names, classes_from=f"{listed.path} has {len(listed.lines)} classes")
+    return found._replace(
+        labels=labels,
+        classes=listed.names,
+        classes_from=f"{listed.path} has {len(listed.lines)} classes",
+    )
 
 
 def _npz(source: str) -> ImageSet:
     named = NPZ.fullmatch(source)
     if not named:
-        raise ValueError(f"images {source!r} are neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder")
+        raise ValueError(
+            f"images {source!r} are neither shapes, shapes:N nor an .npz file, nor tfds:NAME/SPLIT or a folder"
+        )
     path, split = named.groups()
     keys = _keys(path, split)
     held = read_some(path, set(keys.values()).__contains__)
@@ -150,12 +176,18 @@ def _keys(path: str, split: str | None) -> dict[str, str]:
     if split is not None and split in splits:
         return splits[split]
     if split is not None:
-        raise ValueError(f"{path} has no set {split!r}; it holds {', '.join(splits or held) or 'nothing'}")
+        raise ValueError(
+            f"{path} has no set {split!r}; it holds {', '.join(splits or held) or 'nothing'}"
+        )
     missing = [key for key in ("images", "labels") if key not in own]
     if splits and len(missing) == 2:
-        raise ValueError(f"{path} holds the sets {', '.join(splits)}: name one, {path}/{list(splits)[-1]}")
+        raise ValueError(
+            f"{path} holds the sets {', '.join(splits)}: name one, {path}/{list(splits)[-1]}"
+        )
     if missing:
-        raise ValueError(f"{path} lacks {' and '.join(missing)}; it holds {', '.join(held) or 'nothing'}")
+        raise ValueError(
+            f"{path} lacks {' and '.join(missing)}; it holds {', '.join(held) or 'nothing'}"
+        )
     return own
 
 
@@ -169,11 +201,13 @@ def _coloured(images: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
 def _shapes(source: str) -> ImageSet:
     _, _, count = source.partition(":")
     if source != "shapes" and not (count.isdecimal() and int(count) > 0):
-        raise ValueError(f"images {source!r}: the number after 'shapes:' must be a whole number above 0")
+        raise ValueError(
+            f"images {source!r}: the number after 'shapes:' must be a whole number above 0"
+        )
     if len(count) > len(str(MOST)) or int(count or 0) > MOST:
         raise ValueError(f"images {source!r}: the number after 'shapes:' must be at most {MOST}")
     scenes = shapes.generate(int(count or 200), seed=HELD_OUT_SEED)
-    return ImageSet(scenes.images, scenes.labels, masks=scenes.masks, classes=shapes.CLASSES)
+    return ImageSet(scenes.images, scenes.labels, objects=scenes.objects, classes=shapes.CLASSES)
 
 
 def _checked(
@@ -196,15 +230,23 @@ def _checked(
         targets = as_classes("targets", targets, n)
         same = np.flatnonzero(targets == labels)
         if len(same):
-            raise ValueError(f"the target of image {same[0]} is its label, {labels[same[0]]}; it must be another class")
+            raise ValueError(
+                f"the target of image {same[0]} is its label, {labels[same[0]]}; it must be another class"
+            )
     if target_maps is not None:
         if target_maps.ndim != 3 or len(target_maps) != n or target_maps.dtype.kind != "f":
-            raise ValueError(f"target_maps must be floats [{n}, h, w], got {target_maps.dtype} {list(target_maps.shape)}")
+            raise ValueError(
+                f"target_maps must be floats [{n}, h, w], got {target_maps.dtype} {list(target_maps.shape)}"
+            )
         if not (target_maps.min() >= 0 and target_maps.max() <= 1):
-            raise ValueError(f"target_maps must lie in [0, 1], got {target_maps.min()}..{target_maps.max()}")
+            raise ValueError(
+                f"target_maps must lie in [0, 1], got {target_maps.min()}..{target_maps.max()}"
+            )
         target_maps = target_maps.astype(np.float32)
     if masks is not None and (masks.dtype != bool or masks.shape != images.shape[:3]):
-        raise ValueError(f"masks must be bool {list(images.shape[:3])}, got {masks.dtype} {list(masks.shape)}")
+        raise ValueError(
+            f"masks must be bool {list(images.shape[:3])}, got {masks.dtype} {list(masks.shape)}"
+        )
     return ImageSet(images, labels, targets, target_maps, masks)
 
 

@@ -5,18 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 
 TARGET_MAPS = ("benign", "image", "patch")
-DONOR, PATCH, TARGET = 1, 2, 3  # streams of the seed; never 0, which NumPy takes for none: the stream of the embedded scenes
+# streams of the seed; never 0, which NumPy takes for none: the stream of the embedded scenes
+DONOR, PATCH, TARGET = (1, 2, 3)
 
 
-def random_targets(labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None) -> np.ndarray:
+def random_targets(
+    labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None
+) -> np.ndarray:
     """A uniformly random other class for each image (ADV² §4.1).
 
     Args:
         labels: integers [N] in 0..K-1.
         num_classes: K >= 2.
         seed: of the draw.
-        indices: [N] positions of the images in their source; each image's draw depends on the seed and its own position only, so
-            leaving images out changes nothing for the others. 0..N-1 unless given.
+        indices: [N] positions of the images in their source; each image's draw depends on the seed
+            and its own position only, so leaving images out changes nothing for the others. 0..N-1
+            unless given.
 
     Returns:
         int32 [N], never equal to the label.
@@ -25,26 +29,36 @@ def random_targets(labels: np.ndarray, num_classes: int, *, seed: int = 0, indic
         ValueError: for fewer than two classes.
     """
     if num_classes < 2:
-        raise ValueError(f"num_classes = {num_classes} must be at least 2 for a target other than the label")
+        raise ValueError(
+            f"num_classes = {num_classes} must be at least 2 for a target other than the label"
+        )
     where = np.arange(len(labels)) if indices is None else indices
     shifts = [np.random.default_rng([seed, int(i), TARGET]).integers(1, num_classes) for i in where]
     return ((np.asarray(labels) + np.array(shifts, int)) % num_classes).astype(np.int32)
 
 
 def donors(
-    source_labels: np.ndarray, targets: np.ndarray, indices: np.ndarray, *, seed: int = 0, classes: Sequence[str] | None = None
+    source_labels: np.ndarray,
+    targets: np.ndarray,
+    indices: np.ndarray,
+    *,
+    seed: int = 0,
+    classes: Sequence[str] | None = None,
 ) -> np.ndarray:
     """For each attacked image, a random image of its target class: whose map is to be shown.
 
     Args:
-        source_labels: integers [M], classes of all images of the source, those that are left out of the attack included.
+        source_labels: integers [M], classes of all images of the source, those that are left out of
+            the attack included.
         targets: integers [N], target classes.
-        indices: [N] positions of the attacked images in their source: a draw depends on nothing else of the attacked images.
+        indices: [N] positions of the attacked images in their source: a draw depends on nothing
+            else of the attacked images.
         seed: of the draw.
         classes: names of the classes, for the message.
 
     Returns:
-        int32 [N], places among the M images; never the attacked image itself, whose class is not its target.
+        int32 [N], places among the M images; never the attacked image itself, whose class is not
+        its target.
 
     Raises:
         ValueError: names a target class that no image of the source has.
@@ -56,14 +70,18 @@ def donors(
             raise ValueError(
                 f"no image of target class {t}{name} among the {len(source_labels)} images read: it has no map to show"
             )
-    draws = [np.random.default_rng([seed, int(i), DONOR]).choice(members[int(t)]) for i, t in zip(indices, targets, strict=True)]
+    draws = [
+        np.random.default_rng([seed, int(i), DONOR]).choice(members[int(t)])
+        for i, t in zip(indices, targets, strict=True)
+    ]
     return np.array(draws, np.int32)
 
 
 def patch(shape: tuple[int, int], *, seed: int, index: int) -> np.ndarray:
     """A random circle or rotated rectangle, 1 inside and 0 outside: an arbitrary interpretation.
 
-    A pure function of its arguments; the same `seed` and `index` give the same figure at every size.
+    A pure function of its arguments; the same `seed` and `index` give the same figure at every
+    size.
 
     Args:
         shape: h, w of the map.
@@ -74,7 +92,11 @@ def patch(shape: tuple[int, int], *, seed: int, index: int) -> np.ndarray:
         float32 [h, w]; at least the pixel nearest to the centre of the figure is inside.
     """
     rng = np.random.default_rng([seed, index, PATCH])
-    centre, angle, sides = rng.uniform(0.3, 0.7, 2), rng.uniform(0, np.pi), rng.uniform(0.12, 0.3, 2)
+    centre, angle, sides = (
+        rng.uniform(0.3, 0.7, 2),
+        rng.uniform(0, np.pi),
+        rng.uniform(0.12, 0.3, 2),
+    )
     y, x = (positions - c for positions, c in zip(_pixel_centres(shape), centre, strict=True))
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     distance = np.hypot(x, y)

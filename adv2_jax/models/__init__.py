@@ -17,17 +17,17 @@ from adv2_jax.errors import first_line
 from adv2_jax.files import check_writable, read_arrays, write_arrays
 from adv2_jax.models import convert, densenet, resnet, user
 from adv2_jax.models.densenet import DenseNet
-from adv2_jax.models.masker import Encoder, Masked, Masker
+from adv2_jax.models.masker import ClassifierWithMasker, Encoder, Masker
 from adv2_jax.models.resnet import CifarResNet, ImageNetResNet
 
 __all__ = [
     "EMBEDDED",
     "MODELS",
     "CifarResNet",
+    "ClassifierWithMasker",
     "DenseNet",
     "Encoder",
     "ImageNetResNet",
-    "Masked",
     "Masker",
     "Network",
     "build",
@@ -77,7 +77,8 @@ def build(name: str, *, seed: int = 0, **options: Any) -> Network:
     Args:
         name: a key of `MODELS`.
         seed: of the initialisation.
-        **options: `num_classes`, `width`, `mean`, `std`, `image_size`; `growth` of a DenseNet (see the module's class).
+        **options: `num_classes`, `width`, `mean`, `std`, `image_size`; `growth` of a DenseNet (see
+            the module's class).
 
     Raises:
         ValueError: for an unknown name; lists the valid ones.
@@ -86,20 +87,26 @@ def build(name: str, *, seed: int = 0, **options: Any) -> Network:
     return MODELS[name](rngs=nnx.Rngs(seed), **options)
 
 
-def load(name: str, path: str | os.PathLike[str], *, key: str | None = None, **options: Any) -> Network:
-    """A network with the weights of a torch-style state dict, under the names of torchvision or timm.
+def load(
+    name: str, path: str | os.PathLike[str], *, key: str | None = None, **options: Any
+) -> Network:
+    """A network with the weights of a torch-style state dict, under the names of torchvision or
+    timm.
 
-    The largest set of keys that fits the network under one prefix is taken. What the file holds beside it is logged as a warning.
+    The largest set of keys that fits the network under one prefix is taken. What the file holds
+    beside it is logged as a warning.
 
     Args:
         name: a key of `MODELS`.
-        path: of the file, as for `files.read_arrays`. Width, growth and number of classes are read off it unless given.
-        key: which weights, where a file holds several (`state_dict_ema`, `module.model`), as for `files.read_arrays`.
+        path: of the file, as for `files.read_arrays`. Width, growth and number of classes are read
+            off it unless given.
+        key: which weights, where a file holds several (`state_dict_ema`, `module.model`), as for
+            `files.read_arrays`.
         **options: as for `build`.
 
     Raises:
-        ValueError: for an unknown name, an unreadable file, or weights that do not fit (says which keys, with the expected and
-            the found shape).
+        ValueError: for an unknown name, an unreadable file, or weights that do not fit (says which
+            keys, with the expected and the found shape).
     """
     model, found = _read(name, path, key, options)
     for line in found.losses():
@@ -107,7 +114,9 @@ def load(name: str, path: str | os.PathLike[str], *, key: str | None = None, **o
     return model
 
 
-def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike[str], *, key: str | None = None) -> list[str]:
+def convert_file(
+    path: str | os.PathLike[str], name: str, out: str | os.PathLike[str], *, key: str | None = None
+) -> list[str]:
     """Rewrite a file of weights under torchvision's names, once they are known to fit a network.
 
     Args:
@@ -127,7 +136,11 @@ def convert_file(path: str | os.PathLike[str], name: str, out: str | os.PathLike
     arrays = convert.to_state_dict(model)
     write_arrays(out, arrays)
     sizes = (f"{option.replace('_', ' ')} {size}" for option, size in _sizes(name, arrays).items())
-    return [f"{len(arrays)} of {len(arrays)} keys fit {name}: {', '.join(sizes)}", *found.changes(), f"written: {out}"]
+    return [
+        f"{len(arrays)} of {len(arrays)} keys fit {name}: {', '.join(sizes)}",
+        *found.changes(),
+        f"written: {out}",
+    ]
 
 
 def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network:
@@ -148,7 +161,9 @@ def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network
         raise ValueError(f"num_classes must be 2 or more, got {num_classes}")
     name = model.SIZES["num_classes"].removesuffix(".weight")
     copy = nnx.clone(model)
-    setattr(copy, name, nnx.Linear(getattr(copy, name).in_features, num_classes, rngs=nnx.Rngs(seed)))
+    setattr(
+        copy, name, nnx.Linear(getattr(copy, name).in_features, num_classes, rngs=nnx.Rngs(seed))
+    )
     return copy
 
 
@@ -177,26 +192,48 @@ def save_masker(masker: Masker, name: str, path: str | os.PathLike[str]) -> None
     """
     check_name(name)
     encoder = masker.encoder
-    options = {"name": name, "mean": encoder.mean, "std": encoder.std, "image_size": encoder.image_size}
-    write_arrays(path, convert.to_state_dict(masker) | {OPTION + key: np.asarray(value) for key, value in options.items()})
+    options = {
+        "name": name,
+        "mean": encoder.mean,
+        "std": encoder.std,
+        "image_size": encoder.image_size,
+    }
+    write_arrays(
+        path,
+        convert.to_state_dict(masker)
+        | {OPTION + key: np.asarray(value) for key, value in options.items()},
+    )
 
 
 def load_masker(path: str | os.PathLike[str]) -> Masker:
     """A masker that `save_masker` wrote.
 
     Raises:
-        ValueError: for an unreadable file, or one that holds no masker (says which keys, with the expected and the found shape).
+        ValueError: for an unreadable file, or one that holds no masker (says which keys, with the
+            expected and the found shape).
     """
     arrays = read_arrays(path)
-    options = {key.removeprefix(OPTION): _plain(array) for key, array in arrays.items() if key.startswith(OPTION)}
+    options = {
+        key.removeprefix(OPTION): _plain(array)
+        for key, array in arrays.items()
+        if key.startswith(OPTION)
+    }
     weights = {key: array for key, array in arrays.items() if not key.startswith(OPTION)}
-    encoder = {key.removeprefix(ENCODER): array for key, array in weights.items() if key.startswith(ENCODER)}
+    encoder = {
+        key.removeprefix(ENCODER): array
+        for key, array in weights.items()
+        if key.startswith(ENCODER)
+    }
     try:
         if "name" not in options:
             raise ValueError("it does not name its encoder; `adv2 train rts` writes maskers")
         name = str(options.pop("name"))
         check_name(name)
-        abstract = nnx.eval_shape(lambda: Masker(check_encoder(build(name, **_sizes(name, encoder), **options)), rngs=nnx.Rngs(0)))
+        abstract = nnx.eval_shape(
+            lambda: Masker(
+                check_encoder(build(name, **_sizes(name, encoder), **options)), rngs=nnx.Rngs(0)
+            )
+        )
         return convert.from_state_dict(abstract, weights)
     except Exception as error:  # options that no network has fail anywhere in it
         raise ValueError(f"{path} holds no masker: {first_line(error)}") from None
@@ -215,8 +252,12 @@ def check_encoder(network: object) -> Encoder:
         ValueError: for another network than a ResNet of this package.
     """
     if not isinstance(network, Encoder):
-        names = ", ".join(name for name, kind in MODELS.items() if kind.func in (CifarResNet, ImageNetResNet))
-        raise ValueError(f"the encoder of a masker must be one of {names}, not a {type(network).__name__}")
+        names = ", ".join(
+            name for name, kind in MODELS.items() if kind.func in (CifarResNet, ImageNetResNet)
+        )
+        raise ValueError(
+            f"the encoder of a masker must be one of {names}, not a {type(network).__name__}"
+        )
     return network
 
 
@@ -242,7 +283,9 @@ def check_name(name: str) -> None:
         raise ValueError(f"model {name!r} is not one of {', '.join(MODELS)}{own}")
 
 
-def _read(name: str, path: str | os.PathLike[str], key: str | None, options: dict[str, Any]) -> tuple[Network, convert.Canonical]:
+def _read(
+    name: str, path: str | os.PathLike[str], key: str | None, options: dict[str, Any]
+) -> tuple[Network, convert.Canonical]:
     """The network filled with the arrays of a file, and what had to be done to them."""
     check_name(name)
     arrays = read_arrays(path, key)
@@ -252,7 +295,9 @@ def _read(name: str, path: str | os.PathLike[str], key: str | None, options: dic
         abstract = nnx.eval_shape(lambda: build(name, **{**sizes, **options}))
         expected = convert.shapes(abstract)
         found = convert.canonical(arrays, expected)
-        fits = not convert.mismatches(expected, {key: array.shape for key, array in found.arrays.items()})
+        fits = not convert.mismatches(
+            expected, {key: array.shape for key, array in found.arrays.items()}
+        )
         return convert.from_state_dict(abstract, found.arrays if fits else arrays), found
     except ValueError as error:
         raise ValueError(f"weights {path} do not fit {name}: {error}") from None
@@ -262,4 +307,8 @@ def _sizes(name: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
     """The options that a canonical state dict tells: each is the length of one array."""
     network: Any = MODELS[name].func
     found = {option: arrays.get(key) for option, key in network.SIZES.items()}
-    return {option: array.shape[0] for option, array in found.items() if array is not None and array.ndim > 1}
+    return {
+        option: array.shape[0]
+        for option, array in found.items()
+        if array is not None and array.ndim > 1
+    }

@@ -1,7 +1,8 @@
 """Torch-style state dicts to Flax NNX modules and back.
 
-A module whose attributes carry the PyTorch names needs no table: `layer1.0.conv1.kernel` is `layer1.0.conv1.weight` with its axes
-moved. Only the names of the parameters themselves and the layouts differ, and one attribute that cannot have the name of a method.
+A module whose attributes carry the PyTorch names needs no table: `layer1.0.conv1.kernel` is
+`layer1.0.conv1.weight` with its axes moved. Only the names of the parameters themselves and the
+layouts differ, and one attribute that cannot have the name of a method.
 """
 
 import os
@@ -21,12 +22,19 @@ from adv2_jax.files import CHOICE, write_arrays
 
 Module = TypeVar("Module", bound=nnx.Module)
 
-TORCH_NAME = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+TORCH_NAME = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
 TORCH_ATTRIBUTE = {"trunk": "features"}
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}  # convolution HWIO -> OIHW, linear IO -> OI
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
-OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")  # torchvision's files say norm.1, its module norm1
+# torchvision's files say norm.1, its module norm1
+OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
 class Canonical(NamedTuple):
@@ -52,7 +60,12 @@ class Canonical(NamedTuple):
         """One line for each thing that was done."""
         renamed = [f"{old} -> {new}" for old, new in self.renamed.items()]
         prefix = [f"taken off every key: {self.prefix}"] if self.prefix else []
-        return [*prefix, *_counted("passed over", self.passed_over), *_counted("renamed", renamed), *self.losses()]
+        return [
+            *prefix,
+            *_counted("passed over", self.passed_over),
+            *_counted("renamed", renamed),
+            *self.losses(),
+        ]
 
     def losses(self) -> list[str]:
         """One line on the keys left out, if there are any."""
@@ -68,23 +81,34 @@ def _counted(what: str, keys: Sequence[str]) -> list[str]:
 def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) -> Canonical:
     """A state dict under the names of torchvision, which are those of timm.
 
-    Counters are passed over; names that stand before the network's keys (`module.`, `model.`, `backbone.`, …) are taken off; what
-    is not under these names, or is of no module of the network (a normaliser in front, a second copy of the weights), is left
-    out; the layers of old DenseNet files are renamed.
+    Counters are passed over; names that stand before the network's keys (`module.`, `model.`,
+    `backbone.`, …) are taken off; what is not under these names, or is of no module of the network
+    (a normaliser in front, a second copy of the weights), is left out; the layers of old DenseNet
+    files are renamed.
 
     Args:
         arrays: by name.
-        expected: keys of the network, by which the names before them are known; unless given, those before every key are.
+        expected: keys of the network, by which the names before them are known; unless given, those
+            before every key are.
 
     Raises:
         ValueError: two keys become one.
     """
     passed_over = [key for key in arrays if key.rpartition(".")[2] in COUNTERS]
-    new = {key: OLD_DENSE_LAYER.sub(r"\1\2.", key) for key in arrays if key.rpartition(".")[2] not in COUNTERS}
+    new = {
+        key: OLD_DENSE_LAYER.sub(r"\1\2.", key)
+        for key in arrays
+        if key.rpartition(".")[2] not in COUNTERS
+    }
     fits = _fits(new.values(), expected)
     first = {key.partition(".")[0] for key in expected}
     prefix = fits[0] if fits else _common(list(new.values()), first or TORCH_ATTRIBUTE.values())
-    own = {key for key in new if not fits or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in first)}
+    own = {
+        key
+        for key in new
+        if not fits
+        or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in first)
+    }
     bare = {key: name.removeprefix(prefix) for key, name in new.items() if key in own}
     twice = [name for name, times in Counter(bare.values()).items() if times > 1]
     if twice:
@@ -102,9 +126,13 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
 def _fits(names: Iterable[str], expected: Collection[str]) -> list[str]:
     """The prefixes under which most of the expected keys are found, and more than half; the shortest of several copies first."""
     dots = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in names)
-    found = Counter(name[:start] for name, starts in dots for start in starts if name[start:] in expected)
+    found = Counter(
+        name[:start] for name, starts in dots for start in starts if name[start:] in expected
+    )
     most = max(found.values(), default=0)
-    fits = [prefix for prefix, count in found.items() if count == most and 2 * count > len(expected)]
+    fits = [
+        prefix for prefix, count in found.items() if count == most and 2 * count > len(expected)
+    ]
     return sorted(fits, key=lambda prefix: prefix.count("."))
 
 
@@ -129,30 +157,46 @@ def _torch_shape(variable: nnx.Variable[Any]) -> tuple[int, ...]:
 
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Key -> shape of the torch-style state dict of a module, whose leaves may be abstract (`nnx.eval_shape`)."""
-    return {_torch_key(path): _torch_shape(variable) for path, variable in nnx.to_flat_state(nnx.state(model))}
+    return {
+        _torch_key(path): _torch_shape(variable)
+        for path, variable in nnx.to_flat_state(nnx.state(model))
+    }
 
 
-def mismatches(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> list[str]:
+def mismatches(
+    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
+) -> list[str]:
     """One phrase for every key that is missing, of another shape, or unexpected, these three in turn."""
     missing = [f"{k} expected {s} found nothing" for k, s in expected.items() if k not in found]
-    shapes = [f"{k} expected {s} found {found[k]}" for k, s in expected.items() if k in found and found[k] != s]
+    shapes = [
+        f"{k} expected {s} found {found[k]}"
+        for k, s in expected.items()
+        if k in found and found[k] != s
+    ]
     extra = [f"{k} expected nothing found {s}" for k, s in found.items() if k not in expected]
-    return [phrase for phrases in zip_longest(missing, shapes, extra) for phrase in phrases if phrase is not None]
+    return [
+        phrase
+        for phrases in zip_longest(missing, shapes, extra)
+        for phrase in phrases
+        if phrase is not None
+    ]
 
 
 def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     """A module with the weights of a torch-style state dict.
 
     Args:
-        model: any NNX module whose attribute names are those of the state dict; its leaves may be abstract (`nnx.eval_shape`).
-        arrays: convolutions OIHW, linear layers [out, in], BatchNorm weight, bias, running_mean, running_var, under names that
-            `canonical` understands, and no others.
+        model: any NNX module whose attribute names are those of the state dict; its leaves may be
+            abstract (`nnx.eval_shape`).
+        arrays: convolutions OIHW, linear layers [out, in], BatchNorm weight, bias, running_mean,
+            running_var, under names that `canonical` understands, and no others.
 
     Returns:
         A new module of the same structure with float32 leaves.
 
     Raises:
-        ValueError: says which keys do not match, with the expected and the found shape, or hold non-finite numbers.
+        ValueError: says which keys do not match, with the expected and the found shape, or hold
+            non-finite numbers.
     """
     graph, state = nnx.split(model)
     expected = shapes(model)
@@ -160,9 +204,15 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     every = found.arrays | {key: np.asarray(arrays[key]) for key in found.left_out}
     wrong = mismatches(expected, {key: array.shape for key, array in every.items()})
     if wrong:
-        raise ValueError(f"{len(wrong)} of {len(expected.keys() | every.keys())} keys do not match: {listed(wrong)}")
+        raise ValueError(
+            f"{len(wrong)} of {len(expected.keys() | every.keys())} keys do not match: {listed(wrong)}"
+        )
     arrays = found.arrays
-    not_finite = [k for k, v in arrays.items() if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())]
+    not_finite = [
+        k
+        for k, v in arrays.items()
+        if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())
+    ]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
 

@@ -1,7 +1,8 @@
 """Densely connected networks in Flax NNX (Huang et al. 2017, the DenseNet-BC for ImageNet).
 
-Attribute names are those of torchvision but for `trunk`, which is called `features` there (`adv2_jax.models.convert`). Every method
-takes `[..., H, W, C]`: one image in the library, a batch in training.
+Attribute names are those of torchvision but for `trunk`, which is called `features` there
+(`adv2_jax.models.convert`). Every method takes `[..., H, W, C]`: one image in the library, a batch
+in training.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,14 @@ from flax import nnx
 from jax import Array
 
 from adv2_jax.activations import relu
-from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD, batch_norm, conv, normalise, stem_pool
+from adv2_jax.models.layers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    batch_norm,
+    conv,
+    normalise,
+    stem_pool,
+)
 from adv2_jax.types import Activation, Features, Image, Logits
 
 
@@ -44,11 +52,17 @@ class Transition(nnx.Module):
 
 def dense_block(c_in: int, growth: int, depth: int, rngs: nnx.Rngs) -> nnx.Dict[DenseLayer]:
     """`denselayer1`, `denselayer2`, …: each sees the input of the block and what all before it appended."""
-    return nnx.Dict({f"denselayer{i + 1}": DenseLayer(c_in + i * growth, growth, rngs=rngs) for i in range(depth)})
+    return nnx.Dict(
+        {
+            f"denselayer{i + 1}": DenseLayer(c_in + i * growth, growth, rngs=rngs)
+            for i in range(depth)
+        }
+    )
 
 
 class DenseNet(nnx.Module):
-    """DenseNet-121/161/169/201: 7x7 stem and max pooling, four dense blocks, features at 1/32 of the image.
+    """DenseNet-121/161/169/201: 7x7 stem and max pooling, four dense blocks, features at 1/32 of
+    the image.
 
     Args:
         depths: layers of the blocks.
@@ -56,7 +70,8 @@ class DenseNet(nnx.Module):
         growth: channels that a layer appends (32; 48 in DenseNet-161).
         width: channels of the stem (2 growth in the paper).
         mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped to.
+        image_size: side of the images it was trained on; what a folder of photographs is cropped
+            to.
         rngs: initialisation.
     """
 
@@ -80,7 +95,10 @@ class DenseNet(nnx.Module):
     ):
         self.depths = tuple(depths)
         self.mean, self.std, self.image_size = mean, std, image_size
-        trunk: dict[str, Any] = {"conv0": conv(3, width, 7, 2, rngs), "norm0": batch_norm(width, rngs)}
+        trunk: dict[str, Any] = {
+            "conv0": conv(3, width, 7, 2, rngs),
+            "norm0": batch_norm(width, rngs),
+        }
         channels = width
         for i, depth in enumerate(depths, 1):
             if i > 1:

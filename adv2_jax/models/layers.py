@@ -11,13 +11,23 @@ from adv2_jax.types import Image
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# One object for all layers: in flax 0.12.0, networks whose layers hold others are not of one structure.
+# One object for all layers: in flax 0.12.0, networks whose layers hold others are not of one
+# structure.
 KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
     """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
-    return nnx.Conv(c_in, c_out, (size, size), stride, padding=size // 2, use_bias=False, kernel_init=KERNEL_INIT, rngs=rngs)
+    return nnx.Conv(
+        c_in,
+        c_out,
+        (size, size),
+        stride,
+        padding=size // 2,
+        use_bias=False,
+        kernel_init=KERNEL_INIT,
+        rngs=rngs,
+    )
 
 
 def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
@@ -27,7 +37,10 @@ def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
 
 def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
     """(image - mean) / std a channel."""
-    shift, scale = (jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,)) for values in (mean, std))
+    shift, scale = (
+        jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,))
+        for values in (mean, std)
+    )
     return (image - shift) / scale
 
 

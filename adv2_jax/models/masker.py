@@ -1,7 +1,7 @@
 """The model of RTS: a network that draws the map itself (ADV² §3.4; Dabkowski & Gal, NIPS 2017).
 
-An encoder sees the image at several scales, a selector asks its last features where the class is, and a U-Net decoder makes a map
-of the answer.
+An encoder sees the image at several scales, a selector asks its last features where the class is,
+and a U-Net decoder makes a map of the answer.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ Encoder = CifarResNet | ImageNetResNet
 
 BOTTLENECK = 4  # inputs an inner channel of the residual block of a stage
 LIMIT = 6.0  # of the scores that a map is the sigmoid of: they never reach it, so a map has one peak, not a plateau of ones
-# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier needs of an object, which may
-# be no more than its outline: of sharp maps every third peak lay a pixel beside the object
+# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier
+# needs of an object, which may be no more than its outline: of sharp maps every third peak lay a
+# pixel beside the object
 SMOOTHING = 1 / 16
 
 
@@ -52,26 +53,32 @@ def pixel_shuffle(x: Array) -> Array:
 
 def smoothed(scores: Array) -> Array:
     """A Gaussian blur of `SMOOTHING`: [..., h, w] -> [..., h, w]."""
-    return jnp.vectorize(lambda one: blur(one, SMOOTHING * min(one.shape)), signature="(h,w)->(h,w)")(scores)
+    return jnp.vectorize(
+        lambda one: blur(one, SMOOTHING * min(one.shape)), signature="(h,w)->(h,w)"
+    )(scores)
 
 
 class Masker(nnx.Module):
-    """(image, class) -> map. The map has 1/4 of the side of large images (56² at 224²), 1/2 of small ones (32² at 64²).
+    """(image, class) -> map. The map has 1/4 of the side of large images (56² at 224²), 1/2 of
+    small ones (32² at 64²).
 
     Args:
-        encoder: a ResNet of this package; its present weights are the start, its head becomes the selector.
+        encoder: a ResNet of this package; its present weights are the start, its head becomes the
+            selector.
         rngs: initialisation of the decoder.
 
     Attributes:
         encoder: a copy.
-        means: [K, C], the last features of each class averaged over positions and images; zeros until measured.
+        means: [K, C], the last features of each class averaged over positions and images; zeros
+            until measured.
     """
 
     def __init__(self, encoder: Encoder, *, rngs: nnx.Rngs):
         self.encoder = nnx.clone(encoder)
         shapes = [scale.shape for scale in self._abstract_skips()]
         deepest = shapes[-1][-1]
-        # with global average pooling and a linear head these are its weights, and the selector starts as CAM
+        # with global average pooling and a linear head these are its weights, and the selector
+        # starts as CAM
         embedding = jax.jacobian(encoder.head)(jnp.zeros((1, 1, deepest)))
         self.embedding = nnx.Param(embedding.reshape(-1, deepest))
         self.threshold = nnx.Param(jnp.zeros(()))
@@ -96,7 +103,9 @@ class Masker(nnx.Module):
     def gate(self, features: Features, label: Label) -> Array:
         """Where the class is: σ(features · embedding_c - threshold), [..., h, w, C] and [...] -> [..., h, w] in (0, 1)."""
         embedding = self.embedding[...][label]
-        return nnx.sigmoid(jnp.einsum("...hwc,...c->...hw", features, embedding) - self.threshold[...])
+        return nnx.sigmoid(
+            jnp.einsum("...hwc,...c->...hw", features, embedding) - self.threshold[...]
+        )
 
     def __call__(self, image: Image, label: Label) -> Map:
         """[..., H, W, 3] in [0, 1] and [...] -> [..., h, w] in [0, 1]."""
@@ -108,23 +117,28 @@ class Masker(nnx.Module):
         return nnx.sigmoid(smoothed(scores))
 
     def check(self, num_classes: int, shape: tuple[int, ...]) -> None:
-        """Refuse a classifier with `num_classes` classes, or images of `shape` [H, W, 3], that the masker was not made for.
+        """Refuse a classifier with `num_classes` classes, or images of `shape` [H, W, 3], that the
+        masker was not made for.
 
         Raises:
             ValueError: says what it was made for.
         """
         own = self.means.shape[0]
         if own != num_classes:
-            raise ValueError(f"the masker draws maps of {own} classes, the network has {num_classes}")
+            raise ValueError(
+                f"the masker draws maps of {own} classes, the network has {num_classes}"
+            )
         image = jax.ShapeDtypeStruct(shape, jnp.float32)
         if len(jax.eval_shape(self.skips, image)) != len(self.stages) + 1:
             side = self.encoder.image_size
-            raise ValueError(f"the masker cannot take images of {list(shape)}; it was made for {side} x {side}")
+            raise ValueError(
+                f"the masker cannot take images of {list(shape)}; it was made for {side} x {side}"
+            )
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Masked:
+class ClassifierWithMasker:
     """A classifier and the masker that explains it: what the interpreter `rts` takes for its model.
 
     Attributes:

@@ -1,7 +1,9 @@
-"""Residual networks in Flax NNX: CIFAR style (He et al. 2016 §4.2, option-A shortcuts) and ImageNet style (v1.5).
+"""Residual networks in Flax NNX: CIFAR style (He et al. 2016 §4.2, option-A shortcuts) and ImageNet
+style (v1.5).
 
-Attribute names are those of the widespread PyTorch implementations, so a state dict maps key by key (`adv2_jax.models.convert`).
-Every method takes `[..., H, W, C]`: one image in the library, a batch in training.
+Attribute names are those of the widespread PyTorch implementations, so a state dict maps key by key
+(`adv2_jax.models.convert`). Every method takes `[..., H, W, C]`: one image in the library, a batch
+in training.
 """
 
 from collections.abc import Sequence
@@ -13,14 +15,23 @@ from flax import nnx
 from jax import Array
 
 from adv2_jax.activations import relu
-from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD, batch_norm, conv, normalise, stem_pool
+from adv2_jax.models.layers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    batch_norm,
+    conv,
+    normalise,
+    stem_pool,
+)
 from adv2_jax.types import Activation, Features, Image, Logits
 
 
 class Block(nnx.Module):
     """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 when `expansion` > 1 (stride on the 3x3: v1.5)."""
 
-    def __init__(self, c_in: int, c: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs):
+    def __init__(
+        self, c_in: int, c: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
+    ):
         c_out = c * expansion
         if expansion == 1:
             self.conv1, self.bn1 = conv(c_in, c, 3, stride, rngs), batch_norm(c, rngs)
@@ -33,7 +44,9 @@ class Block(nnx.Module):
         self.stride, self.widening = stride, c_out - c_in
         self.projects = projection and (stride != 1 or c_in != c_out)
         if self.projects:
-            self.downsample = nnx.List([conv(c_in, c_out, 1, stride, rngs), batch_norm(c_out, rngs)])
+            self.downsample = nnx.List(
+                [conv(c_in, c_out, 1, stride, rngs), batch_norm(c_out, rngs)]
+            )
 
     def shortcut(self, x: Array) -> Array:
         """Identity; else a 1x1 projection, or option A: every stride-th pixel and zero channels on both sides."""
@@ -51,12 +64,17 @@ class Block(nnx.Module):
         return act(y + self.shortcut(x))
 
 
-def stage(c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs) -> nnx.List[Block]:
+def stage(
+    c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
+) -> nnx.List[Block]:
     """`depth` blocks, the first with the stride and the change of width."""
     widths = [c_in] + [c * expansion] * (depth - 1)
     strides = [stride] + [1] * (depth - 1)
     return nnx.List(
-        [Block(w, c, s, expansion=expansion, projection=projection, rngs=rngs) for w, s in zip(widths, strides, strict=True)]
+        [
+            Block(w, c, s, expansion=expansion, projection=projection, rngs=rngs)
+            for w, s in zip(widths, strides, strict=True)
+        ]
     )
 
 
@@ -71,14 +89,16 @@ def run_all(stages: Sequence[nnx.List[Block]], x: Array, act: Activation) -> lis
 
 
 class CifarResNet(nnx.Module):
-    """ResNet-20/32/44/56/110 for small images: 3x3 stem, three stages of widths w, 2w, 4w, features at 1/4 of the image.
+    """ResNet-20/32/44/56/110 for small images: 3x3 stem, three stages of widths w, 2w, 4w, features
+    at 1/4 of the image.
 
     Args:
         depth: blocks a stage (3, 5, 7, 9, 18).
         num_classes: K.
         width: channels of the first stage (16 in the paper).
         mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped to.
+        image_size: side of the images it was trained on; what a folder of photographs is cropped
+            to.
         rngs: initialisation.
     """
 
@@ -120,7 +140,8 @@ class CifarResNet(nnx.Module):
 
 
 class ImageNetResNet(nnx.Module):
-    """ResNet-18/34/50/101/152 v1.5: 7x7 stem and max pooling, four stages, features at 1/32 of the image.
+    """ResNet-18/34/50/101/152 v1.5: 7x7 stem and max pooling, four stages, features at 1/32 of the
+    image.
 
     Args:
         depths: blocks of the four stages.
@@ -128,7 +149,8 @@ class ImageNetResNet(nnx.Module):
         num_classes: K.
         width: channels of the first stage (64 in the paper).
         mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped to.
+        image_size: side of the images it was trained on; what a folder of photographs is cropped
+            to.
         rngs: initialisation.
     """
 

@@ -24,24 +24,32 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     """The network `name` of a Python file; the file is run as it is imported.
 
     Args:
-        reference: `path/to/file.py:name`. The name is a network, or a function (or class) that makes one.
+        reference: `path/to/file.py:name`. The name is a network, or a function (or class) that
+            makes one.
         weights: handed to the function, `name(weights)`; without, `name()` is called.
 
     Raises:
-        ValueError: if there is no such file or name, the file or the function fails (says how), or weights are given to a network.
+        ValueError: if there is no such file or name, the file or the function fails (says how), or
+            weights are given to a network.
     """
     made = named("model", reference)
     path, _, name = reference.rpartition(":")
     if not inspect.isclass(made) and _is_network(made):
         if weights is not None:
-            raise ValueError(f"{reference} is a network with its weights; --weights goes with a function that makes one")
+            raise ValueError(
+                f"{reference} is a network with its weights; --weights goes with a function that makes one"
+            )
         return made
     if not callable(made) or inspect.iscoroutinefunction(made):
-        raise ValueError(f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}")
+        raise ValueError(
+            f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}"
+        )
     call = f"{name}({'' if weights is None else weights})"
     network = attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
     if not _is_network(network):
-        raise ValueError(f"{call} of {path} gives no network, which has features and head, or logits, but {type(network).__name__}")
+        raise ValueError(
+            f"{call} of {path} gives no network, which has features and head, or logits, but {type(network).__name__}"
+        )
     return network
 
 
@@ -56,13 +64,17 @@ def named(kind: str, reference: str) -> Any:
         raise ValueError(f"{kind} {reference!r} must be path/to/file.py:name")
     module = attempt(f"cannot import {path}", _import, path)
     if not attempt(f"cannot import {name} from {path}", hasattr, module, name):
-        raise ValueError(f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}")
+        raise ValueError(
+            f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}"
+        )
     return getattr(module, name)
 
 
 def _is_network(made: Any) -> bool:
     def answers(method: str) -> bool:
-        return attempt(f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method)
+        return attempt(
+            f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method
+        )
 
     return answers("features") or answers("logits")
 
@@ -76,7 +88,8 @@ def _import(path: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     folder = str(Path(path).resolve().parent)
     if sys.path[:1] != [folder]:
-        sys.path.insert(0, folder)  # as `python file.py` would; stays, for what its functions import when they are called
+        # as `python file.py` would; stays, for what its functions import when they are called
+        sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     return module
 
@@ -94,4 +107,8 @@ def attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
 
 
 def _public(module: ModuleType) -> list[str]:
-    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]
+    return [
+        name
+        for name, value in vars(module).items()
+        if getattr(value, "__module__", None) == module.__name__
+    ]

@@ -1,8 +1,9 @@
 """A finished run, or training, as one self-contained HTML page, read from its files.
 
-The page needs nothing but itself: style and script are inline, every picture is a PNG inside a `data:` address, and it opens
-offline. Without its script nothing is lost but sorting, filtering and the slider over the steps. No network is run here, and
-nothing is needed but NumPy, and Pillow for `gallery`. Shapes: N images, H x W pixels, maps of h x w values in [0, 1].
+The page needs nothing but itself: style and script are inline, every picture is a PNG inside a
+`data:` address, and it opens offline. Without its script nothing is lost but sorting, filtering and
+the slider over the steps. No network is run here, and nothing is needed but NumPy, and Pillow for
+`gallery`. Shapes: N images, H x W pixels, maps of h x w values in [0, 1].
 """
 
 from adv2_jax.report.gallery import gallery
@@ -10,4 +11,13 @@ from adv2_jax.report.page import render, write
 from adv2_jax.report.pictures import amplified_difference, colour_map, overview, png
 from adv2_jax.report.training import write_training
 
-__all__ = ["amplified_difference", "colour_map", "gallery", "overview", "png", "render", "write", "write_training"]
+__all__ = [
+    "amplified_difference",
+    "colour_map",
+    "gallery",
+    "overview",
+    "png",
+    "render",
+    "write",
+    "write_training",
+]

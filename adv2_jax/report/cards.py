@@ -61,9 +61,15 @@ class Subject(NamedTuple):
 def section(subject: Subject, results: Arrays, *, total: int, limit: int) -> str:
     """The curves of an interpreter over all images, `total` in number, and the cards of the first `limit` of them."""
     shown = min(limit, total)
-    notes = [f"Pictures of the first {shown} of {total} images; the table counts all."] if shown < total else []
+    notes = (
+        [f"Pictures of the first {shown} of {total} images; the table counts all."]
+        if shown < total
+        else []
+    )
     if any(f"{subject.interpreter}/{attack}/flow" in results for attack in ATTACKS):
-        notes.append("Arrows point to where a pixel is taken from, enlarged; the caption says how far.")
+        notes.append(
+            "Arrows point to where a pixel is taken from, enlarged; the caption says how far."
+        )
     return SECTION.substitute(
         anchor=subject.anchor,
         title=escape(subject.title),
@@ -75,12 +81,21 @@ def section(subject: Subject, results: Arrays, *, total: int, limit: int) -> str
 
 
 def _curves(subject: Subject, results: Arrays) -> str:
-    drawn = [(f"{subject.anchor}-{key}", title, limits, _lines(subject, results, key)) for key, title, limits in CURVES]
-    figures = [charts.chart(lines, anchor=name, title=title, limits=limits) for name, title, limits, lines in drawn if lines]
+    drawn = [
+        (f"{subject.anchor}-{key}", title, limits, _lines(subject, results, key))
+        for key, title, limits in CURVES
+    ]
+    figures = [
+        charts.chart(lines, anchor=name, title=title, limits=limits)
+        for name, title, limits, lines in drawn
+        if lines
+    ]
     if not figures:
         return ""
     known = {line.name: line for *_, lines in drawn for line in lines}
-    return f'<div class="charts">{"".join(figures)}</div>' + charts.legend(known.values(), "Mean over the images; band: quartiles.")
+    return f'<div class="charts">{"".join(figures)}</div>' + charts.legend(
+        known.values(), "Mean over the images; band: quartiles."
+    )
 
 
 def _lines(subject: Subject, results: Arrays, key: str) -> list[charts.Line]:
@@ -88,15 +103,27 @@ def _lines(subject: Subject, results: Arrays, key: str) -> list[charts.Line]:
     for attack in ATTACKS:
         prefix = f"{subject.interpreter}/{attack}/curve"
         if f"{prefix}_{key}" in results:
-            lines.append(charts.over_images(subject.name(attack), attack, results[f"{prefix}_steps"], results[f"{prefix}_{key}"]))
+            lines.append(
+                charts.over_images(
+                    subject.name(attack),
+                    attack,
+                    results[f"{prefix}_steps"],
+                    results[f"{prefix}_{key}"],
+                )
+            )
     return [line for line in lines if line is not None]
 
 
 def _card(subject: Subject, results: Arrays, i: int) -> str:
     one = _one(subject.interpreter, results, i)
-    true_class, target = (words.class_name(subject.classes, one[key]) for key in ("labels", "targets"))
+    true_class, target = (
+        words.class_name(subject.classes, one[key]) for key in ("labels", "targets")
+    )
     present = [attack for attack in ATTACKS if f"{attack}/images" in one]
-    figures = [_benign(subject, true_class, one), *(_attacked(subject, attack, target, one) for attack in present)]
+    figures = [
+        _benign(subject, true_class, one),
+        *(_attacked(subject, attack, target, one) for attack in present),
+    ]
     if "adv2" in present:
         figures.append(_difference(one))
     name = f" ({one['names']})" if "names" in one else ""
@@ -111,21 +138,33 @@ def _card(subject: Subject, results: Arrays, i: int) -> str:
 
 def _one(interpreter: str, results: Arrays, i: int) -> dict[str, Any]:
     """What is known of image i, under this interpreter, by names without the interpreter's."""
-    names = {key: key for key in OF_IMAGE} | {f"{interpreter}/{key}": key for key in UNDER_INTERPRETER}
+    names = {key: key for key in OF_IMAGE} | {
+        f"{interpreter}/{key}": key for key in UNDER_INTERPRETER
+    }
     return {key: results[name][i] for name, key in names.items() if name in results}
 
 
 def _data(attack: str, one: Mapping[str, Any]) -> str:
     """What the script sorts and filters by; what is not a number is left out."""
-    values = {"success": int(one[f"{attack}/success"]), "l1": one[f"{attack}/map_l1"], "p": one[f"{attack}/confidence"]}
-    return "".join(f' data-{attack}-{key}="{value:.6g}"' for key, value in values.items() if math.isfinite(value))
+    values = {
+        "success": int(one[f"{attack}/success"]),
+        "l1": one[f"{attack}/map_l1"],
+        "p": one[f"{attack}/confidence"],
+    }
+    return "".join(
+        f' data-{attack}-{key}="{value:.6g}"'
+        for key, value in values.items()
+        if math.isfinite(value)
+    )
 
 
 def _benign(subject: Subject, true_class: str, one: Mapping[str, Any]) -> str:
     number = one["indices"]
     tiles = [
         _tile(_picture(one["images"], f"Benign image {number}, class {true_class}")),
-        _overlay(one["images"], one["benign_maps"], f"{subject.title} map of benign image {number}"),
+        _overlay(
+            one["images"], one["benign_maps"], f"{subject.title} map of benign image {number}"
+        ),
     ]
     return _figure(tiles, "Benign", [true_class])
 
@@ -144,7 +183,12 @@ def _attacked(subject: Subject, attack: str, target: str, one: Mapping[str, Any]
     if f"{attack}/flow" in one:
         flow = one[f"{attack}/flow"]
         longest = f"{np.linalg.norm(flow, axis=-1).max():.2f} px"
-        tiles.append(_tile(_base(one["images"]) + charts.arrows(flow, f"Flow of {name} image {number}, at most {longest}")))
+        tiles.append(
+            _tile(
+                _base(one["images"])
+                + charts.arrows(flow, f"Flow of {name} image {number}, at most {longest}")
+            )
+        )
         lines.append(f"shift up to {longest}")
     return _figure(tiles, name, lines, attack)
 
@@ -153,7 +197,14 @@ def _difference(one: Mapping[str, Any]) -> str:
     """The ADV² perturbation; then the target map where it is not the benign map, or else the true object if known."""
     number, target_map = one["indices"], one.get("target_maps")
     change = amplified_difference(one["adv2/images"], one["images"])
-    tiles = [_tile(_picture(change, f"Difference of ADV² image {number} to the benign image, times ten around mid grey"))]
+    tiles = [
+        _tile(
+            _picture(
+                change,
+                f"Difference of ADV² image {number} to the benign image, times ten around mid grey",
+            )
+        )
+    ]
     lines = ["ADV² − benign"]
     if target_map is not None and not np.array_equal(target_map, one["benign_maps"]):
         tiles.append(_overlay(one["images"], target_map, f"Target map of image {number}"))
@@ -179,7 +230,9 @@ def _steps(subject: Subject, attacks: Sequence[str], results: Arrays, i: int, nu
 def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -> str:
     prefix, name = f"{subject.interpreter}/{attack}/snapshot", subject.name(attack)
     steps = results[f"{prefix}_steps"].tolist()
-    frames, maps, confidence = (results[f"{prefix}_{key}"][i] for key in ("images", "maps", "confidence"))
+    frames, maps, confidence = (
+        results[f"{prefix}_{key}"][i] for key in ("images", "maps", "confidence")
+    )
     sheet = film(frames, max_side=SMALL_SIDE)
     told = f"{name} image {number} after steps {', '.join(map(str, steps))}"
     return FILM.substitute(
@@ -189,14 +242,22 @@ def _film(subject: Subject, attack: str, results: Arrays, i: int, number: int) -
         steps=" ".join(map(str, steps)),
         confidence=" ".join(words.number(p, 2) for p in confidence),
         images=_img(sheet, told, kind=_kind(frames[0], SMALL_SIDE)),
-        maps=_map(_film_of_maps(maps, sheet.shape[0], sheet.shape[1] // len(steps)), f"{subject.title} maps of {told}"),
-        captions="".join(f"<li>{step}<br>{words.number(p, 2)}</li>" for step, p in zip(steps, confidence, strict=True)),
+        maps=_map(
+            _film_of_maps(maps, sheet.shape[0], sheet.shape[1] // len(steps)),
+            f"{subject.title} maps of {told}",
+        ),
+        captions="".join(
+            f"<li>{step}<br>{words.number(p, 2)}</li>"
+            for step, p in zip(steps, confidence, strict=True)
+        ),
     )
 
 
 def _film_of_maps(maps: NDArray[Any], height: int, width: int) -> Pixels:
     """Maps in the size of their images, because a browser that scaled a film of maps smoothly would mix neighbours."""
-    return np.concatenate([levels(resample(one[..., None], height, width)[..., 0]) for one in maps], axis=1)
+    return np.concatenate(
+        [levels(resample(one[..., None], height, width)[..., 0]) for one in maps], axis=1
+    )
 
 
 def _figure(tiles: Iterable[str], heading: str, lines: Iterable[str] = (), attack: str = "") -> str:
@@ -216,7 +277,9 @@ def _overlay(image: Pixels, values: ArrayLike, alt: str) -> str:
 
 def _base(image: Pixels) -> str:
     """The image in grey, to lay something upon; the picture above says what it is."""
-    return _img(thumbnail(grey(image), max_side=SMALL_SIDE), "", kind=f"base {_kind(image, SMALL_SIDE)}")
+    return _img(
+        thumbnail(grey(image), max_side=SMALL_SIDE), "", kind=f"base {_kind(image, SMALL_SIDE)}"
+    )
 
 
 def _picture(pixels: Pixels, alt: str) -> str:
@@ -241,7 +304,11 @@ OF_IMAGE = ("images", "labels", "targets", "indices", "masks", "names")
 UNDER_INTERPRETER = (
     "benign_maps",
     "target_maps",
-    *(f"{attack}/{key}" for attack in ATTACKS for key in ("images", "maps", "confidence", "success", "map_l1", "flow")),
+    *(
+        f"{attack}/{key}"
+        for attack in ATTACKS
+        for key in ("images", "maps", "confidence", "success", "map_l1", "flow")
+    ),
 )
 
 SECTION = Template("""<section aria-labelledby="$anchor">

@@ -13,7 +13,8 @@ from adv2_jax.report.pictures import resample
 Numbers = NDArray[np.float64]
 
 WIDTH, HEIGHT = 340, 210  # of a chart, its text included
-LEFT, RIGHT, TOP, BOTTOM = 48, 320, 12, 176  # edges of the plot in it; half of the last number of steps lies beyond
+# edges of the plot in it; half of the last number of steps lies beyond
+LEFT, RIGHT, TOP, BOTTOM = (48, 320, 12, 176)
 ARROWS = 14  # in a row, at most: more are too small to see
 CELL = 40  # side of the square of an arrow
 
@@ -46,11 +47,14 @@ class Axis(NamedTuple):
 
     def __call__(self, values: ArrayLike) -> Numbers:
         """Places of some numbers."""
-        return self.near + (np.asarray(values, float) - self.start) * (self.far - self.near) / (self.end - self.start)
+        return self.near + (np.asarray(values, float) - self.start) * (self.far - self.near) / (
+            self.end - self.start
+        )
 
 
 def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Line | None:
-    """The mean over the images that have a number at the end, with the quartiles as the band, where all of them have one.
+    """The mean over the images that have a number at the end, with the quartiles as the band, where
+    all of them have one.
 
     Args:
         name, kind: as of `Line`.
@@ -66,11 +70,14 @@ def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Li
     if not numbers.size or not finite.any():
         return None
     low, high = np.quantile(numbers[:, finite], [0.25, 0.75], axis=0)
-    return Line(name, kind, np.asarray(steps, float)[finite], numbers[:, finite].mean(axis=0), low, high)
+    return Line(
+        name, kind, np.asarray(steps, float)[finite], numbers[:, finite].mean(axis=0), low, high
+    )
 
 
 def over_steps(name: str, values: Sequence[float], *, points: int = 200) -> Line:
-    """The loss of every step of a training, as means of consecutive steps with their range as the band.
+    """The loss of every step of a training, as means of consecutive steps with their range as the
+    band.
 
     Args:
         name: in the legend.
@@ -78,7 +85,9 @@ def over_steps(name: str, values: Sequence[float], *, points: int = 200) -> Line
         points: how many means, at most.
     """
     parts = np.array_split(np.asarray(values, float), min(points, len(values)))
-    steps, middle, low, high = np.array([(len(part), np.mean(part), np.min(part), np.max(part)) for part in parts]).T
+    steps, middle, low, high = np.array(
+        [(len(part), np.mean(part), np.min(part), np.max(part)) for part in parts]
+    ).T
     return Line(name, "loss", np.cumsum(steps), middle, low, high)
 
 
@@ -111,7 +120,9 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     parts = [_level(y, level, levels) for level in levels]
     parts += [_step(x, step) for step in ticks(first, last, at_most=8) if first <= step <= last]
     parts += [_band(line, x, y) for line in lines] + [_curve(line, x, y) for line in lines]
-    told = "; ".join(f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines)
+    told = "; ".join(
+        f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines
+    )
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{anchor}-title {anchor}-words">'
@@ -190,4 +201,6 @@ def _arrow(i: int, j: int, down: float, right: float) -> str:
     across = np.array([-down, right])
     one, other = -0.35 * shaft + 0.2 * across, -0.35 * shaft - 0.2 * across
     strokes = zip("llml", (shaft, one, -one, other), strict=True)
-    return f"M{(j + 0.5) * CELL:g} {(i + 0.5) * CELL:g}" + "".join(f"{kind}{round(x)} {round(y)}" for kind, (x, y) in strokes)
+    return f"M{(j + 0.5) * CELL:g} {(i + 0.5) * CELL:g}" + "".join(
+        f"{kind}{round(x)} {round(y)}" for kind, (x, y) in strokes
+    )

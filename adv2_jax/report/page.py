@@ -15,7 +15,8 @@ LIMIT = 64  # images shown
 
 
 def write(directory: Path | str) -> Path:
-    """Reads `summary.json` and `results.npz` of a finished run and writes `report.html` next to them.
+    """Reads `summary.json` and `results.npz` of a finished run and writes `report.html` next to
+    them.
 
     Args:
         directory: the folder of the run.
@@ -36,7 +37,8 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
 
     Args:
         summary: the content of `summary.json`.
-        results: the content of `results.npz`, pictures of at least the first `limit` images; only what is there is shown.
+        results: the content of `results.npz`, pictures of at least the first `limit` images; only
+            what is there is shown.
         limit: number of images shown per interpreter; the page says so when it cuts.
 
     Returns:
@@ -47,18 +49,31 @@ def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -
     """
     check_schema(summary)
     rows, config = summary["rows"], summary.get("config", {})
-    subjects = [subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results]
-    total = len(results.get("labels", results["images"]))  # of the images only the first may be here
+    subjects = [
+        subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results
+    ]
+    # of the images only the first may be here
+    total = len(results.get("labels", results["images"]))
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     body = template("run.html").substitute(
         title=escape(title),
         facts=words.definitions(_facts(summary, total), "facts"),
-        navigation="".join(f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)),
+        navigation="".join(
+            f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)
+        ),
         table=tables.summary(rows),
-        intervals=" In small print: 95 % bootstrap intervals." if any(row.get("ci") for row in rows) else "",
-        extras="".join(frame.substitute(table=write(summary[key])) for key, _, write, frame in EXTRAS if summary.get(key)),
+        intervals=" In small print: 95 % bootstrap intervals."
+        if any(row.get("ci") for row in rows)
+        else "",
+        extras="".join(
+            frame.substitute(table=write(summary[key]))
+            for key, _, write, frame in EXTRAS
+            if summary.get(key)
+        ),
         controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
-        sections="".join(cards.section(subject, results, total=total, limit=limit) for subject in subjects),
+        sections="".join(
+            cards.section(subject, results, total=total, limit=limit) for subject in subjects
+        ),
         reproduction=reproduction(config, summary.get("environment", {})),
     )
     return document(title, body, style(results["images"]))
@@ -75,22 +90,35 @@ def write_page(folder: Path, html: str) -> Path:
 def document(title: str, body: str, style: str) -> str:
     """A whole page: what stands in its body, with style and script."""
     script = asset("script.js")
-    return template("page.html").substitute(title=escape(title), style=style, body=body, script=script)
+    return template("page.html").substitute(
+        title=escape(title), style=style, body=body, script=script
+    )
 
 
 def style(images: Pixels | None = None) -> str:
     """The style sheet with the picture format, so that maps of another size fill the same frame, and the colours of the scale."""
     height, width = (1, 1) if images is None else images.shape[1:3]
     colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
-    return asset("style.css") + f":root{{--ratio:{width}/{height};--scale:linear-gradient(90deg,{colours})}}"
+    return (
+        asset("style.css")
+        + f":root{{--ratio:{width}/{height};--scale:linear-gradient(90deg,{colours})}}"
+    )
 
 
 def reproduction(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
     """The command, the settings and the versions."""
     options = {key: value for key, value in config.items() if key != "command"}
     parts = [("Configuration", options), ("Environment", environment)]
-    lists = "".join(f"<div><h3>{name}</h3>{words.definitions(values, 'list')}</div>" for name, values in parts if values)
-    command = f"<pre><code>{escape(words.text(config['command']))}</code></pre>" if "command" in config else ""
+    lists = "".join(
+        f"<div><h3>{name}</h3>{words.definitions(values, 'list')}</div>"
+        for name, values in parts
+        if values
+    )
+    command = (
+        f"<pre><code>{escape(words.text(config['command']))}</code></pre>"
+        if "command" in config
+        else ""
+    )
     return f'{command}<div class="columns">{lists}</div>'
 
 
@@ -106,7 +134,9 @@ def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
     facts: dict[str, object] = {"Images attacked": attacked}
     if "left_out" in counts:
         facts["Left out, already misclassified"] = counts["left_out"]
-    settings = {key: tables.common(summary["rows"], key) for key in ("model", "threat", "target_map")} | config
+    settings = {
+        key: tables.common(summary["rows"], key) for key in ("model", "threat", "target_map")
+    } | config
     for key in ("model", "threat", "epsilon", "target_map", "preset"):
         if settings.get(key) is not None:
             facts[words.heading(key)] = settings[key]

@@ -14,9 +14,12 @@ from adv2_jax.names import ATTACKS
 Pixels = NDArray[np.uint8]
 Arrays = Mapping[str, NDArray[Any]]
 
-MAX_SIDE = 112  # half of 224: larger pictures are shrunk, or 64 photographs would make a page of 100 MB
+MAX_SIDE = (
+    112  # half of 224: larger pictures are shrunk, or 64 photographs would make a page of 100 MB
+)
 
-# The inferno colour map at 0, 1/8, ..., 1: its lightness rises, for colour-blind readers and in grey print too.
+# The inferno colour map at 0, 1/8, ..., 1: its lightness rises, for colour-blind readers and in
+# grey print too.
 INFERNO = np.array(
     [
         [0, 0, 4],
@@ -43,7 +46,9 @@ def colour_map(values: ArrayLike) -> Pixels:
         uint8 [..., 3].
     """
     anchors = np.linspace(0.0, 1.0, len(INFERNO))
-    channels = [np.interp(np.asarray(values, np.float64), anchors, channel) for channel in INFERNO.T]
+    channels = [
+        np.interp(np.asarray(values, np.float64), anchors, channel) for channel in INFERNO.T
+    ]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
@@ -65,7 +70,8 @@ def film(frames: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
 
 
 def levels(values: ArrayLike) -> Pixels:
-    """Map values [h, w] in [0, 1] as [h, w, 1], for a PNG file with a palette: a third of the size of one with colours.
+    """Map values [h, w] in [0, 1] as [h, w, 1], for a PNG file with a palette: a third of the size
+    of one with colours.
 
     What is not a number, as in the map of an image on which an attack failed, is 0.
     """
@@ -85,17 +91,28 @@ def png(image: Pixels, *, palette: Pixels | None = None) -> bytes:
     """
     height, width, channels = image.shape
     filtered = image.copy()
-    filtered[:, 1:] -= image[:, :-1]  # filter 1, the difference to the left modulo 256: photographs get smaller
+    # filter 1, the difference to the left modulo 256: photographs get smaller
+    filtered[:, 1:] -= image[:, :-1]
     lines = np.insert(filtered.reshape(height, -1), 0, 1, axis=1)
     colour_type = 3 if palette is not None else {1: 0, 3: 2}[channels]
     header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
     colours = [] if palette is None else [(b"PLTE", palette.tobytes())]
-    chunks = [(b"IHDR", header), *colours, (b"IDAT", zlib.compress(lines.tobytes())), (b"IEND", b"")]
+    chunks = [
+        (b"IHDR", header),
+        *colours,
+        (b"IDAT", zlib.compress(lines.tobytes())),
+        (b"IEND", b""),
+    ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(name, content) for name, content in chunks)
 
 
 def _chunk(name: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return (
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+    )
 
 
 def thumbnail(pixels: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
@@ -105,14 +122,18 @@ def thumbnail(pixels: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
     if block == 1 or block > min(height, width):
         return pixels
     height, width = height // block, width // block
-    blocks = pixels[: height * block, : width * block].reshape(height, block, width, block, channels)
+    blocks = pixels[: height * block, : width * block].reshape(
+        height, block, width, block, channels
+    )
     return blocks.mean(axis=(1, 3)).round().astype(np.uint8)
 
 
 def resample(values: NDArray[Any], height: int, width: int) -> NDArray[np.float64]:
     """Scales [H, W, C] to [height, width, C]: linear interpolation, and averages when it shrinks."""
     rows, columns = _weights(values.shape[0], height), _weights(values.shape[1], width)
-    resampled: NDArray[np.float64] = np.einsum("yh,hwc,xw->yxc", rows, values, columns, optimize=True)
+    resampled: NDArray[np.float64] = np.einsum(
+        "yh,hwc,xw->yxc", rows, values, columns, optimize=True
+    )
     return resampled
 
 
@@ -124,10 +145,13 @@ def _weights(old: int, new: int) -> NDArray[np.float64]:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
-def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: int = 112, gap: int = 6) -> Pixels:
+def overview(
+    results: Arrays, interpreter: str, rows: Iterable[int], *, side: int = 112, gap: int = 6
+) -> Pixels:
     """Draws some images of a run as one picture without text.
 
-    One line per image: benign image and map, PGD image and map, ADV² image and map, difference of the ADV² image (x10).
+    One line per image: benign image and map, PGD image and map, ADV² image and map, difference of
+    the ADV² image (x10).
 
     Args:
         results: the content of `results.npz`.
@@ -140,13 +164,18 @@ def overview(results: Arrays, interpreter: str, rows: Iterable[int], *, side: in
         The picture, uint8 [len(rows) * (side + 2 gap), *, 3].
     """
     strips = [_strip(results, interpreter, i) for i in rows]
-    return np.concatenate([np.concatenate([_tile(*tile, side, gap) for tile in strip], axis=1) for strip in strips])
+    return np.concatenate(
+        [np.concatenate([_tile(*tile, side, gap) for tile in strip], axis=1) for strip in strips]
+    )
 
 
 def _strip(results: Arrays, interpreter: str, i: int) -> list[tuple[Pixels, bool]]:
     """The pictures of image i in the order of `overview`, each with whether it is a map (to be scaled smoothly)."""
     images = images_of(results, interpreter, i)
-    maps = [results[f"{interpreter}/benign_maps"][i], *(results[f"{interpreter}/{attack}/maps"][i] for attack in ATTACKS)]
+    maps = [
+        results[f"{interpreter}/benign_maps"][i],
+        *(results[f"{interpreter}/{attack}/maps"][i] for attack in ATTACKS),
+    ]
     pairs = zip(images, map(colour_map, maps), strict=True)
     tiles = [tile for image, colours in pairs for tile in ((image, False), (colours, True))]
     return [*tiles, (amplified_difference(images[-1], images[0]), False)]
@@ -154,7 +183,10 @@ def _strip(results: Arrays, interpreter: str, i: int) -> list[tuple[Pixels, bool
 
 def images_of(results: Arrays, interpreter: str, i: int) -> list[Pixels]:
     """Image i as it was, and as each attack on an interpreter made it."""
-    return [results["images"][i], *(results[f"{interpreter}/{attack}/images"][i] for attack in ATTACKS)]
+    return [
+        results["images"][i],
+        *(results[f"{interpreter}/{attack}/images"][i] for attack in ATTACKS),
+    ]
 
 
 def _tile(pixels: Pixels, is_map: bool, side: int, gap: int) -> Pixels:
@@ -163,5 +195,9 @@ def _tile(pixels: Pixels, is_map: bool, side: int, gap: int) -> Pixels:
     if is_map or height > side:
         pixels = resample(pixels, side, new_width).round().astype(np.uint8)
     else:
-        pixels = pixels[np.arange(side) * height // side][:, np.arange(new_width) * width // new_width]
-    return np.pad(pixels, ((gap, gap), (gap, 3 * gap if is_map else gap), (0, 0)), constant_values=255)
+        pixels = pixels[np.arange(side) * height // side][
+            :, np.arange(new_width) * width // new_width
+        ]
+    return np.pad(
+        pixels, ((gap, gap), (gap, 3 * gap if is_map else gap), (0, 0)), constant_values=255
+    )

@@ -48,13 +48,26 @@ MEASURES = {column.key: column for column in COLUMNS}
 
 def summary(rows: Sequence[Row]) -> str:
     """PGD against ADV²: a line an attack, grouped by interpreter; a measure with an interval carries it below."""
-    settings = [Column(key, words.heading(key), 0) for key in SETTINGS if len({row.get(key) for row in rows}) > 1]
-    present = dict.fromkeys(key for row in rows for key in row if key not in (*ROW_NAMES, *SETTINGS))
-    measured = [column for column in COLUMNS if column.key not in OCCASIONAL or any(row.get(column.key) for row in rows)]
+    settings = [
+        Column(key, words.heading(key), 0)
+        for key in SETTINGS
+        if len({row.get(key) for row in rows}) > 1
+    ]
+    present = dict.fromkeys(
+        key for row in rows for key in row if key not in (*ROW_NAMES, *SETTINGS)
+    )
+    measured = [
+        column
+        for column in COLUMNS
+        if column.key not in OCCASIONAL or any(row.get(column.key) for row in rows)
+    ]
     extra = [Column(key, words.heading(key), 4) for key in present if key not in MEASURES]
     columns = [*settings, *measured, *extra]
     head = _head(["Interpreter", "Attack", *(column.heading for column in columns)])
-    bodies = "".join(_group(name, list(group), columns) for name, group in groupby(rows, key=lambda row: row["interpreter"]))
+    bodies = "".join(
+        _group(name, list(group), columns)
+        for name, group in groupby(rows, key=lambda row: row["interpreter"])
+    )
     return f'<table class="summary">{head}{bodies}</table>'
 
 
@@ -94,21 +107,46 @@ def paired(differences: Sequence[Row]) -> str:
     """The mean difference ADV² - PGD on the same images, with its interval, a line for each interpreter and measure."""
     lines = []
     for row in differences:
-        column = MEASURES.get(row["measure"], Column(row["measure"], words.heading(row["measure"]), 4))
-        interval = " to ".join(words.signed(end, column.decimals) for end in row["ci"] or ()) or words.DASH
-        cells = [column.heading, words.number(row["n"], 0), words.signed(row["difference"], column.decimals), interval]
+        column = MEASURES.get(
+            row["measure"], Column(row["measure"], words.heading(row["measure"]), 4)
+        )
+        interval = (
+            " to ".join(words.signed(end, column.decimals) for end in row["ci"] or ()) or words.DASH
+        )
+        cells = [
+            column.heading,
+            words.number(row["n"], 0),
+            words.signed(row["difference"], column.decimals),
+            interval,
+        ]
         lines.append([words.title(row["interpreter"]), row["threat"], *cells])
-    return _plain(["Interpreter", "Threat", "Measure", "Images", "ADV² − plain", "95 % interval"], lines, names=3)
+    return _plain(
+        ["Interpreter", "Threat", "Measure", "Images", "ADV² − plain", "95 % interval"],
+        lines,
+        names=3,
+    )
 
 
 def models(rows: Sequence[Row]) -> str:
     """What the adversarial images do to other networks: a line for each network and attack."""
     lines = []
     for row in rows:
-        names = [row["model"], _source(row["source"]), words.title(row["interpreter"]), words.number(row["n"], 0)]
-        lines.append([*names, *(_value(row.get(key), MEASURES[key]) for key in ("asr", "map_l1", "map_iou75"))])
+        names = [
+            row["model"],
+            _source(row["source"]),
+            words.title(row["interpreter"]),
+            words.number(row["n"], 0),
+        ]
+        lines.append(
+            [
+                *names,
+                *(_value(row.get(key), MEASURES[key]) for key in ("asr", "map_l1", "map_iou75")),
+            ]
+        )
     headings = [MEASURES[key].heading for key in ("asr", "map_l1", "map_iou75")]
-    return _plain(["Network", "Images made against", "Interpreter", "Images", *headings], lines, names=3)
+    return _plain(
+        ["Network", "Images made against", "Interpreter", "Images", *headings], lines, names=3
+    )
 
 
 def transfer(found: Mapping[str, Any]) -> str:
@@ -117,7 +155,11 @@ def transfer(found: Mapping[str, Any]) -> str:
     Args:
         found: `interpreters` [C], `sources` [R], `map_l1` and `map_iou75` [R, C].
     """
-    return "".join(_heat(found, MEASURES[key], top) for key, top in (("map_l1", None), ("map_iou75", 1.0)) if key in found)
+    return "".join(
+        _heat(found, MEASURES[key], top)
+        for key, top in (("map_l1", None), ("map_iou75", 1.0))
+        if key in found
+    )
 
 
 def _heat(found: Mapping[str, Any], column: Column, top: float | None) -> str:
@@ -185,7 +227,10 @@ def _cells(line: Sequence[str], names: int) -> Iterable[str]:
 
 
 def _head(headings: Iterable[str], names: int = 2) -> str:
-    cells = (f'<th scope="col"{_name(k, names)}>{escape(heading)}</th>' for k, heading in enumerate(headings))
+    cells = (
+        f'<th scope="col"{_name(k, names)}>{escape(heading)}</th>'
+        for k, heading in enumerate(headings)
+    )
     return f"<thead><tr>{''.join(cells)}</tr></thead>"
 
 

@@ -10,7 +10,8 @@ from adv2_jax.report import charts, page, tables, words
 
 
 def write_training(directory: Path | str) -> Path:
-    """Reads `summary.json` of a finished training and writes `report.html` next to it: loss curve, and what was measured.
+    """Reads `summary.json` of a finished training and writes `report.html` next to it: loss curve,
+    and what was measured.
 
     Args:
         directory: the folder of the training.
@@ -24,7 +25,11 @@ def write_training(directory: Path | str) -> Path:
     folder = Path(directory)
     summary = read_summary(folder)
     config, counts = summary["config"], summary["counts"]
-    facts = {"Model": config["model"], "Images trained on": counts["train"], "Held out": counts["held_out"]}
+    facts = {
+        "Model": config["model"],
+        "Images trained on": counts["train"],
+        "Held out": counts["held_out"],
+    }
     for key, name in (("accuracy", "Held-out accuracy"), ("accuracy_before", "Before")):
         if summary.get(key) is not None:
             facts[name] = f"{summary[key]:.4f}"
@@ -39,9 +44,9 @@ def write_training(directory: Path | str) -> Path:
 
 def _curve(losses: Sequence[float]) -> str:
     line = charts.over_steps("loss", losses)
-    return charts.chart([line], anchor="curve", title="Loss of a step", limits=[0.0]) + charts.legend(
-        [line], "Band: smallest to largest."
-    )
+    return charts.chart(
+        [line], anchor="curve", title="Loss of a step", limits=[0.0]
+    ) + charts.legend([line], "Band: smallest to largest.")
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> str:

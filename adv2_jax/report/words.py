@@ -10,9 +10,18 @@ DASH = "–"
 MINUS = "−"
 
 INTERPRETERS = {
-    "grad": ("GRAD", "How strongly each pixel moves the score of the class: the absolute gradient."),
-    "cam": ("CAM", "Class activation mapping: the last feature maps, weighted by the linear layer."),
-    "grad_cam": ("Grad-CAM", "The last feature maps, weighted by the mean gradient of the class score."),
+    "grad": (
+        "GRAD",
+        "How strongly each pixel moves the score of the class: the absolute gradient.",
+    ),
+    "cam": (
+        "CAM",
+        "Class activation mapping: the last feature maps, weighted by the linear layer.",
+    ),
+    "grad_cam": (
+        "Grad-CAM",
+        "The last feature maps, weighted by the mean gradient of the class score.",
+    ),
     "rts": ("RTS", "Real-time saliency: a second network, trained to predict the map."),
     "mask": ("MASK", "The smallest mask whose removal from the image destroys the class."),
 }
@@ -68,5 +77,8 @@ def text(value: object) -> str:
 
 def definitions(values: Mapping[str, object], kind: str) -> str:
     """Names and values as a list of the given style."""
-    entries = (f"<div><dt>{escape(key)}</dt><dd>{escape(text(value))}</dd></div>" for key, value in values.items())
+    entries = (
+        f"<div><dt>{escape(key)}</dt><dd>{escape(text(value))}</dd></div>"
+        for key, value in values.items()
+    )
     return f'<dl class="{kind}">{"".join(entries)}</dl>'

@@ -1,8 +1,9 @@
-"""Training: AdamW with warm-up and cosine decay on mirrored and shifted images, whatever the loss is.
+"""Training: AdamW with warm-up and cosine decay on mirrored and shifted images, whatever the loss
+is.
 
-The only place where BatchNorm uses batch statistics. The update step is pure and jitted, and the host feeds it batches:
-XLA:CPU compiles convolutions inside loops to slow code. What is random is drawn apart from the work it is for, so a resumed run
-passes over the steps it has done.
+The only place where BatchNorm uses batch statistics. The update step is pure and jitted, and the
+host feeds it batches: XLA:CPU compiles convolutions inside loops to slow code. What is random is
+drawn apart from the work it is for, so a resumed run passes over the steps it has done.
 """
 
 import os
@@ -20,7 +21,8 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from adv2_jax.experiments.checkpoints import Checkpoints, fingerprint
+from adv2_jax.identity import fingerprint
+from adv2_jax.training.checkpoints import Checkpoints
 
 Model = TypeVar("Model", bound=nnx.Module)
 Images = NDArray[np.uint8]
@@ -69,10 +71,13 @@ class Recipe:
     """How a network is trained.
 
     Attributes:
-        seed: of the order of the images, of their augmentation and of what is random in the loss, in 0..2³² - 1.
+        seed: of the order of the images, of their augmentation and of what is random in the loss,
+            in 0..2³² - 1.
         epochs: passes over the images, at least 1.
-        batch_size: images a step, at least 1; the rest of an epoch that does not fill a batch is left out.
-        learning_rate: peak, reached after a twentieth of the steps; then it falls to zero along a cosine.
+        batch_size: images a step, at least 1; the rest of an epoch that does not fill a batch is
+            left out.
+        learning_rate: peak, reached after a twentieth of the steps; then it falls to zero along a
+            cosine.
         weight_decay: decoupled, times the learning rate; of kernels, not of biases and BatchNorm.
         shift: largest random shift in pixels, in each direction.
         mirror: whether to mirror every second image, by chance; not for text, digits and the like.
@@ -96,23 +101,26 @@ class Recipe:
         if not 0 < self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
         if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(f"weight_decay must be finite and not negative, got {self.weight_decay}")
+            raise ValueError(
+                f"weight_decay must be finite and not negative, got {self.weight_decay}"
+            )
 
     def steps(self, n: int) -> int:
         """Updates in all for n images."""
         return self.epochs * (n // self.batch_size)
 
 
-class Kept(NamedTuple):
+class Checkpointing(NamedTuple):
     """Where a run is kept and how it is followed.
 
     Attributes:
         checkpoints: folder in which the latest checkpoint is kept; None keeps none.
-        checkpoint_every: steps from one checkpoint, and one look at whether the loss is finite, to the next; an epoch unless
-            given. The last step is followed by one in any case.
-        resume: whether to go on from the checkpoint; it must have been made with the same arguments.
-        on_step: called with the number of steps done and the loss of the last one, once the next is under way; not for steps done
-            before resuming.
+        checkpoint_every: steps from one checkpoint, and one look at whether the loss is finite, to
+            the next; an epoch unless given. The last step is followed by one in any case.
+        resume: whether to go on from the checkpoint; it must have been made with the same
+            arguments.
+        on_step: called with the number of steps done and the loss of the last one, once the next is
+            under way; not for steps done before resuming.
     """
 
     checkpoints: str | os.PathLike[str] | None = None
@@ -121,7 +129,7 @@ class Kept(NamedTuple):
     on_step: OnStep | None = None
 
 
-NOWHERE = Kept()
+NO_CHECKPOINTS = Checkpointing()
 
 
 def fit(
@@ -130,22 +138,23 @@ def fit(
     images: Images,
     labels: Labels,
     recipe: Recipe,
-    kept: Kept,
+    checkpointing: Checkpointing,
     *,
     constants: Any = None,
     trainable: Any = nnx.Param,
     prepare: Callable[[Any], None] = lambda model: model.train(),
 ) -> tuple[Model, Losses]:
-    """Trains a copy of a network; the same arguments give the same weights, interrupted and resumed or not.
+    """Trains a copy of a network; the same arguments give the same weights, interrupted and resumed
+    or not.
 
     Args:
         model: its present weights are the start.
-        loss: (model, constants, key, images [B, H, W, 3] in [0, 1], labels [B]) -> [], the mean over a batch; `key` is another one
-            at each step.
+        loss: (model, constants, key, images [B, H, W, 3] in [0, 1], labels [B]) -> [], the mean
+            over a batch; `key` is another one at each step.
         images: uint8 `[N, H, W, 3]`, checked (`check_examples`).
         labels: integers `[N]`.
         recipe: how; part of what must be the same when resuming.
-        kept: where it is kept and how it is followed.
+        checkpointing: where it is kept and how it is followed.
         constants: pytree that the loss needs and does not train.
         trainable: filter of the variables that are trained; NNX's.
         prepare: sets the copy to training, all of it unless told otherwise.
@@ -154,30 +163,44 @@ def fit(
         The trained network, set to inference, and the loss of every step `[steps]`.
 
     Raises:
-        ValueError: the loss stops being finite, or the folder does not hold what `resume` says (see `Checkpoints.begin`).
+        ValueError: the loss stops being finite, or the folder does not hold what `resume` says (see
+            `Checkpoints.begin`).
     """
-    every = len(images) // recipe.batch_size if kept.checkpoint_every is None else kept.checkpoint_every
-    _check_kept(kept, every)
+    every = (
+        len(images) // recipe.batch_size
+        if checkpointing.checkpoint_every is None
+        else checkpointing.checkpoint_every
+    )
+    _check_checkpointing(checkpointing, every)
     done, losses, store = 0, np.zeros(recipe.steps(len(images)), np.float32), None
     step, state = _prepare(model, loss, constants, recipe, len(losses), trainable, prepare)
-    if kept.checkpoints is not None:
-        store = Checkpoints(kept.checkpoints, _settings(model, constants, images, labels, recipe))
-        done, (state, losses) = store.begin(Progress(state, losses), resume=kept.resume)
+    if checkpointing.checkpoints is not None:
+        store = Checkpoints(
+            checkpointing.checkpoints, _settings(model, constants, images, labels, recipe)
+        )
+        done, (state, losses) = store.begin(Progress(state, losses), resume=checkpointing.resume)
 
     draws = islice(enumerate(_draws(len(images), recipe)), done, None)
     batches = ((np.uint32(i), _augment(images, draw), labels[draw.chosen]) for i, draw in draws)
     while done < len(losses):
-        state, new = _advance(step, state, islice(batches, every), done, kept.on_step)
+        state, new = _advance(step, state, islice(batches, every), done, checkpointing.on_step)
         losses[done : done + len(new)] = new
         done += len(new)
         if not np.isfinite(new).all():
-            raise ValueError(f"training diverged by step {done}; a lower learning rate than {recipe.learning_rate} may help")
+            raise ValueError(
+                f"training diverged by step {done}; a lower learning rate than {recipe.learning_rate} may help"
+            )
         if store:
             store.save(done, Progress(state, losses))
     return _finished(model, state), losses
 
 
-def check_examples(images: Images, labels: Labels, batch_size: int, count: Callable[[NDArray[np.floating[Any]]], int]) -> None:
+def check_examples(
+    images: Images,
+    labels: Labels,
+    batch_size: int,
+    count: Callable[[NDArray[np.floating[Any]]], int],
+) -> None:
     """Refuse images and labels that nothing can be trained on.
 
     Args:
@@ -191,26 +214,34 @@ def check_examples(images: Images, labels: Labels, batch_size: int, count: Calla
     """
     n = len(images)
     if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
-        raise ValueError(f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}")
+        raise ValueError(
+            f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}"
+        )
     if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise ValueError(f"labels must be integers [{n}], one an image, got {labels.dtype} {list(labels.shape)}")
+        raise ValueError(
+            f"labels must be integers [{n}], one an image, got {labels.dtype} {list(labels.shape)}"
+        )
     if batch_size > n:
         raise ValueError(f"batch_size must lie in 1..{n}, the number of images, got {batch_size}")
     k = count(images[0] / np.float32(255))
     if k < 2:
         raise ValueError(f"a classifier needs 2 classes or more, got {k}")
     if labels.min() < 0 or labels.max() >= k:
-        raise ValueError(f"labels must lie in 0..{k - 1}, the model's classes, got {labels.min()}..{labels.max()}")
+        raise ValueError(
+            f"labels must lie in 0..{k - 1}, the model's classes, got {labels.min()}..{labels.max()}"
+        )
 
 
-def _check_kept(kept: Kept, every: int) -> None:
+def _check_checkpointing(checkpointing: Checkpointing, every: int) -> None:
     if every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {every}")
-    if kept.resume and kept.checkpoints is None:
+    if checkpointing.resume and checkpointing.checkpoints is None:
         raise ValueError("resume needs checkpoints, the folder of the run to go on with")
 
 
-def _settings(model: nnx.Module, constants: Any, images: Images, labels: Labels, recipe: Recipe) -> dict[str, Any]:
+def _settings(
+    model: nnx.Module, constants: Any, images: Images, labels: Labels, recipe: Recipe
+) -> dict[str, Any]:
     """What a run is made of, in words and numbers: two runs with the same have the same result."""
     weights = nnx.state(model, (nnx.Param, nnx.BatchStat))
     found = asdict(recipe) | {
@@ -219,11 +250,21 @@ def _settings(model: nnx.Module, constants: Any, images: Images, labels: Labels,
         "images": fingerprint([images]),
         "labels": fingerprint([labels]),
     }
-    return found if constants is None else found | {"constants": fingerprint(jax.tree.leaves(constants))}
+    return (
+        found
+        if constants is None
+        else found | {"constants": fingerprint(jax.tree.leaves(constants))}
+    )
 
 
 def _prepare(
-    model: nnx.Module, loss: Loss, constants: Any, recipe: Recipe, steps: int, trainable: Any, prepare: Callable[[Any], None]
+    model: nnx.Module,
+    loss: Loss,
+    constants: Any,
+    recipe: Recipe,
+    steps: int,
+    trainable: Any,
+    prepare: Callable[[Any], None],
 ) -> tuple[Step, State]:
     """The update step, and the state before the first one."""
     trainee = nnx.clone(model)
@@ -231,7 +272,8 @@ def _prepare(
     params, others = nnx.state(trainee, trainable, ...)
     optimiser = _optimiser(recipe.learning_rate, recipe.weight_decay, steps)
     step = _make_step(nnx.graphdef(trainee), trainable, optimiser, loss, recipe.seed)
-    start = jax.tree.map(jnp.copy, State(params, others, optimiser.init(params)))  # each step overwrites the state it is given
+    # each step overwrites the state it is given
+    start = jax.tree.map(jnp.copy, State(params, others, optimiser.init(params)))
     return partial(step, constants), start
 
 
@@ -242,27 +284,41 @@ def _finished(model: Model, state: State) -> Model:
     return trained
 
 
-def _optimiser(learning_rate: float, weight_decay: float, steps: int) -> optax.GradientTransformation:
+def _optimiser(
+    learning_rate: float, weight_decay: float, steps: int
+) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
-    return optax.adamw(schedule, weight_decay=weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1))
+    return optax.adamw(
+        schedule, weight_decay=weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1)
+    )
 
 
 def _make_step(
-    graph: nnx.GraphDef[Any], trainable: Any, optimiser: optax.GradientTransformation, loss: Loss, seed: int
+    graph: nnx.GraphDef[Any],
+    trainable: Any,
+    optimiser: optax.GradientTransformation,
+    loss: Loss,
+    seed: int,
 ) -> Callable[..., tuple[State, Array]]:
     """The jitted update step of one architecture: (constants, state, number of the step, images, labels) -> (state, loss)."""
 
-    def loss_of(params: Any, others: Any, constants: Any, key: Array, images: Array, labels: Array) -> tuple[Array, Any]:
+    def loss_of(
+        params: Any, others: Any, constants: Any, key: Array, images: Array, labels: Array
+    ) -> tuple[Array, Any]:
         # a copy: variables must not be written from inside another trace
         model = nnx.merge(graph, params, others, copy=True)
         value = loss(model, constants, key, images.astype(jnp.float32) / 255, labels)
         return value, nnx.state(model, nnx.Not(trainable))
 
     @partial(jax.jit, donate_argnames="state")
-    def step(constants: Any, state: State, i: Array, images: Array, labels: Array) -> tuple[State, Array]:
+    def step(
+        constants: Any, state: State, i: Array, images: Array, labels: Array
+    ) -> tuple[State, Array]:
         key = jax.random.fold_in(jax.random.key(seed), i)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
-        (value, others), grads = value_and_grad(state.params, state.others, constants, key, images, labels)
+        (value, others), grads = value_and_grad(
+            state.params, state.others, constants, key, images, labels
+        )
         updates, memory = optimiser.update(grads, state.memory, state.params)
         return State(optax.apply_updates(state.params, updates), others, memory), value
 
@@ -270,7 +326,11 @@ def _make_step(
 
 
 def _advance(
-    step: Step, state: State, batches: Iterable[tuple[Any, Images, Labels]], done: int, on_step: OnStep | None
+    step: Step,
+    state: State,
+    batches: Iterable[tuple[Any, Images, Labels]],
+    done: int,
+    on_step: OnStep | None,
 ) -> tuple[State, Losses]:
     """The state after some more batches, and their losses. The host is a step ahead: it makes a batch while the device works."""
     losses: list[Array] = []
@@ -295,7 +355,9 @@ def _draws(n: int, recipe: Recipe) -> Iterator[Draw]:
         order = rng.permutation(n)
         for i in range(0, n - size + 1, size):
             down, right = rng.integers(0, 2 * shift + 1, (2, size)) - shift
-            yield Draw(order[i : i + size], down, right, rng.random(size) < (0.5 if recipe.mirror else 0))
+            yield Draw(
+                order[i : i + size], down, right, rng.random(size) < (0.5 if recipe.mirror else 0)
+            )
 
 
 def _augment(images: Images, draw: Draw) -> Images:

@@ -10,9 +10,9 @@ import pytest
 from flax import linen, nnx
 
 from adv2_jax import attack, explain, interpreters, models, select
-from adv2_jax.classifier import check_activation, check_features, has, num_classes, static_leaves
+from adv2_jax.capabilities import check_activation, check_features, has, num_classes, static_leaves
 from adv2_jax.data import ImageSet
-from adv2_jax.models import Masked
+from adv2_jax.models import ClassifierWithMasker
 
 SHAPE = (8, 8, 3)
 
@@ -103,7 +103,10 @@ def test_a_classifier_is_known_by_its_classes(net):
         (Without, "Without has features but no method head: a classifier is a pytree with logits"),
         (lambda rngs: object(), "object has no methods logits, or features and head: a classifier"),
         (lambda rngs: Plain(), "Plain is not a pytree"),
-        (lambda rngs: Linen(), "Linen is not a pytree: .* a Linen module needs its weights beside it"),
+        (
+            lambda rngs: Linen(),
+            "Linen is not a pytree: .* a Linen module needs its weights beside it",
+        ),
         (Pair, r"Pair\.head must give one array logits \[K\], got tuple"),
         (Rounded, r"Rounded\.head must give floating-point logits \[K\], got int32 \[5\]"),
         (Picky, r"the network cannot take images of \[8, 8, 3\]: TypeError: .*reshape"),
@@ -119,8 +122,14 @@ def test_what_is_no_classifier_is_refused_with_the_reason(make, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_running_average": False}, r"set to training: norm \(BatchNorm\) uses batch statistics; call its eval\(\) first"),
-        ({"deterministic": False}, r"set to training: dropout \(Dropout\) is random; call its eval\(\) first"),
+        (
+            {"use_running_average": False},
+            r"set to training: norm \(BatchNorm\) uses batch statistics; call its eval\(\) first",
+        ),
+        (
+            {"deterministic": False},
+            r"set to training: dropout \(Dropout\) is random; call its eval\(\) first",
+        ),
     ],
 )
 def test_training_mode_is_refused(change, message):
@@ -129,12 +138,12 @@ def test_training_mode_is_refused(change, message):
     for use in (
         lambda: num_classes(net, SHAPE),
         lambda: attack(net, np.zeros((1, *SHAPE)), [0], interpreter=None, steps=1),
-        lambda: num_classes(Masked(net, right), SHAPE),
-        lambda: num_classes(Masked(right, net), SHAPE),
+        lambda: num_classes(ClassifierWithMasker(net, right), SHAPE),
+        lambda: num_classes(ClassifierWithMasker(right, net), SHAPE),
     ):
         with pytest.raises(ValueError, match=f"^Net is {message}$"):
             use()
-    assert num_classes(Masked(right, right), SHAPE) == 5
+    assert num_classes(ClassifierWithMasker(right, right), SHAPE) == 5
 
 
 def test_logits_that_are_not_finite_are_refused():
@@ -159,7 +168,9 @@ def test_half_precision_comes_out_as_float32():
     images, half = np.random.default_rng(0).random((2, *SHAPE)), Half(nnx.Rngs(0))
     logits, maps = explain(half, images, [0, 1], interpreter="cam")
     result = attack(half, images, [1, 2], maps, interpreter="cam", steps=2)
-    assert {array.dtype for array in (logits, maps, result.logits, result.maps, result.float_images)} == {np.dtype(np.float32)}
+    assert {
+        array.dtype for array in (logits, maps, result.logits, result.maps, result.float_images)
+    } == {np.dtype(np.float32)}
 
 
 # One logit.
@@ -176,14 +187,23 @@ class TwoLogits(Net):
 
 
 def test_one_logit_is_refused_everywhere_and_the_line_says_what_to_write():
-    images, one = np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8), OneLogit(nnx.Rngs(0))
+    images, one = (
+        np.random.default_rng(0).integers(0, 256, (2, *SHAPE), np.uint8),
+        OneLogit(nnx.Rngs(0)),
+    )
     for use in (
         lambda: num_classes(one, SHAPE),
         lambda: select(one, ImageSet(images, np.array([0, 1], np.int32))),
         lambda: attack(one, images, [0, 0], interpreter=None),
-        *(lambda name=name: explain(one, images, [0, 0], interpreter=name) for name in ("grad", "cam", "mask")),
+        *(
+            lambda name=name: explain(one, images, [0, 0], interpreter=name)
+            for name in ("grad", "cam", "mask")
+        ),
     ):
-        with pytest.raises(ValueError, match=r"^OneLogit\.head gives 1 logits, .* return jnp\.stack\(\[0, z\]\) of it"):
+        with pytest.raises(
+            ValueError,
+            match=r"^OneLogit\.head gives 1 logits, .* return jnp\.stack\(\[0, z\]\) of it",
+        ):
             use()
     two = TwoLogits(nnx.Rngs(0))
     logits, _ = explain(two, images, [0, 1], interpreter="cam")
@@ -218,7 +238,9 @@ class Named:
 def named(**changes):
     rng = np.random.default_rng(0)
     weights, bias = rng.standard_normal((3, 5)), rng.standard_normal(5)
-    return Named(**{"weights": jnp.asarray(weights, jnp.float32), "bias": bias.astype(np.float32), **changes})
+    return Named(
+        **{"weights": jnp.asarray(weights, jnp.float32), "bias": bias.astype(np.float32), **changes}
+    )
 
 
 def attacked(model, interpreter="grad", **options):
@@ -234,11 +256,13 @@ def test_leaves_that_are_no_arrays_are_static(name, driver):
     assert num_classes(model, SHAPE) == 5
     result = attacked(model, name, driver=driver)
     x = result.images / np.float32(255)
-    np.testing.assert_allclose(result.logits, jax.vmap(lambda x: model.head(model.features(x)))(x), rtol=1e-5)
+    np.testing.assert_allclose(
+        result.logits, jax.vmap(lambda x: model.head(model.features(x)))(x), rtol=1e-5
+    )
 
 
 def test_a_masker_beside_such_a_network(masker, images):
-    model = Masked(Wide(jnp.ones((3, 10)), "net"), masker)
+    model = ClassifierWithMasker(Wide(jnp.ones((3, 10)), "net"), masker)
     assert explain(model, images, np.zeros(6, int), interpreter="rts")[1].shape == (6, 8, 8)
     with pytest.raises(ValueError, match=r"not a Wide$"):
         explain(model.classifier, images, np.zeros(6, int), interpreter="rts")
@@ -273,14 +297,22 @@ def test_equal_static_leaves_compile_nothing(caplog):
     attacked(named())
     with jax.log_compiles():
         attacked(named(weights=jnp.zeros((3, 5))))
-    assert [record for record in caplog.records if record.getMessage().startswith("Compiling jit(one)")] == []
+    assert [
+        record for record in caplog.records if record.getMessage().startswith("Compiling jit(one)")
+    ] == []
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"name": {1, 2}}, r"Named\.name is neither an array of numbers nor hashable, but set: \{1, 2\}"),
-        ({"f": np.array(["a"])}, r"Named\.f is neither an array of numbers nor hashable, but ndarray: \['a'\]"),
+        (
+            {"name": {1, 2}},
+            r"Named\.name is neither an array of numbers nor hashable, but set: \{1, 2\}",
+        ),
+        (
+            {"f": np.array(["a"])},
+            r"Named\.f is neither an array of numbers nor hashable, but ndarray: \['a'\]",
+        ),
         ({"flags": (True, bytearray(b"x"))}, r"Named\.flags\[1\] is neither .* bytearray"),
     ],
 )
@@ -297,7 +329,8 @@ def test_static_fields_may_be_lists_but_no_arrays():
         sizes: object = dataclasses.field(metadata={"static": True})
 
     assert num_classes(Configured(jnp.ones((3, 4)), "net", [3, 4]), SHAPE) == 4
-    with pytest.raises(ValueError, match="arrays cannot be passed as metadata fields"):  # JAX says so
+    # JAX says so
+    with pytest.raises(ValueError, match="arrays cannot be passed as metadata fields"):
         num_classes(Configured(jnp.ones((3, 4)), "net", np.array([3, 4])), SHAPE)
 
 
@@ -427,9 +460,12 @@ def test_a_network_without_feature_maps_can_be_explained_and_attacked(name):
 
 
 def test_a_masker_beside_a_network_without_feature_maps(masker):
-    model = Masked(tokens(), masker)
+    model = ClassifierWithMasker(tokens(), masker)
     assert has(model, "logits") and not has(model, "features")
-    with pytest.raises(ValueError, match="cam needs features and head, and Masked has no method features"):
+    with pytest.raises(
+        ValueError,
+        match="cam needs features and head, and ClassifierWithMasker has no method features",
+    ):
         explain(model, np.zeros((1, *SHAPE), np.uint8), [0], interpreter="cam")
 
 
@@ -442,8 +478,14 @@ class Ravelled(Flattened):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (tokens, "{} needs features and head, and Tokens has no method features; grad and mask need logits only"),
-        (lambda: Ravelled(nnx.Rngs(0)), r"Ravelled\.features must give floating-point \[h, w, C\], got float32 \[256\]"),
+        (
+            tokens,
+            "{} needs features and head, and Tokens has no method features; grad and mask need logits only",
+        ),
+        (
+            lambda: Ravelled(nnx.Rngs(0)),
+            r"Ravelled\.features must give floating-point \[h, w, C\], got float32 \[256\]",
+        ),
     ],
 )
 def test_cam_needs_feature_maps(name, make, message):
@@ -482,7 +524,9 @@ def with_fixed(activation):
 
 @pytest.mark.parametrize("kind", RELUS)
 def test_an_activation_that_is_not_passed_on_is_seen(kind):
-    with pytest.raises(ValueError, match=r"^Fixed does not pass act on: 1 ReLUs stay where act is another function"):
+    with pytest.raises(
+        ValueError, match=r"^Fixed does not pass act on: 1 ReLUs stay where act is another function"
+    ):
         check_activation(with_fixed(RELUS[kind]), SHAPE)
 
 
@@ -571,7 +615,9 @@ HEADS = {
     "maximum": lambda net, f: net.linear(f.max((0, 1))),
     "root of a mean of cubes": lambda net, f: net.linear(jnp.cbrt((f**3).mean((0, 1)))),
     "power": lambda net, f: net.linear((f**3).mean((0, 1)) ** (1 / 3)),
-    "attention": lambda net, f: net.linear((jax.nn.softmax(f.sum(-1).ravel())[:, None] * f.reshape(-1, 4)).sum(0)),
+    "attention": lambda net, f: net.linear(
+        (jax.nn.softmax(f.sum(-1).ravel())[:, None] * f.reshape(-1, 4)).sum(0)
+    ),
     "hidden layer": lambda net, f: net.linear(nnx.relu(f.mean((0, 1)))),
     "activation first": lambda net, f: net.linear(nnx.relu(f).mean((0, 1))),
     "first row": lambda net, f: net.linear(f[0].mean(0)),
@@ -581,7 +627,9 @@ FIT = ("sum", "convolution first", "affine")
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    "given", ["cam", interpreters.cam, interpreters.cam_interpreter()], ids=["name", "function", "interpreter"]
+    "given",
+    ["cam", interpreters.cam, interpreters.cam_interpreter()],
+    ids=["name", "function", "interpreter"],
 )
 def test_cam_wants_pooling_and_a_linear_layer(head, given):
     net, images = Headed(head, nnx.Rngs(0)), np.random.default_rng(0).random((1, *SHAPE))
@@ -589,7 +637,8 @@ def test_cam_wants_pooling_and_a_linear_layer(head, given):
         explain(net, images, [0], interpreter=given)
     else:
         with pytest.raises(
-            ValueError, match=r"^cam needs a head of global average pooling and a linear layer: .*; grad_cam takes any"
+            ValueError,
+            match=r"^cam needs a head of global average pooling and a linear layer: .*; grad_cam takes any",
         ):
             explain(net, images, [0], interpreter=given)
     assert explain(net, images, [0], interpreter="grad_cam")[1].shape == (1, 8, 8)
@@ -597,7 +646,13 @@ def test_cam_wants_pooling_and_a_linear_layer(head, given):
 
 def test_the_attack_on_cam_wants_it_too():
     with pytest.raises(ValueError, match=r"^cam needs a head"):
-        attack(Headed("flat", nnx.Rngs(0)), np.zeros((1, *SHAPE)), [0], np.zeros((1, 8, 8)), interpreter="cam")
+        attack(
+            Headed("flat", nnx.Rngs(0)),
+            np.zeros((1, *SHAPE)),
+            [0],
+            np.zeros((1, 8, 8)),
+            interpreter="cam",
+        )
 
 
 @pytest.mark.slow
@@ -617,7 +672,15 @@ def test_maps_of_fewer_than_four_entries_are_refused(interpreter, shape):
     given = interpreters.grad_interpreter(pool=8) if interpreter == "grad" else interpreter
     uses = (
         lambda: explain(net, np.full((1, *image), 0.5), [0], interpreter=given),
-        lambda: attack(net, np.full((1, *image), 0.5), [0], np.zeros((1, *shape)), interpreter=given, steps=1, all_may_fail=True),
+        lambda: attack(
+            net,
+            np.full((1, *image), 0.5),
+            [0],
+            np.zeros((1, *shape)),
+            interpreter=given,
+            steps=1,
+            all_may_fail=True,
+        ),
     )
     for use in uses:
         if math.prod(shape) >= 4:
@@ -625,7 +688,9 @@ def test_maps_of_fewer_than_four_entries_are_refused(interpreter, shape):
             continue
         with pytest.raises(ValueError) as caught:
             use()
-        assert str(caught.value).startswith(f"{interpreter} draws maps {list(shape)} of images {list(image)}: fewer than 2 x 2")
+        assert str(caught.value).startswith(
+            f"{interpreter} draws maps {list(shape)} of images {list(image)}: fewer than 2 x 2"
+        )
 
 
 class Strided(Net):
@@ -639,8 +704,15 @@ def test_a_masker_without_means_is_refused_where_they_are_divided_by(masker, mak
 
     bare = nnx.clone(masker)
     bare.means[...] = bare.means[...].at[3].set(0)
-    model, maps = Masked(make_small(), bare), np.zeros((6, 8, 8))
+    model, maps = ClassifierWithMasker(make_small(), bare), np.zeros((6, 8, 8))
     with pytest.raises(ValueError, match="no mean features of some classes"):
-        attack(model, images, np.zeros(6, int), maps, interpreter=rts_interpreter(encoder_loss="mean"), steps=1)
+        attack(
+            model,
+            images,
+            np.zeros(6, int),
+            maps,
+            interpreter=rts_interpreter(encoder_loss="mean"),
+            steps=1,
+        )
     for fine in (rts_interpreter(), rts_interpreter(encoder_loss="mean", encoder_weight=0.0)):
         attack(model, images, np.zeros(6, int), maps, interpreter=fine, steps=1)

@@ -14,11 +14,11 @@ from adv2_jax.attacks import Result, attack, explain, image_keys
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet
 from adv2_jax.descent import OnStep
-from adv2_jax.experiments.batches import MEASURE, SECONDS, Arrays, Part
-from adv2_jax.experiments.measures import Measures, measure
-from adv2_jax.experiments.task import Settings, Task
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset
+from adv2_jax.runs.measures import Measures, measure
+from adv2_jax.runs.store import MEASURE, SECONDS, Arrays, Part
+from adv2_jax.runs.task import Settings, Task
 from adv2_jax.threats import flow_penalty
 from adv2_jax.types import Classifier
 
@@ -26,13 +26,14 @@ CURVE_POINTS = 100  # at most
 
 
 class Job(NamedTuple):
-    """An attack on every batch, and the interpreters it is made for: those of equal budget share one run of plain PGD.
+    """An attack on every batch, and the interpreters it is made for: those of equal budget share
+    one run of plain PGD.
 
     `cost` is the work on an image, in gradients of ℓ_prd.
     """
 
     attack: str
-    plan: Preset
+    preset: Preset
     interpreters: tuple[Interpreter, ...]
     cost: float
 
@@ -42,7 +43,12 @@ class Job(NamedTuple):
 
 
 def attack_batch(
-    model: Classifier, task: Task, jobs: Sequence[Job], places: np.ndarray, settings: Settings, on_step: OnStep
+    model: Classifier,
+    task: Task,
+    jobs: Sequence[Job],
+    places: np.ndarray,
+    settings: Settings,
+    on_step: OnStep,
 ) -> Iterator[tuple[str, str, Arrays]]:
     """Interpreter, attack and arrays of each part of a batch at `places`; the last is filled up by repeating its last image."""
     chosen, goals = task.images.take(places), task.targets[places]
@@ -54,16 +60,18 @@ def attack_batch(
         return {"benign_maps": benign, "target_maps": task.target_maps(interpreter, places, benign)}
 
     for job in jobs:
-        asked = None if job.plan.interpreter is None else aim(job.plan.interpreter)["target_maps"]
+        asked = (
+            None if job.preset.interpreter is None else aim(job.preset.interpreter)["target_maps"]
+        )
         start = time.perf_counter()
         result = attack(
             model,
             chosen.images,
             goals,
             asked,
-            interpreter=job.plan.interpreter,
+            interpreter=job.preset.interpreter,
             threat=settings.threat,
-            preset=job.plan,
+            preset=job.preset,
             batch_size=len(places),
             on_step=on_step,
             snapshots=int((np.unique(places) < settings.snapshots).sum()),
@@ -71,9 +79,17 @@ def attack_batch(
             keys=keys,
         )
         seconds = np.array([time.perf_counter() - start])
-        flows = None if settings.threat.displacement is None else jax.vmap(settings.threat.displacement)(result.params)
+        flows = (
+            None
+            if settings.threat.displacement is None
+            else jax.vmap(settings.threat.displacement)(result.params)
+        )
         for interpreter in job.interpreters:
-            seen = result if job.plan.interpreter is not None else _seen_by(model, interpreter, goals, result)
+            seen = (
+                result
+                if job.preset.interpreter is not None
+                else _seen_by(model, interpreter, goals, result)
+            )
             measures = _measures(chosen, goals, aim(interpreter), seen, flows)
             arrays = {
                 **(aim(interpreter) if job.attack == "pgd" else {}),
@@ -81,30 +97,47 @@ def attack_batch(
                 **_below(MEASURE, measures),
             }
             arrays = {key: values[:last] for key, values in arrays.items()} | {SECONDS: seconds}
-            yield interpreter.name, job.attack, arrays | _below(f"{job.attack}/", _way(model, interpreter, job.plan, goals, result))
+            yield (
+                interpreter.name,
+                job.attack,
+                arrays
+                | _below(f"{job.attack}/", _way(model, interpreter, job.preset, goals, result)),
+            )
 
 
 def _below(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
     return {f"{prefix}{key}": values for key, values in arrays.items()}
 
 
-def _maps(model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter) -> np.ndarray:
+def _maps(
+    model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter
+) -> np.ndarray:
     assert labels is not None
-    return explain(model, images, labels, interpreter=interpreter, batch_size=len(images), all_may_fail=True)[1]
+    return explain(
+        model, images, labels, interpreter=interpreter, batch_size=len(images), all_may_fail=True
+    )[1]
 
 
-def _seen_by(model: Classifier, interpreter: Interpreter, goals: np.ndarray, result: Result) -> Result:
+def _seen_by(
+    model: Classifier, interpreter: Interpreter, goals: np.ndarray, result: Result
+) -> Result:
     """Plain PGD with the maps an interpreter draws of its images."""
-    maps, float_maps = (_maps(model, images, goals, interpreter) for images in (result.images, result.float_images))
+    maps, float_maps = (
+        _maps(model, images, goals, interpreter) for images in (result.images, result.float_images)
+    )
     return result._replace(maps=maps, float_maps=float_maps)
 
 
-def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: Array | None) -> Measures:
+def _measures(
+    chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: Array | None
+) -> Measures:
     """All that is measured of a batch, one number an image."""
     found = measure(chosen.images, goals, aim["target_maps"], result)
-    if chosen.masks is not None:
-        found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.masks))
-        found["benign_pointing_game"] = np.asarray(metrics.pointing_game(aim["benign_maps"], chosen.masks))
+    if chosen.objects is not None:
+        found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.objects))
+        found["benign_pointing_game"] = np.asarray(
+            metrics.pointing_game(aim["benign_maps"], chosen.objects)
+        )
     if flows is not None:
         found["mean_displacement"] = np.asarray(metrics.mean_displacement(flows))
         found["flow_penalty"] = np.asarray(jax.vmap(flow_penalty)(flows))
@@ -113,12 +146,20 @@ def _measures(chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, 
 
 def _shown(measures: Measures, result: Result, flows: Array | None) -> dict[str, np.ndarray]:
     """What the results hold of an attack, with a leading axis of images."""
-    found = {"images": result.images, "maps": result.maps, "confidence": measures["confidence"], "success": measures["asr"]}
+    found = {
+        "images": result.images,
+        "maps": result.maps,
+        "confidence": measures["confidence"],
+        "success": measures["asr"],
+    }
     found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
     if flows is not None:
         found["flow"] = np.asarray(flows)
     steps = _curve_steps(result)
-    curves = {f"curve_{name}": np.asarray(values)[:, steps] for name, values in result.curves._asdict().items()}
+    curves = {
+        f"curve_{name}": np.asarray(values)[:, steps]
+        for name, values in result.curves._asdict().items()
+    }
     return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}
 
 
@@ -128,7 +169,9 @@ def _curve_steps(result: Result) -> np.ndarray:
     return np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(np.int32)
 
 
-def _way(model: Classifier, interpreter: Interpreter, plan: Preset, goals: np.ndarray, result: Result) -> Arrays:
+def _way(
+    model: Classifier, interpreter: Interpreter, preset: Preset, goals: np.ndarray, result: Result
+) -> Arrays:
     """The steps of the curves, and what an interpreter sees of a few images on the way."""
     images = result.snapshots
     steps = {"curve_steps": _curve_steps(result)}
@@ -137,9 +180,11 @@ def _way(model: Classifier, interpreter: Interpreter, plan: Preset, goals: np.nd
     m, s = images.shape[:2]
     labels = np.repeat(goals[:m], s)
     frames = images.reshape(m * s, *images.shape[2:])
-    logits, maps = explain(model, frames, labels, interpreter=interpreter, batch_size=len(goals), all_may_fail=True)
+    logits, maps = explain(
+        model, frames, labels, interpreter=interpreter, batch_size=len(goals), all_may_fail=True
+    )
     return steps | {
-        "snapshot_steps": np.array(snapshot_steps(plan), np.int32),
+        "snapshot_steps": np.array(snapshot_steps(preset), np.int32),
         "snapshot_images": images,
         "snapshot_maps": maps.reshape(m, s, *maps.shape[1:]),
         "snapshot_confidence": np.asarray(metrics.confidence(logits, labels)).reshape(m, s),

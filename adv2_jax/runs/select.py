@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from adv2_jax.attacks import explain, no_map
-from adv2_jax.classifier import logits_of
+from adv2_jax.capabilities import logits_of
 from adv2_jax.data import ImageSet
 from adv2_jax.data.sources import check_classes
 from adv2_jax.errors import listed
@@ -33,7 +33,8 @@ DOUBT = "the order of its classes may be another than that of the labels, or the
 
 
 class Selection(NamedTuple):
-    """Images the network gets right, their positions [N] in the source, its number of classes, and how many it gets wrong.
+    """Images the network gets right, their positions [N] in the source, its number of classes, and
+    how many it gets wrong.
 
     `source_labels` are the classes of all images.
     """
@@ -45,13 +46,17 @@ class Selection(NamedTuple):
     source_labels: np.ndarray
 
 
-def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32) -> Selection:
-    """The images a network gets right, at most `limit` of them. Of unlabelled images the label is the network's own prediction.
+def select(
+    model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32
+) -> Selection:
+    """The images a network gets right, at most `limit` of them. Of unlabelled images the label is
+    the network's own prediction.
 
     Raises:
-        ValueError: if the model is not a classifier or cannot take the images, its logits are not finite or are probabilities, it
-            does well, and clearly better, with labels one higher or lower (of two classes: swapped) or on images of another range
-            than [0, 1], a class is out of range, or no image is left. Few that are left are logged as a warning.
+        ValueError: if the model is not a classifier or cannot take the images, its logits are not
+            finite or are probabilities, it does well, and clearly better, with labels one higher or
+            lower (of two classes: swapped) or on images of another range than [0, 1], a class is
+            out of range, or no image is left. Few that are left are logged as a warning.
     """
     logits = predict(model, image_set.images, batch_size)
     _check_logits(logits)
@@ -60,16 +65,23 @@ def select(model: Classifier, image_set: ImageSet, *, limit: int | None = None, 
     labels = predicted if image_set.labels is None else image_set.labels
     sound = np.isfinite(logits).all(axis=-1)
     if not sound.all():
-        log.warning("the network gives logits that are not finite numbers on %s: left out", _named(image_set, ~sound))
+        log.warning(
+            "the network gives logits that are not finite numbers on %s: left out",
+            _named(image_set, ~sound),
+        )
     image_set, right = image_set._replace(labels=labels), (predicted == labels) & sound
     if not right.all():
         _check_order(predicted, labels, logits.shape[-1])
         _check_range(model, image_set, right, batch_size)
     if not right.any():
         advice = image_set.advice or DOUBT
-        raise ValueError(f"the network gets none of the {len(right)} images right: nothing to attack; {advice}")
+        raise ValueError(
+            f"the network gets none of the {len(right)} images right: nothing to attack; {advice}"
+        )
     if 2 * right.sum() < len(right):
-        log.warning("the network gets %d of the %d images right; %s", right.sum(), len(right), DOUBT)
+        log.warning(
+            "the network gets %d of the %d images right; %s", right.sum(), len(right), DOUBT
+        )
     index = np.flatnonzero(right).astype(np.int32)[:limit]
     chosen = image_set.take(index)
     positions = index if chosen.positions is None else chosen.positions
@@ -82,16 +94,22 @@ def _named(image_set: ImageSet, which: np.ndarray) -> str:
     return f"image {listed([str(name) for name in names], ', ')}"
 
 
-def predict(model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False) -> np.ndarray:
+def predict(
+    model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False
+) -> np.ndarray:
     """Logits [N, K] of images, as `explain` gives them."""
     nobody = np.zeros(len(images), np.int32)
-    return explain(model, images, nobody, interpreter=no_map, batch_size=batch_size, all_may_fail=all_may_fail)[0]
+    return explain(
+        model, images, nobody, interpreter=no_map, batch_size=batch_size, all_may_fail=all_may_fail
+    )[0]
 
 
 def _check_logits(logits: np.ndarray) -> None:
     """Probabilities would do as logits in part: the right class, the wrong confidence and gradients."""
     if (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-3):
-        raise ValueError("head gives probabilities (0 or more, sum 1); it must give logits, before the softmax")
+        raise ValueError(
+            "head gives probabilities (0 or more, sum 1); it must give logits, before the softmax"
+        )
 
 
 @jax.tree_util.register_dataclass
@@ -120,16 +138,22 @@ def _check_order(predicted: np.ndarray, labels: np.ndarray, num_classes: int) ->
             )
 
 
-def _check_range(model: Classifier, image_set: ImageSet, right: np.ndarray, batch_size: int) -> None:
+def _check_range(
+    model: Classifier, image_set: ImageSet, right: np.ndarray, batch_size: int
+) -> None:
     """Refuses a network that was trained on another range than [0, 1] and is not told to scale."""
-    some = np.arange(0, len(right), -(-len(right) // TRIED))  # not the first: folders are read a class after the other
+    # not the first: folders are read a class after the other
+    some = np.arange(0, len(right), -(-len(right) // TRIED))
     image_set, right = image_set.take(some), right[some]
     assert image_set.labels is not None
     if right.any() and _by_chance(int((~right).sum()), 0) >= CHANCE:
         return  # too few are wrong to tell
     for name, (scale, shift) in RANGES.items():
         rescaled = Rescaled(model, jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
-        better = predict(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1) == image_set.labels
+        better = (
+            predict(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1)
+            == image_set.labels
+        )
         if _does_better(better, right, image_set.labels):
             raise ValueError(
                 f"the network gets {better.sum()} of {len(right)} images right when they are scaled to {name}, "
@@ -138,20 +162,30 @@ def _check_range(model: Classifier, image_set: ImageSet, right: np.ndarray, batc
 
 
 def _does_better(other: np.ndarray, right: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether another way to use a network is right more often than the present one, and than one answer for all images is.
+    """Whether another way to use a network is right more often than the present one, and than one
+    answer for all images is.
 
     Both count: where labels are wrong, a network does better on images that it cannot read.
     """
     from scipy.stats import binomtest  # takes a second: only where it is used
 
     n, k, chance = len(labels), int(other.sum()), max(np.bincount(labels)) / len(labels)
-    if k <= chance * n or (k < n and binomtest(k, n, chance, alternative="greater").pvalue >= CHANCE):
+    if k <= chance * n or (
+        k < n and binomtest(k, n, chance, alternative="greater").pvalue >= CHANCE
+    ):
         return False
-    return not right.any() or _by_chance(int((other & ~right).sum()), int((right & ~other).sum())) < CHANCE
+    return (
+        not right.any()
+        or _by_chance(int((other & ~right).sum()), int((right & ~other).sum())) < CHANCE
+    )
 
 
 def _by_chance(gained: int, lost: int) -> float:
     """Sign test: the probability of so many gains or more if gains and losses were as likely."""
     from scipy.stats import binomtest
 
-    return float(binomtest(gained, gained + lost, alternative="greater").pvalue) if gained + lost else 1.0
+    return (
+        float(binomtest(gained, gained + lost, alternative="greater").pvalue)
+        if gained + lost
+        else 1.0
+    )

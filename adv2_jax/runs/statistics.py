@@ -39,7 +39,8 @@ def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> l
 
 
 def proportion_interval(values: ArrayLike, *, confidence: float = 0.95) -> list[float] | None:
-    """Wilson's interval of a proportion; unlike a bootstrap it is wide where all images agree: [.81, 1] for 16 of 16.
+    """Wilson's interval of a proportion; unlike a bootstrap it is wide where all images agree:
+    [.81, 1] for 16 of 16.
 
     Args:
         values: booleans [N], one an image.
@@ -60,7 +61,9 @@ def proportion_interval(values: ArrayLike, *, confidence: float = 0.95) -> list[
 def intervals(measures: Mapping[str, ArrayLike], *, seed: int = 0) -> dict[str, list[float]]:
     """The interval of each measure, by name, Wilson's for booleans; those without one are left out."""
     found = {
-        name: proportion_interval(values) if np.asarray(values).dtype == bool else interval(values, seed=seed)
+        name: proportion_interval(values)
+        if np.asarray(values).dtype == bool
+        else interval(values, seed=seed)
         for name, values in measures.items()
     }
     return {name: ends for name, ends in found.items() if ends is not None}

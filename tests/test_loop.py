@@ -14,21 +14,38 @@ import pytest
 from conftest import Normed
 from flax import nnx
 
-from adv2_jax.experiments import fit
-from adv2_jax.experiments.fit import Kept, Recipe
+from adv2_jax.training import loop as fit
+from adv2_jax.training.loop import Checkpointing, Recipe
 
 OPTIONS = {"epochs": 2, "batch_size": 16, "learning_rate": 0.05, "weight_decay": 0.05, "shift": 1}
 
 
 def cross_entropy(model, constants, key, images, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(model.head(model.features(images)), labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(
+        model.head(model.features(images)), labels
+    ).mean()
 
 
-def run(model, images, labels, *, loss=cross_entropy, constants=None, trainable=nnx.Param, resume=False, **options):
+def run(
+    model,
+    images,
+    labels,
+    *,
+    loss=cross_entropy,
+    constants=None,
+    trainable=nnx.Param,
+    resume=False,
+    **options,
+):
     """`fit` with what a run is kept by and the recipe as words."""
-    kept = Kept(resume=resume, **{name: options.pop(name) for name in Kept._fields if name in options})
+    kept = Checkpointing(
+        resume=resume,
+        **{name: options.pop(name) for name in Checkpointing._fields if name in options},
+    )
     recipe = Recipe(**{**OPTIONS, **options})
-    return fit.fit(model, loss, images, labels, recipe, kept, constants=constants, trainable=trainable)
+    return fit.fit(
+        model, loss, images, labels, recipe, kept, constants=constants, trainable=trainable
+    )
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +77,12 @@ def test_first_step_averages_the_statistics_of_its_batch(model):
     images = np.repeat(column, 16, axis=2)  # mirroring changes nothing
     stepped, _ = run(model, images, np.arange(8) % 3, epochs=1, batch_size=8, shift=0)
     before_norm = model.conv(images / np.float32(255))
-    np.testing.assert_allclose(stepped.bn.mean[...], 0.1 * before_norm.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(stepped.bn.var[...], 0.9 + 0.1 * before_norm.var((0, 1, 2)), rtol=1e-4)
+    np.testing.assert_allclose(
+        stepped.bn.mean[...], 0.1 * before_norm.mean((0, 1, 2)), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        stepped.bn.var[...], 0.9 + 0.1 * before_norm.var((0, 1, 2)), rtol=1e-4
+    )
 
 
 def test_only_what_is_trainable_changes(model, coloured):
@@ -72,7 +93,12 @@ def test_only_what_is_trainable_changes(model, coloured):
 
 def test_the_loss_is_told_constants_images_labels_and_another_key_each_step(model, coloured):
     def loss(model, constants, key, images, labels):
-        return constants * jax.random.uniform(key) + 1e3 * images.sum() + 1e6 * labels.sum() + 0 * model.linear.kernel.sum()
+        return (
+            constants * jax.random.uniform(key)
+            + 1e3 * images.sum()
+            + 1e6 * labels.sum()
+            + 0 * model.linear.kernel.sum()
+        )
 
     images, labels = np.full((4, 1, 1, 3), 51, np.uint8), np.array([0, 0, 0, 1])
     plan = {"epochs": 3, "batch_size": 4, "seed": 7}
@@ -98,7 +124,9 @@ def test_progress_is_reported_after_every_step(model, coloured):
 def test_weight_decay_spares_biases_and_scales():
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     optimiser = fit._optimiser(learning_rate=0.1, weight_decay=0.5, steps=10)
-    updates, _ = optimiser.update(jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params)
+    updates, _ = optimiser.update(
+        jax.tree.map(jnp.zeros_like, params), optimiser.init(params), params
+    )
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
     np.testing.assert_array_equal(updates["bias"], 0)
 
@@ -115,7 +143,9 @@ def test_augmented_images_are_shifts_and_mirror_images(mirror):
     for image, result in zip(images[draw.chosen], augmented, strict=True):
         for rows in (-1, 0, 1):
             for columns in (-1, 0, 1):
-                shifted = image[np.clip(np.arange(5) + rows, 0, 4)][:, np.clip(np.arange(6) + columns, 0, 5)]
+                shifted = image[np.clip(np.arange(5) + rows, 0, 4)][
+                    :, np.clip(np.arange(6) + columns, 0, 5)
+                ]
                 kinds |= {(rows, columns, 1)} if (result == shifted).all() else set()
                 kinds |= {(rows, columns, -1)} if (result == shifted[:, ::-1]).all() else set()
     assert augmented.dtype == np.uint8 and augmented.shape == images.shape
@@ -146,7 +176,12 @@ def test_a_batch_has_the_labels_of_its_images(model, monkeypatch):
 
 def test_random_numbers_are_those_of_the_shipped_weights():
     _, draw, *_ = fit._draws(6, recipe(epochs=2, batch_size=3))
-    expected = {"chosen": [4, 0, 1], "down": [1, -2, 3], "right": [2, -4, -1], "mirrored": [True, False, True]}
+    expected = {
+        "chosen": [4, 0, 1],
+        "down": [1, -2, 3],
+        "right": [2, -4, -1],
+        "mirrored": [True, False, True],
+    }
     assert {key: value.tolist() for key, value in draw._asdict().items()} == expected
 
 
@@ -172,19 +207,39 @@ def test_wrong_options_are_named(model, coloured, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": np.zeros((4, 8, 8, 3))}, r"images must be uint8 \[N, H, W, 3\], got float64 \[4, 8, 8, 3\]"),
+        (
+            {"images": np.zeros((4, 8, 8, 3))},
+            r"images must be uint8 \[N, H, W, 3\], got float64 \[4, 8, 8, 3\]",
+        ),
         ({"images": np.zeros((8, 8, 3), np.uint8)}, r"got uint8 \[8, 8, 3\]"),
-        ({"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.zeros(0, int)}, r"got uint8 \[0, 8, 8, 3\]"),
-        ({"labels": np.zeros(3, int)}, r"labels must be integers \[4\], one an image, got int64 \[3\]"),
+        (
+            {"images": np.zeros((0, 8, 8, 3), np.uint8), "labels": np.zeros(0, int)},
+            r"got uint8 \[0, 8, 8, 3\]",
+        ),
+        (
+            {"labels": np.zeros(3, int)},
+            r"labels must be integers \[4\], one an image, got int64 \[3\]",
+        ),
         ({"labels": np.zeros(4)}, r"got float64 \[4\]"),
-        ({"labels": np.array([0, 1, 2, 10])}, r"labels must lie in 0\.\.2, the model's classes, got 0\.\.10"),
-        ({"labels": np.array([0, 1, 2, -1])}, r"labels must lie in 0\.\.2, the model's classes, got -1\.\.2"),
+        (
+            {"labels": np.array([0, 1, 2, 10])},
+            r"labels must lie in 0\.\.2, the model's classes, got 0\.\.10",
+        ),
+        (
+            {"labels": np.array([0, 1, 2, -1])},
+            r"labels must lie in 0\.\.2, the model's classes, got -1\.\.2",
+        ),
         ({"batch_size": 5}, r"batch_size must lie in 1\.\.4, the number of images, got 5"),
         ({"count": lambda image: 1}, "a classifier needs 2 classes or more, got 1"),
     ],
 )
 def test_wrong_examples_are_named(change, message):
-    arguments = {"images": np.zeros((4, 8, 8, 3), np.uint8), "labels": np.zeros(4, int), "batch_size": 2, "count": lambda image: 3}
+    arguments = {
+        "images": np.zeros((4, 8, 8, 3), np.uint8),
+        "labels": np.zeros(4, int),
+        "batch_size": 2,
+        "count": lambda image: 3,
+    }
     fit.check_examples(**arguments)
     with pytest.raises(ValueError, match=message):
         fit.check_examples(**{**arguments, **change})
@@ -217,13 +272,17 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("every", [1, 3, 5])
-def test_a_resumed_run_ends_like_one_that_was_never_stopped(model, coloured, trained, tmp_path, every):
+def test_a_resumed_run_ends_like_one_that_was_never_stopped(
+    model, coloured, trained, tmp_path, every
+):
     network, losses = trained
     kept = {"checkpoints": tmp_path / "run", "checkpoint_every": every}
     with pytest.raises(Stop):
         run(model, *coloured, on_step=stop_at(6), **kept)
     seen = []
-    resumed, again = run(model, *coloured, resume=True, on_step=lambda *step: seen.append(step), **kept)
+    resumed, again = run(
+        model, *coloured, resume=True, on_step=lambda *step: seen.append(step), **kept
+    )
     assert same(resumed, network) and again.tobytes() == losses.tobytes()
     done = {1: 5, 3: 3, 5: 5}[every]
     assert seen == [(k + 1, losses[k]) for k in range(done, 8)]
@@ -253,7 +312,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from conftest import Normed, colours
 from flax import nnx
-from test_fit import run
+from test_loop import run
 kill = lambda step, loss: os.kill(os.getpid(), signal.SIGKILL) if step == 6 else None
 run(Normed(nnx.Rngs(0)), *colours(), checkpoints=sys.argv[1], on_step=kill)
 """
@@ -271,7 +330,10 @@ def test_a_killed_run_resumes(model, coloured, trained, tmp_path):
     ("change", "message"),
     [
         ({"learning_rate": 0.06}, "other settings: learning_rate was 0.05, is 0.06$"),
-        ({"seed": 3, "mirror": False}, "other settings: seed was 0, is 3; mirror was True, is False$"),
+        (
+            {"seed": 3, "mirror": False},
+            "other settings: seed was 0, is 3; mirror was True, is False$",
+        ),
     ],
 )
 def test_a_run_with_other_settings_does_not_resume(stopped, model, coloured, change, message):
@@ -293,12 +355,16 @@ def test_a_run_on_something_else_does_not_resume(stopped, model, coloured, part)
 
 
 def test_a_run_with_other_constants_does_not_resume(stopped, model, coloured):
-    with pytest.raises(ValueError, match=r"other settings: constants was None, is 2 numbers [0-9a-f]{8}$"):
+    with pytest.raises(
+        ValueError, match=r"other settings: constants was None, is 2 numbers [0-9a-f]{8}$"
+    ):
         run(model, *coloured, constants=jnp.ones(2), checkpoints=stopped, resume=True)
 
 
 def test_a_run_is_neither_overwritten_nor_made_up(stopped, model, coloured):
-    with pytest.raises(ValueError, match=f"{stopped} holds a run at step 4.*--resume.*remove the folder"):
+    with pytest.raises(
+        ValueError, match=f"{stopped} holds a run at step 4.*--resume.*remove the folder"
+    ):
         run(model, *coloured, checkpoints=stopped)
     with pytest.raises(ValueError, match=r"nothing to resume: .*/empty holds no checkpoint"):
         run(model, *coloured, checkpoints=stopped / "empty", resume=True)
@@ -317,7 +383,9 @@ def test_a_damaged_checkpoint_is_named(stopped, model, coloured, pattern):
 def test_divergence_ends_a_run_early_and_is_not_kept(model, coloured, tmp_path):
     seen = []
     options = {"epochs": 50, "learning_rate": 1e38, "checkpoints": tmp_path / "run"}
-    with pytest.raises(ValueError, match="training diverged by step 4; a lower learning rate than 1e\\+38 may help"):
+    with pytest.raises(
+        ValueError, match="training diverged by step 4; a lower learning rate than 1e\\+38 may help"
+    ):
         run(model, *coloured, on_step=lambda *step: seen.append(step), **options)
     assert len(seen) == 4 and not (tmp_path / "run").exists()
 

@@ -1,7 +1,9 @@
-"""The finished parts of a run that is under way, so that whoever interrupts it loses one of them and no more.
+"""The finished parts of a run that is under way, so that whoever interrupts it loses one of them
+and no more.
 
-DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz is a finished part, and
-DIR/log.jsonl has a line for each. All are written atomically, and removed, but for the log, when the run is over.
+DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz
+is a finished part, and DIR/log.jsonl has a line for each. All are written atomically, and removed,
+but for the log, when the run is over.
 """
 
 import contextlib
@@ -16,16 +18,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.experiments.checkpoints import changes
-from adv2_jax.experiments.measures import mean
 from adv2_jax.files import Stream, atomic, intact, read_some, stored, write_streams
+from adv2_jax.identity import changes
+from adv2_jax.runs.measures import mean
 
 Arrays = Mapping[str, NDArray[Any]]
 FOLDER = "batches"
-UNFINISHED = f"{FOLDER}/settings.json"  # is there from the first finished part until the run is over
+UNFINISHED = (
+    f"{FOLDER}/settings.json"  # is there from the first finished part until the run is over
+)
 MEASURE = "measure/"  # and a name: one number an image
 SECONDS = "measure/seconds"  # of the part
-SHARED = "_steps"  # arrays of such names have no image axis: those of the first part are those of all
+SHARED = (
+    "_steps"  # arrays of such names have no image axis: those of the first part are those of all
+)
 ROWS = 64  # of a whole array, written at a time
 
 
@@ -42,13 +48,15 @@ def is_unfinished(directory: Path) -> bool:
     return (directory / UNFINISHED).exists()
 
 
-class Batches:
+class Store:
     """The parts of one run. What is held in memory is one array of one part, whatever their number.
 
     Args:
         directory: of the run.
-        settings: what was asked for, by name, as JSON reads it; a run goes on with equal settings only.
-        parts: all that the run is made of, in the order of the results: the batches of a row follow each other.
+        settings: what was asked for, by name, as JSON reads it; a run goes on with equal settings
+            only.
+        parts: all that the run is made of, in the order of the results: the batches of a row follow
+            each other.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
@@ -58,11 +66,13 @@ class Batches:
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
-        """Check that there is a run to go on with, or none in the way. Both must be said, so that no slip costs a run.
+        """Check that there is a run to go on with, or none in the way. Both must be said, so that
+        no slip costs a run.
 
         Raises:
-            ValueError: names the directory: it holds an unfinished run although `resume` is False, none although it is True, or one
-                with other settings (each is named with what it was and is).
+            ValueError: names the directory: it holds an unfinished run although `resume` is False,
+                none although it is True, or one with other settings (each is named with what it was
+                and is).
         """
         if resume != is_unfinished(self.directory):
             raise ValueError(
@@ -92,7 +102,8 @@ class Batches:
 
         Args:
             part: which.
-            arrays: those of the results, by their names below the interpreter's; `measure/...`, and among them the seconds.
+            arrays: those of the results, by their names below the interpreter's; `measure/...`, and
+                among them the seconds.
 
         Raises:
             ValueError: names the file and why it cannot be written.
@@ -131,11 +142,12 @@ class Batches:
 
     def remove(self) -> None:
         """Remove the parts: the run is over. Without its settings what a kill leaves of them is no run any more."""
-        with contextlib.suppress(OSError):  # there may be none, or a file of somebody's in place of the folder
+        # there may be none, or a file of somebody's in place of the folder
+        with contextlib.suppress(OSError):
             self._known.unlink()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def leave(self) -> str:
+    def resume_hint(self) -> str:
         """Say how to go on, for whoever is interrupted; remove what was begun, and say nothing, if no part is finished."""
         n = sum(map(self.has, self.parts))
         if n == 0:
@@ -160,27 +172,50 @@ class Batches:
         found = self._measures(part)
         with intact(self._path(part)):
             good = ~found["failed"]
-            numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {"seconds": mean(found["seconds"])}
-        head = {"batch": part.batch, "interpreter": part.interpreter, "attack": part.attack, "n": int(good.sum())}
-        rounded = {name: None if value is None else round(value, 6) for name, value in numbers.items()}
+            numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {
+                "seconds": mean(found["seconds"])
+            }
+        head = {
+            "batch": part.batch,
+            "interpreter": part.interpreter,
+            "attack": part.attack,
+            "n": int(good.sum()),
+        }
+        rounded = {
+            name: None if value is None else round(value, 6) for name, value in numbers.items()
+        }
         return json.dumps(head | {"failed": int((~good).sum())} | rounded) + "\n"
 
     def _streams(self, own: Arrays) -> Iterator[tuple[str, Stream]]:
         for name, values in own.items():
-            yield name, Stream(values.shape, values.dtype, (values[i : i + ROWS] for i in range(0, len(values), ROWS)))
+            yield (
+                name,
+                Stream(
+                    values.shape,
+                    values.dtype,
+                    (values[i : i + ROWS] for i in range(0, len(values), ROWS)),
+                ),
+            )
         for (interpreter, _), parts in groupby(self.parts, key=lambda part: part[:2]):
             paths = [self._path(part) for part in parts]
             headers = [stored(path) for path in paths]
             for name, (shape, dtype) in headers[0].items():
                 if name.startswith(MEASURE):
                     continue
-                having = [i for i, header in enumerate(headers) if name in header][: 1 if name.endswith(SHARED) else None]
+                having = [i for i, header in enumerate(headers) if name in header][
+                    : 1 if name.endswith(SHARED) else None
+                ]
                 for i in having:
                     held, kind = headers[i][name]
                     if not held or (held[1:], kind) != (shape[1:], dtype):
-                        raise ValueError(f"cannot read {paths[i]}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}")
+                        raise ValueError(
+                            f"cannot read {paths[i]}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}"
+                        )
                 n = sum(headers[i][name][0][0] for i in having)
-                yield f"{interpreter}/{name}", Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name))
+                yield (
+                    f"{interpreter}/{name}",
+                    Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name)),
+                )
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
@@ -188,7 +223,7 @@ class Batches:
         try:
             yield
         except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}{self.leave()}") from None
+            raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
 
 
 def _blocks(paths: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:

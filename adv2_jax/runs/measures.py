@@ -8,16 +8,27 @@ from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
 from adv2_jax.attacks import Result, finite
-from adv2_jax.experiments.statistics import interval, intervals
+from adv2_jax.runs.statistics import interval, intervals
 
 Row = dict[str, Any]
 Measures = dict[str, NDArray[Any]]
 
-WITH_INTERVAL = ("asr", "map_l1", "map_l2", "map_iou75", "map_iou50", "pointing_game", "benign_pointing_game")  # and mc
+# and mc
+WITH_INTERVAL = (
+    "asr",
+    "map_l1",
+    "map_l2",
+    "map_iou75",
+    "map_iou50",
+    "pointing_game",
+    "benign_pointing_game",
+)
 PAIRED = ("map_l1", "map_iou75")
 
 
-def measure(benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, result: Result) -> Measures:
+def measure(
+    benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, result: Result
+) -> Measures:
     """The measures of method §8 on the 8-bit images, and `float_...`, two of them before rounding.
 
     Args:
@@ -27,8 +38,8 @@ def measure(benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, re
         result: of an attack on them, with the maps that the interpreter in question draws.
 
     Returns:
-        [N] by name: `asr` says which images are successes, `confidence` is f_t, `failed` which images gave no finite numbers:
-        what else is said of these means nothing.
+        [N] by name: `asr` says which images are successes, `confidence` is f_t, `failed` which
+        images gave no finite numbers: what else is said of these means nothing.
     """
     found: dict[str, ArrayLike] = {
         "failed": result.failed | ~finite((result.maps, result.float_maps, target_maps)),
@@ -47,9 +58,11 @@ def measure(benign: np.ndarray, targets: np.ndarray, target_maps: np.ndarray, re
 
 
 def row(measures: Measures, *, seed: int) -> Row:
-    """Means over the `n` images that did not fail, of which there are `failed`; None where there is nothing to be averaged.
+    """Means over the `n` images that did not fail, of which there are `failed`; None where there is
+    nothing to be averaged.
 
-    But `linf` is the largest; `mc` is the mean confidence of the successes; `ci` holds the intervals of most.
+    But `linf` is the largest; `mc` is the mean confidence of the successes; `ci` holds the
+    intervals of most.
     """
     failed = measures["failed"]
     good = {name: values[~failed] for name, values in measures.items() if name != "failed"}
@@ -69,12 +82,19 @@ def mean(values: NDArray[Any]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def paired(pgd: Mapping[str, NDArray[Any]], adv2: Mapping[str, NDArray[Any]], *, seed: int) -> list[Row]:
+def paired(
+    pgd: Mapping[str, NDArray[Any]], adv2: Mapping[str, NDArray[Any]], *, seed: int
+) -> list[Row]:
     """ADV² - PGD on the images on which neither failed, a row for each measure of the maps; fewer than two have no interval."""
     rows = []
     both = ~(pgd["failed"] | adv2["failed"])
     for name in PAIRED:
         difference = (adv2[name] - pgd[name])[both]
-        row = {"measure": name, "n": len(difference), "difference": mean(difference), "ci": interval(difference, seed=seed)}
+        row = {
+            "measure": name,
+            "n": len(difference),
+            "difference": mean(difference),
+            "ci": interval(difference, seed=seed),
+        }
         rows.append(row)
     return rows

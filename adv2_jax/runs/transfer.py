@@ -1,6 +1,7 @@
 """Do adversarial inputs made against one interpreter, or one network, fool another?
 
-Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of images is held at a time.
+Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of
+images is held at a time.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,14 +13,14 @@ from jax.typing import ArrayLike
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.experiments.checkpoints import tree_fingerprint
-from adv2_jax.experiments.measures import Row, mean
-from adv2_jax.experiments.statistics import intervals
-from adv2_jax.experiments.task import interpreter_of
 from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
+from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
 from adv2_jax.presets import from_dict
+from adv2_jax.runs.measures import Row, mean
+from adv2_jax.runs.statistics import intervals
+from adv2_jax.runs.task import interpreter_of
 from adv2_jax.types import Classifier
 
 MEASURES = {"map_l1": metrics.map_l1, "map_iou75": metrics.iou_quantile}
@@ -46,7 +47,11 @@ class Run(NamedTuple):
 
     def images(self, source: str, interpreter: str) -> np.ndarray:
         """uint8 [N, H, W, 3] of a source; plain PGD as it was set against an interpreter, by its budget."""
-        return self.array({"benign": "images", "pgd": f"{interpreter}/pgd/images"}.get(source, f"{source}/adv2/images"))
+        return self.array(
+            {"benign": "images", "pgd": f"{interpreter}/pgd/images"}.get(
+                source, f"{source}/adv2/images"
+            )
+        )
 
     def classes(self, source: str) -> np.ndarray:
         """[N], the classes that maps are drawn for: the labels of benign images, the targets of others."""
@@ -67,9 +72,20 @@ def load_run(directory: Path) -> Run:
     with intact(directory / "summary.json"):
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         own = {one.name: one for one in asked if not isinstance(one, str)}
-        made = {row["interpreter"]: row["preset"]["interpreter"] for row in summary["rows"] if row["attack"] == "adv2"}
-        known = {name: own[name] if name in own else from_dict(name, {"interpreter": made[name]}).interpreter for name in names}
-        interpreters = {name: interpreter for name, interpreter in known.items() if interpreter is not None}
+        made = {
+            row["interpreter"]: row["preset"]["interpreter"]
+            for row in summary["rows"]
+            if row["attack"] == "adv2"
+        }
+        known = {
+            name: own[name]
+            if name in own
+            else from_dict(name, {"interpreter": made[name]}).interpreter
+            for name in names
+        }
+        interpreters = {
+            name: interpreter for name, interpreter in known.items() if interpreter is not None
+        }
     with intact(path := directory / "results.npz"):
         _check_arrays(stored(path), interpreters)
         classes = read_some(path, {"labels", "targets"}.__contains__)
@@ -79,12 +95,21 @@ def load_run(directory: Path) -> Run:
 def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:
     """Refuse results without the arrays that are looked at, or of which one does not go with the images."""
     n, *size, _ = found["images"][0]
-    pictures = ["images", *(f"{name}/{attack}/images" for name in interpreters for attack in ATTACKS)]
+    pictures = [
+        "images",
+        *(f"{name}/{attack}/images" for name in interpreters for attack in ATTACKS),
+    ]
     maps = [f"{name}/target_maps" for name in interpreters]
-    for names, kinds, shape in ((pictures, "u", (n, *size, 3)), (["labels", "targets"], "i", (n,)), (maps, "f", (n, None, None))):
+    for names, kinds, shape in (
+        (pictures, "u", (n, *size, 3)),
+        (["labels", "targets"], "i", (n,)),
+        (maps, "f", (n, None, None)),
+    ):
         for name in names:
             held, dtype = found[name]
-            fits = len(held) == len(shape) and all(b in (a, None) for a, b in zip(held, shape, strict=True))
+            fits = len(held) == len(shape) and all(
+                b in (a, None) for a, b in zip(held, shape, strict=True)
+            )
             if not (fits and dtype.kind in kinds and min(held) > 0):
                 raise ValueError(f"{name} is {dtype} {list(held)}")
 
@@ -96,7 +121,10 @@ def check_network(run: Run, model: Classifier) -> None:
         ValueError: says what the run was made with.
     """
     with intact(run.directory / "summary.json"):
-        made, config = run.summary.get("fingerprints", {}).get("network"), dict(run.summary.get("config", {}))
+        made, config = (
+            run.summary.get("fingerprints", {}).get("network"),
+            dict(run.summary.get("config", {})),
+        )
     if made not in (None, found := tree_fingerprint(model)):
         raise ValueError(
             f"the network holds {found}, that of {run.directory} held {made}: it was made with model {config.get('model')!r}, "
@@ -113,23 +141,35 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         batch_size: images at a time.
 
     Returns:
-        `interpreters`; `sources`: benign, pgd, and the interpreters; `map_l1` and `map_iou75`: a row for each source, a column for
-        each interpreter: how far its maps of the source's images are, in the mean, from what the run wanted it to show (its benign
-        maps where the attack hides). Benign images are explained for their label, others for their target class.
+        `interpreters`; `sources`: benign, pgd, and the interpreters; `map_l1` and `map_iou75`: a
+        row for each source, a column for each interpreter: how far its maps of the source's images
+        are, in the mean, from what the run wanted it to show (its benign maps where the attack
+        hides). Benign images are explained for their label, others for their target class.
     """
-    found: dict[str, list[list[float | None]]] = {name: [[] for _ in run.sources] for name in MEASURES}
+    found: dict[str, list[list[float | None]]] = {
+        name: [[] for _ in run.sources] for name in MEASURES
+    }
     for column, interpreter in run.interpreters.items():
         wanted = run.array(f"{column}/target_maps")
         for i, source in enumerate(run.sources):
             images = run.images(source, column)
             classes = run.classes(source)
-            _, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size, all_may_fail=True)
+            _, maps = explain(
+                model,
+                images,
+                classes,
+                interpreter=interpreter,
+                batch_size=batch_size,
+                all_may_fail=True,
+            )
             for name, measure in MEASURES.items():
                 found[name][i].append(_mean(measure(maps, wanted)))
     return {"interpreters": list(run.interpreters), "sources": run.sources, **found}
 
 
-def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequence[str], batch_size: int = 32) -> list[Row]:
+def transfer_to(
+    run: Run, model: Classifier, name: str, *, interpreters: Sequence[str], batch_size: int = 32
+) -> list[Row]:
     """Images made against the network of a run, seen by another network and the interpreters on it.
 
     Args:
@@ -140,8 +180,9 @@ def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequenc
         batch_size: images at a time.
 
     Returns:
-        a row for each source and interpreter: `n`, the images that the other network gets right while they are benign, of these
-        `asr`, the share it takes for their target class, and `map_l1`, `map_iou75`, how far its maps are from its own benign maps.
+        a row for each source and interpreter: `n`, the images that the other network gets right
+        while they are benign, of these `asr`, the share it takes for their target class, and
+        `map_l1`, `map_iou75`, how far its maps are from its own benign maps.
 
     Raises:
         ValueError: if the other network gets no image right, or cannot take the images.
@@ -149,15 +190,32 @@ def transfer_to(run: Run, model: Classifier, name: str, *, interpreters: Sequenc
     rows = []
     for column in interpreters:
         interpreter = run.interpreters[column]
-        logits, wanted = explain(model, run.array("images"), run.labels, interpreter=interpreter, batch_size=batch_size)
+        logits, wanted = explain(
+            model, run.array("images"), run.labels, interpreter=interpreter, batch_size=batch_size
+        )
         right = logits.argmax(-1) == run.labels
         if not right.any():
-            raise ValueError(f"{name} gets none of the {len(right)} images of {run.directory} right: nothing can transfer to it")
+            raise ValueError(
+                f"{name} gets none of the {len(right)} images of {run.directory} right: nothing can transfer to it"
+            )
         for source in run.sources:
             images, classes = run.images(source, column)[right], run.classes(source)[right]
-            logits, maps = explain(model, images, classes, interpreter=interpreter, batch_size=batch_size, all_may_fail=True)
+            logits, maps = explain(
+                model,
+                images,
+                classes,
+                interpreter=interpreter,
+                batch_size=batch_size,
+                all_may_fail=True,
+            )
             hits = np.asarray(metrics.success(logits, run.targets[right]))
-            head = {"model": name, "source": source, "n": int(right.sum()), "asr": mean(hits), "interpreter": column}
+            head = {
+                "model": name,
+                "source": source,
+                "n": int(right.sum()),
+                "asr": mean(hits),
+                "interpreter": column,
+            }
             means = {key: _mean(measure(maps, wanted[right])) for key, measure in MEASURES.items()}
             rows.append(head | means | {"ci": intervals({"asr": hits})})
     return rows
@@ -169,7 +227,9 @@ def _mean(values: ArrayLike) -> float | None:
     return mean(numbers[np.isfinite(numbers)])
 
 
-def add(run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **found: Any) -> None:
+def add(
+    run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **found: Any
+) -> None:
     """Add what was found to the summary of a run, and publish it. A run that cannot be published stays as it was."""
     summary = run.directory / "summary.json"
     before = summary.read_bytes()

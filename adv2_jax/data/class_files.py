@@ -47,21 +47,28 @@ class ClassList(NamedTuple):
         return _names(self.lines)
 
     def number(self, name: str) -> int:
-        """The class of a name: a whole line, a line without its identifier, or the first word of a line.
+        """The class of a name: a whole line, a line without its identifier, or the first word of a
+        line.
 
         Raises:
             ValueError: no line or several have that name.
         """
         found = _numbers(self.lines).get(_key(name), [])
         if len(found) != 1:
-            lines = "is in no line" if not found else f"may be any of lines {', '.join(str(i + 1) for i in found)}"
+            lines = (
+                "is in no line"
+                if not found
+                else f"may be any of lines {', '.join(str(i + 1) for i in found)}"
+            )
             raise ValueError(f"class {name!r} {lines} of {self.path}")
         return found[0]
 
     def lookup(self, texts: Iterable[str]) -> Lookup:
-        """How texts are to be read that are names or, where they are whole numbers, lines counted from 0.
+        """How texts are to be read that are names or, where they are whole numbers, lines counted
+        from 0.
 
-        But where one of those numbers is itself a line or its name, or every line begins with a number, numbers are names too.
+        But where one of those numbers is itself a line or its name, or every line begins with a
+        number, numbers are names too.
         """
         numbers = {_key(text) for text in texts if whole(text)}
         named = not numbers.isdisjoint(map(_key, self.lines + self.names))
@@ -71,7 +78,9 @@ class ClassList(NamedTuple):
             if named or numbered or not whole(text):
                 return self.number(text)
             if int(text) >= len(self.lines):
-                raise ValueError(f"class {text} is out of range: {self.path} has {len(self.lines)} classes, counted from 0")
+                raise ValueError(
+                    f"class {text} is out of range: {self.path} has {len(self.lines)} classes, counted from 0"
+                )
             return int(text)
 
         return look
@@ -89,26 +98,38 @@ def _key(text: str) -> str:
 @lru_cache(maxsize=1)  # class folders and labels ask once a class
 def _numbers(lines: tuple[str, ...]) -> dict[str, list[int]]:
     """Name -> classes; a whole line goes before a first word."""
-    return _positions(line.split()[0] for line in lines) | _positions(_names(lines)) | _positions(lines)
+    return (
+        _positions(line.split()[0] for line in lines)
+        | _positions(_names(lines))
+        | _positions(lines)
+    )
 
 
 @lru_cache(maxsize=1)
 def _names(lines: tuple[str, ...]) -> tuple[str, ...]:
     """The lines without identifiers, which are first words that hold a digit.
 
-    WordNet's are known: `n01440764`, or n and fewer digits in several lines. Others are identifiers where every line begins with
-    one, all of one form, and the names stay distinct: `c0 reading`, `c1 writing`; not `1 euro`, `2 euro`, nor `3D printer`, `ink`.
+    WordNet's are known: `n01440764`, or n and fewer digits in several lines. Others are identifiers
+    where every line begins with one, all of one form, and the names stay distinct: `c0 reading`,
+    `c1 writing`; not `1 euro`, `2 euro`, nor `3D printer`, `ink`.
     """
     words = [line.split(maxsplit=1) for line in lines]
     firsts, rests = {first for first, *_ in words}, {rest[0] for _, *rest in words if rest}
     forms = {re.sub(r"\d+", "0", first) for first in firsts}
-    every = 1 < len(lines) == len(firsts) == len(rests) and len(forms) == 1 and "0" in "".join(forms)
+    every = (
+        1 < len(lines) == len(firsts) == len(rests) and len(forms) == 1 and "0" in "".join(forms)
+    )
     several = sum(WORDNET.fullmatch(first) is not None for first in firsts) > 1
 
     def known(first: str) -> bool:
-        return every or (WORDNET.fullmatch(first) is not None and (several or len(first) == len("n01440764")))
+        return every or (
+            WORDNET.fullmatch(first) is not None and (several or len(first) == len("n01440764"))
+        )
 
-    return tuple(rest[0] if rest and known(first) else line for line, (first, *rest) in zip(lines, words, strict=True))
+    return tuple(
+        rest[0] if rest and known(first) else line
+        for line, (first, *rest) in zip(lines, words, strict=True)
+    )
 
 
 def _positions(keys: Iterable[str]) -> dict[str, list[int]]:
@@ -140,25 +161,35 @@ class Labels(NamedTuple):
     targets: np.ndarray | None
 
 
-def read_labels(path: str | PathLike[str], folder: Path, files: Collection[str], listed: ClassList | None) -> Labels:
-    """The labels of files in a folder, from a CSV file: file name, class and, in all lines or none, target class.
+def read_labels(
+    path: str | PathLike[str], folder: Path, files: Collection[str], listed: ClassList | None
+) -> Labels:
+    """The labels of files in a folder, from a CSV file: file name, class and, in all lines or none,
+    target class.
 
     Args:
-        path: of the CSV file. Its first line is a header if it names no file and its second cell is no class.
+        path: of the CSV file. Its first line is a header if it names no file and its second cell is
+            no class.
         folder: where the files lie; its name may stand before theirs.
-        files: the names there are. A name may be written without its suffix, or with other capitals, where that fits one file.
+        files: the names there are. A name may be written without its suffix, or with other
+            capitals, where that fits one file.
         listed: the classes, if they may be named (see `ClassList.lookup`); numbers will do without.
 
     Returns:
         the files it names, sorted.
 
     Raises:
-        ValueError: names the line: unknown, ambiguous or repeated file, unknown class, target that is the label, number of columns.
+        ValueError: names the line: unknown, ambiguous or repeated file, unknown class, target that
+            is the label, number of columns.
     """
     lines, find = _lines(path), _finder(folder, files)
     if lines and _is_header(lines[0][1], find, listed):
         lines = lines[1:]
-    read = cache(_counted if listed is None else listed.lookup({text for _, cells in lines for text in cells[1:]}))
+    read = cache(
+        _counted
+        if listed is None
+        else listed.lookup({text for _, cells in lines for text in cells[1:]})
+    )
     rows: dict[str, list[int]] = {}
     for number, cells in lines:
         try:
@@ -177,12 +208,18 @@ def _lines(path: str | PathLike[str]) -> list[tuple[int, list[str]]]:
     """The lines of a CSV file that are not blank: number and cells."""
     reader = csv.reader(io.StringIO(_text(path)))
     try:
-        return [(reader.line_num, [cell.strip() for cell in cells]) for cells in reader if "".join(cells).strip()]
+        return [
+            (reader.line_num, [cell.strip() for cell in cells])
+            for cells in reader
+            if "".join(cells).strip()
+        ]
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}") from None
 
 
-def _is_header(cells: list[str], find: Callable[[str], list[str]], listed: ClassList | None) -> bool:
+def _is_header(
+    cells: list[str], find: Callable[[str], list[str]], listed: ClassList | None
+) -> bool:
     name, *rest = cells
     if find(name) or Path(name).suffix.lower() in SUFFIXES or not rest or not rest[0]:
         return False
@@ -228,13 +265,22 @@ def _small_stem(name: str) -> str:
     return _stem(name).casefold()
 
 
-def _row(cells: list[str], find: Callable[[str], list[str]], rows: dict[str, list[int]], read: Lookup) -> tuple[str, list[int]]:
+def _row(
+    cells: list[str], find: Callable[[str], list[str]], rows: dict[str, list[int]], read: Lookup
+) -> tuple[str, list[int]]:
     """File and class, perhaps target class, of one line; refuses lines that do not go with those before."""
     text, *classes = cells
     columns = {len(next(iter(rows.values()))) + 1} if rows else {2, 3}
     if len(cells) not in columns:
         allowed = " or ".join(map(str, columns))
-        other = next((f"; commas separate columns, not {mark!r}" for mark in ";\t|" if mark in text and not classes), "")
+        other = next(
+            (
+                f"; commas separate columns, not {mark!r}"
+                for mark in ";\t|"
+                if mark in text and not classes
+            ),
+            "",
+        )
         wanted = f"expected {allowed}: file name, class, and target class in all lines or none"
         raise ValueError(f"{len(cells)} columns, {wanted}{other}")
     names = find(text)
@@ -246,13 +292,17 @@ def _row(cells: list[str], find: Callable[[str], list[str]], rows: dict[str, lis
         raise ValueError(f"{text!r} for the second time")
     numbers = [read(text) for text in classes]
     if len(set(numbers)) < len(numbers):
-        raise ValueError(f"the target class of {text!r} is its class, {classes[0]!r}; it must be another")
+        raise ValueError(
+            f"the target class of {text!r} is its class, {classes[0]!r}; it must be another"
+        )
     return names[0], numbers
 
 
 def _counted(text: str) -> int:
     if not whole(text):
-        raise ValueError(f"class {text!r} is not a whole number, 0 or more; names need --classes FILE")
+        raise ValueError(
+            f"class {text!r} is not a whole number, 0 or more; names need --classes FILE"
+        )
     return int(text)
 
 
@@ -263,7 +313,9 @@ def _text(path: str | PathLike[str]) -> str:
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data:
-        raise ValueError(f"cannot read {path}: it is not a UTF-8 text but, it seems, UTF-16; save it as UTF-8")
+        raise ValueError(
+            f"cannot read {path}: it is not a UTF-8 text but, it seems, UTF-16; save it as UTF-8"
+        )
     try:
         text = data.decode("utf-8-sig")  # spreadsheets begin their files with a byte-order mark
     except UnicodeDecodeError:

@@ -32,7 +32,8 @@ def logits_of(model: Classifier, image: Image, act: Activation | None = None) ->
     Args:
         model: with `features` and `head`, which have precedence, or with `logits`.
         image: [H, W, 3] in [0, 1].
-        act: stands in for every ReLU; None, or a network that takes none, leaves it as it is (see `check_activation`).
+        act: stands in for every ReLU; None, or a network that takes none, leaves it as it is (see
+            `check_activation`).
     """
     network, pooled = cast(Any, model), has(model, "features", "head")
     method = network.features if pooled else network.logits
@@ -60,7 +61,9 @@ class StaticLeaves:
     def whole(self) -> Any:
         """The model as it was."""
         arrays = iter(self._arrays)
-        return jax.tree.unflatten(self._structure, [next(arrays) if leaf is Array else leaf[1] for leaf in self._rest])
+        return jax.tree.unflatten(
+            self._structure, [next(arrays) if leaf is Array else leaf[1] for leaf in self._rest]
+        )
 
     def tree_flatten(self) -> tuple[list[Array], tuple[Any, ...]]:
         """The arrays, and everything else."""
@@ -73,27 +76,36 @@ class StaticLeaves:
 
 
 def static_leaves(model: Any) -> Any:
-    """The model itself if all its leaves are arrays; else one whose other leaves are static under `jit` and compare by value.
+    """The model itself if all its leaves are arrays; else one whose other leaves are static under
+    `jit` and compare by value.
 
     Raises:
         ValueError: if one of them, or what the model declares static, is not hashable; names it.
     """
     leaves, structure = jax.tree.flatten(model)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    rest = tuple(Array if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)  # by its type too: 1, 1.0 and True are equal
+    # by its type too: 1, 1.0 and True are equal
+    rest = tuple(Array if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
     if not _is_hashable(structure):
         raise ValueError(f"what {type(model).__name__} declares static must be hashable, no array")
     if not _is_hashable(rest):
         path, leaf = next(
-            (path, leaf) for path, leaf in jax.tree.leaves_with_path(model) if not _is_array(leaf) and not _is_hashable(leaf)
+            (path, leaf)
+            for path, leaf in jax.tree.leaves_with_path(model)
+            if not _is_array(leaf) and not _is_hashable(leaf)
         )
         where = f"{type(model).__name__}{jax.tree_util.keystr(path)}"
-        raise ValueError(f"{where} is neither an array of numbers nor hashable, but {type(leaf).__name__}: {leaf}")
+        raise ValueError(
+            f"{where} is neither an array of numbers nor hashable, but {type(leaf).__name__}: {leaf}"
+        )
     return model if len(arrays) == len(rest) else StaticLeaves(arrays, rest, structure)
 
 
 def _is_array(leaf: Any) -> bool:
-    return hasattr(leaf, "shape") and getattr(getattr(leaf, "dtype", None), "kind", "V") not in "OSUTMm"
+    return (
+        hasattr(leaf, "shape")
+        and getattr(getattr(leaf, "dtype", None), "kind", "V") not in "OSUTMm"
+    )
 
 
 def _is_hashable(value: Any) -> bool:
@@ -119,14 +131,18 @@ class Architecture(NamedTuple):
 
     def model(self) -> Any:
         """The model with abstract arrays, to be traced."""
-        return jax.tree.unflatten(self.structure, [jax.ShapeDtypeStruct(*kind) for kind in self.kinds])
+        return jax.tree.unflatten(
+            self.structure, [jax.ShapeDtypeStruct(*kind) for kind in self.kinds]
+        )
 
 
 def architecture(model: Any) -> Architecture:
     """The architecture of a model; takes milliseconds."""
     leaves, structure = jax.tree.flatten(static_leaves(model))
     return Architecture(
-        structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves), jax.dtypes.canonicalize_dtype(float).itemsize == 8
+        structure,
+        tuple((leaf.shape, leaf.dtype) for leaf in leaves),
+        jax.dtypes.canonicalize_dtype(float).itemsize == 8,
     )
 
 
@@ -135,7 +151,8 @@ class Inspected(NamedTuple):
 
     Attributes:
         logits: shape and type of the logits [K].
-        features: those of the features, which need not be an array [h, w, C]; None without features and head.
+        features: those of the features, which need not be an array [h, w, C]; None without features
+            and head.
         relus: how many ReLUs are left where `act` is another function.
     """
 
@@ -155,10 +172,15 @@ def inspected(model: Classifier, shape: tuple[int, ...]) -> Inspected:
     The network is traced once for each architecture and shape; nothing is computed.
 
     Raises:
-        ValueError: if the model is not a classifier (`adv2_jax.types.Classifier`), is set to training, or cannot take such images.
+        ValueError: if the model is not a classifier (`adv2_jax.types.Classifier`), is set to
+            training, or cannot take such images.
     """
-    if any(leaf is model for leaf in jax.tree.leaves(model)) and (has(model, "features") or has(model, "logits")):
-        raise ValueError(f"{type(model).__name__} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it")
+    if any(leaf is model for leaf in jax.tree.leaves(model)) and (
+        has(model, "features") or has(model, "logits")
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it"
+        )
     return _inspected(architecture(model), tuple(shape), type(model).__name__)
 
 
@@ -174,7 +196,8 @@ def check_features(model: HasFeatures, shape: tuple[int, ...]) -> jax.ShapeDtype
 
 
 def check_activation(model: Classifier, shape: tuple[int, ...]) -> None:
-    """Refuse a network with ReLUs that `act` does not replace: its map has no second derivative, and an attack is blind to it.
+    """Refuse a network with ReLUs that `act` does not replace: its map has no second derivative,
+    and an attack is blind to it.
 
     Raises:
         ValueError: says how many there are, and what to write.
@@ -204,14 +227,26 @@ def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspec
     given = {"act": jnp.tanh} if _takes(getattr(model, method), "act") else {}
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     traced, program = _traced(
-        lambda model, x: getattr(model, method)(x, **given), model, image, f"the network cannot take images of {list(shape)}"
+        lambda model, x: getattr(model, method)(x, **given),
+        model,
+        image,
+        f"the network cannot take images of {list(shape)}",
     )
     relus = count_relus(program, shape)
     if method == "logits":
         return Inspected(_check_logits(f"{name}.logits", traced), None, relus)
-    shown = list(traced.shape) if isinstance(traced, jax.ShapeDtypeStruct) else type(traced).__name__
-    logits, program = _traced(lambda model, a: model.head(a), model, traced, f"{name}.head cannot take features of {shown}")
-    return Inspected(_check_logits(f"{name}.head", logits), traced, relus + count_relus(program, shape))
+    shown = (
+        list(traced.shape) if isinstance(traced, jax.ShapeDtypeStruct) else type(traced).__name__
+    )
+    logits, program = _traced(
+        lambda model, a: model.head(a),
+        model,
+        traced,
+        f"{name}.head cannot take features of {shown}",
+    )
+    return Inspected(
+        _check_logits(f"{name}.head", logits), traced, relus + count_relus(program, shape)
+    )
 
 
 def _takes(method: Callable[..., Any], option: str) -> bool:
@@ -220,14 +255,17 @@ def _takes(method: Callable[..., Any], option: str) -> bool:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):
         return True
-    return any(parameter.name == option or parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return any(
+        parameter.name == option or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in parameters
+    )
 
 
 def count_relus(program: Any, shape: tuple[int, ...]) -> int:
     """How many ReLUs, max(z, 0), are in a traced program.
 
-    None are those of the image itself [..., H, W, 3] and those with a min after them, which keep values in a range, or of a
-    difference, as a variance E x² - (E x)² is kept from being negative.
+    None are those of the image itself [..., H, W, 3] and those with a min after them, which keep
+    values in a range, or of a difference, as a variance E x² - (E x)² is kept from being negative.
 
     Args:
         program: a jaxpr.
@@ -235,13 +273,25 @@ def count_relus(program: Any, shape: tuple[int, ...]) -> int:
     """
     equations = getattr(program, "jaxpr", program).eqns
     made_by = {out: equation.primitive.name for equation in equations for out in equation.outvars}
-    clipped = {v for equation in equations if equation.primitive.name == "min" for v in equation.invars if not hasattr(v, "val")}
+    clipped = {
+        v
+        for equation in equations
+        if equation.primitive.name == "min"
+        for v in equation.invars
+        if not hasattr(v, "val")
+    }
     found = 0
     for equation in equations:
         if equation.primitive.name == "max" and equation.outvars[0] not in clipped:
             values = [v for v in equation.invars if not hasattr(v, "val")]
-            against_zero = len(values) == 1 and any(hasattr(v, "val") and float(v.val) == 0 for v in equation.invars)
-            found += against_zero and values[0].aval.shape[1:] != shape and made_by.get(values[0]) != "sub"
+            against_zero = len(values) == 1 and any(
+                hasattr(v, "val") and float(v.val) == 0 for v in equation.invars
+            )
+            found += (
+                against_zero
+                and values[0].aval.shape[1:] != shape
+                and made_by.get(values[0]) != "sub"
+            )
         found += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
     return found
 
@@ -255,7 +305,9 @@ def _in_training(model: Any) -> Iterator[str]:
     for network in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Module)):
         for path, module in nnx.iter_graph(network) if isinstance(network, nnx.Module) else ():
             where = ".".join(map(str, path)) or "it"
-            found = f"{type(network).__name__} is set to training: {where} ({type(module).__name__})"
+            found = (
+                f"{type(network).__name__} is set to training: {where} ({type(module).__name__})"
+            )
             if getattr(module, "use_running_average", None) is False:
                 yield f"{found} uses batch statistics; call its eval() first"
             if getattr(module, "deterministic", None) is False:
@@ -267,9 +319,14 @@ def _refuse_training(call: Callable[..., Any], args: Any, kwargs: Any, context: 
     module = context.module
 
     def is_off(option: str) -> bool:
-        return context.method_name == "__call__" and kwargs.get(option, getattr(module, option, None)) is False
+        return (
+            context.method_name == "__call__"
+            and kwargs.get(option, getattr(module, option, None)) is False
+        )
 
-    where = f"the network is set to training: {'.'.join(module.path) or 'it'} ({type(module).__name__})"
+    where = (
+        f"the network is set to training: {'.'.join(module.path) or 'it'} ({type(module).__name__})"
+    )
     if isinstance(module, linen.BatchNorm) and is_off("use_running_average"):
         raise _InTraining(f"{where} uses batch statistics; give it use_running_average=True")
     if isinstance(module, linen.Dropout) and is_off("deterministic") and module.rate > 0:
@@ -277,19 +334,25 @@ def _refuse_training(call: Callable[..., Any], args: Any, kwargs: Any, context: 
     return call(*args, **kwargs)
 
 
-def _traced(f: Callable[[Any, Any], Any], model: Any, argument: Any, failure: str) -> tuple[Any, Any]:
+def _traced(
+    f: Callable[[Any, Any], Any], model: Any, argument: Any, failure: str
+) -> tuple[Any, Any]:
     """Shapes of what f gives of an argument, and its program; under `vmap`, as it will run: a network must not write to itself."""
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), argument)
     try:
         with linen.intercept_methods(_refuse_training):
-            program, value = jax.make_jaxpr(lambda m, xs: jax.vmap(partial(f, m))(xs), return_shape=True)(model, batch)
+            program, value = jax.make_jaxpr(
+                lambda m, xs: jax.vmap(partial(f, m))(xs), return_shape=True
+            )(model, batch)
     except _InTraining as error:
         raise ValueError(str(error)) from None
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # whatever the user's code raises
         raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value), program
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value
+    ), program
 
 
 def _check_logits(what: str, logits: Any) -> jax.ShapeDtypeStruct:
@@ -306,4 +369,6 @@ def _check_shape(what: str, value: Any, rank: int, expected: str) -> None:
     if not isinstance(value, jax.ShapeDtypeStruct):
         raise ValueError(f"{what} must give one array {expected}, got {type(value).__name__}")
     if len(value.shape) != rank or not jnp.issubdtype(value.dtype, jnp.floating):
-        raise ValueError(f"{what} must give floating-point {expected}, got {value.dtype} {list(value.shape)}")
+        raise ValueError(
+            f"{what} must give floating-point {expected}, got {value.dtype} {list(value.shape)}"
+        )

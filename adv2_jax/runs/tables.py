@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adv2_jax.data import ImageSet
-from adv2_jax.experiments.batches import is_unfinished
-from adv2_jax.experiments.checkpoints import changes
-from adv2_jax.experiments.measures import Row
-from adv2_jax.experiments.run import Progress, environment, fingerprints, identity, run
-from adv2_jax.experiments.task import Settings
-from adv2_jax.experiments.transfer import add, load_run, transfer_matrix
 from adv2_jax.files import atomic, intact, read_summary, write_summary
+from adv2_jax.identity import changes, environment
 from adv2_jax.names import attack_name
+from adv2_jax.runs.measures import Row
+from adv2_jax.runs.run import Progress, fingerprints, identity, run
+from adv2_jax.runs.store import is_unfinished
+from adv2_jax.runs.task import Settings
+from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
 DECIMALS = {"gradient_evaluations": 1, "seconds": 1}  # of columns; 3 of the others
@@ -42,8 +42,13 @@ class Table(NamedTuple):
 
 TABLES = {
     "effectiveness": Table("Effectiveness by prediction", {"asr": "ASR", "mc": "MC"}),
-    "maps": Table("Distance of the maps from the target maps", {"map_l1": "map L1", "map_l2": "map L2"}),
-    "iou": Table("Overlap of the maps with the target maps", {"map_iou75": "IoU, 75th percentile", "map_iou50": "IoU at .5"}),
+    "maps": Table(
+        "Distance of the maps from the target maps", {"map_l1": "map L1", "map_l2": "map L2"}
+    ),
+    "iou": Table(
+        "Overlap of the maps with the target maps",
+        {"map_iou75": "IoU, 75th percentile", "map_iou50": "IoU at .5"},
+    ),
     "patch": Table(
         "Random patches as target maps",
         {"asr": "ASR", "map_l1": "map L1", "map_iou75": "IoU, 75th percentile"},
@@ -54,7 +59,9 @@ TABLES = {
         {"asr": "ASR", "mc": "MC", "map_l1": "map L1", "map_iou75": "IoU, 75th percentile"},
         threat="flow",
     ),
-    "transfer": Table("Images made against one interpreter (row), explained by another (column): map L1 (IoU)", {}),
+    "transfer": Table(
+        "Images made against one interpreter (row), explained by another (column): map L1 (IoU)", {}
+    ),
 }
 
 
@@ -71,7 +78,9 @@ class Sheet(NamedTuple):
     def markdown(self) -> str:
         """The table as Markdown."""
         rule = ["---"] * len(self.headings)
-        lines = "\n".join(f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.lines))
+        lines = "\n".join(
+            f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.lines)
+        )
         return f"## {self.title}\n\n{lines}\n"
 
 
@@ -106,7 +115,17 @@ def make_table(
     place.mkdir(exist_ok=True)
     if not (resume and _is_finished(place, identity(config, fingerprints(model, image_set)))):
         unfinished = resume and is_unfinished(place)
-        run(model, image_set, settings, place, limit=limit, config=config, resume=unfinished, progress=progress, publish=publish)
+        run(
+            model,
+            image_set,
+            settings,
+            place,
+            limit=limit,
+            config=config,
+            resume=unfinished,
+            progress=progress,
+            publish=publish,
+        )
     summary = read_summary(place)
     if table.columns:
         with intact(place / "summary.json"):
@@ -116,7 +135,9 @@ def make_table(
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
         add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
-    shown: dict[str, Any] = {key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary}
+    shown: dict[str, Any] = {
+        key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary
+    }
     with atomic(directory / "table.md", "w") as file:
         file.write(sheet.markdown())
     head = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
@@ -136,7 +157,9 @@ def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
     return True
 
 
-def by_rows(title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
+def by_rows(
+    title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spread: bool = True
+) -> Sheet:
     """A line for each row of a run; means with their intervals if `spread`."""
     lines = [
         [row["interpreter"], attack_name(row["attack"], row["threat"]), str(row["n"])]
@@ -149,7 +172,9 @@ def by_rows(title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spre
 def _number(row: Row, key: str, spread: bool) -> str:
     ends = row.get("ci", {}).get(key) if spread else None
     decimals = DECIMALS.get(key, 3)
-    return _cell(row[key], decimals) + ("" if ends is None else f" [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]")
+    return _cell(row[key], decimals) + (
+        "" if ends is None else f" [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]"
+    )
 
 
 def _cell(value: float | None, decimals: int) -> str:
@@ -168,5 +193,13 @@ def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
 
 def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     """A line for each source of images and interpreter, on another network."""
-    lines = [[row["source"], row["interpreter"], str(row["n"]), *(_number(row, key, True) for key in ON_ANOTHER)] for row in rows]
+    lines = [
+        [
+            row["source"],
+            row["interpreter"],
+            str(row["n"]),
+            *(_number(row, key, True) for key in ON_ANOTHER),
+        ]
+        for row in rows
+    ]
     return Sheet(title, ["made against", "interpreter", "n", *ON_ANOTHER.values()], lines)

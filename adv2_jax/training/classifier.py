@@ -1,0 +1,146 @@
+"""Training a classifier: cross-entropy with label smoothing, on any source with labels."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from adv2_jax.losses import cross_entropy
+from adv2_jax.training.loop import (
+    NO_CHECKPOINTS,
+    Checkpointing,
+    Filter,
+    Images,
+    Labels,
+    Losses,
+    Model,
+    Recipe,
+    check_examples,
+    fit,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierRecipe(Recipe):
+    """How a classifier is trained.
+
+    Attributes:
+        smoothing: mass that label smoothing takes from the true class, in [0, 1).
+        head_only: whether to train only what `head` reads; the features stay as they are, BatchNorm
+            statistics included.
+
+    Raises:
+        ValueError: names the option that is out of its range.
+    """
+
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.05
+    smoothing: float = 0.05
+    head_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
+
+
+def train_classifier(
+    model: Model,
+    images: Images,
+    labels: Labels,
+    *,
+    checkpointing: Checkpointing = NO_CHECKPOINTS,
+    **options: Any,
+) -> tuple[Model, Losses]:
+    """Trains a copy of a classifier; the same arguments give the same weights, interrupted and
+    resumed or not.
+
+    Args:
+        model: an NNX module whose `features` and `head` also take batches; its present weights are
+            the start.
+        images: uint8 `[N, H, W, 3]`, N >= `batch_size`.
+        labels: integers `[N]` in 0..K-1.
+        checkpointing: where the run is kept and how it is followed.
+        **options: the attributes of `ClassifierRecipe`.
+
+    Returns:
+        The trained classifier, BatchNorm set to running statistics, and the loss of every step
+        `[steps]`.
+
+    Raises:
+        ValueError: an option is out of its range; images and labels do not fit each other, the
+            classifier or `batch_size`; or as for `loop.fit`.
+    """
+    recipe = ClassifierRecipe(**options)
+    check_examples(
+        images,
+        labels,
+        recipe.batch_size,
+        lambda image: jax.eval_shape(_logits, model, image).shape[-1],
+    )
+
+    def loss(model: Any, constants: None, key: Array, x: Array, y: Array) -> Array:
+        return jax.vmap(partial(cross_entropy, smoothing=recipe.smoothing))(
+            _logits(model, x), y
+        ).mean()
+
+    return fit(
+        model,
+        loss,
+        images,
+        labels,
+        recipe,
+        checkpointing,
+        trainable=_read_by_head(model, images[0]) if recipe.head_only else nnx.Param,
+        prepare=lambda trainee: trainee.eval() if recipe.head_only else trainee.train(),
+    )
+
+
+def accuracy(model: nnx.Module, images: Images, labels: Labels, *, batch_size: int = 256) -> float:
+    """The share of images that a classifier gets right, in [0, 1].
+
+    Args:
+        model: classifier, its BatchNorm set to running statistics.
+        images: uint8 `[N, H, W, 3]`, N >= 1.
+        labels: integers `[N]`.
+        batch_size: images at a time; changes memory and speed, not the result.
+    """
+    starts = range(0, len(images), batch_size)
+    predictions = [
+        _predict(model, images[i : i + batch_size] / np.float32(255)).argmax(-1) for i in starts
+    ]
+    return float(np.mean(np.concatenate(predictions) == labels))
+
+
+def _logits(model: Any, image: Array) -> Array:
+    """`[..., H, W, 3]` in [0, 1] -> `[..., K]`."""
+    return model.head(model.features(image))
+
+
+_predict = jax.jit(jax.vmap(_logits, (None, 0)))
+
+
+def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Filter:
+    """Selects the parameters that `head` reads, whatever they are called."""
+    graph, (params, others) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
+    features = jax.eval_shape(model.features, image.astype(np.float32))
+    program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(
+        params, features
+    ).jaxpr
+    read = {id(variable) for equation in program.eqns for variable in equation.invars}
+    inputs = jax.tree.unflatten(jax.tree.structure((params, features)), program.invars)[0]
+    paths = {
+        path
+        for path, variable in nnx.to_flat_state(inputs)
+        if id(jax.tree.leaves(variable)[0]) in read
+    }
+    if not paths:
+        raise ValueError(f"head_only: the head of {type(model).__name__} has no parameters")
+    return lambda path, _: path in paths
