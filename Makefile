@@ -13,7 +13,7 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest $(TESTS)
 
 lint: $(VENV)/installed-dev
-	$(RUFF) check --line-length 100 --config "lint.pycodestyle.max-line-length = 132" --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
+	$(RUFF) check --config "line-length = 100" --config "lint.pycodestyle.max-line-length = 132" --select E,F,W,I,B,UP,C4,SIM,D1,RUF --ignore D105,D107,RUF001,RUF002,RUF003 \
 		--per-file-ignores 'tests/*:D,notebooks/*:D' .
 	$(RUFF) format --line-length 100 --check .
 	$(VENV)/bin/mypy
