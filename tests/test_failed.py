@@ -216,7 +216,7 @@ def test_a_set_of_one_image_has_no_interval_and_a_page(mix, images, tmp_path):
 def test_two_interpreters_of_one_name_are_refused(mix, images, tmp_path):
     settings = Settings((grad_interpreter(pool=1), grad_interpreter(pool=4)), WIDE)
     with pytest.raises(
-        ValueError, match=r"^interpreter 'grad' is given 2 times; each needs a name of its own"
+        ValueError, match=r"^interpreter 'grad' is given 2 times; each needs its own name"
     ):
         run(Standardised(mix), ImageSet(images, np.zeros(4, np.int32)), settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from adv2_jax.runs.measures import paired
-from adv2_jax.runs.statistics import interval, intervals, proportion_interval
+from adv2_jax.runs.statistics import interval, paired
 
 
 def values(n, seed=0):
@@ -52,14 +51,13 @@ def test_a_proportion_has_wilsons_interval(hits, n):
     """The proportions p with |hits / n - p| <= 1.96 sqrt(p (1 - p) / n), found by trying all (Wilson 1927)."""
     p = np.linspace(0, 1, 200_001)
     inside = p[np.abs(hits / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-9]
-    found = proportion_interval(np.arange(n) < hits)
+    found = interval(np.arange(n) < hits)
     # the step of the grid, and 1e-9 at its end
     np.testing.assert_allclose(found, [inside[0], inside[-1]], atol=1e-4)
-    assert intervals({"asr": np.arange(n) < hits}) == {"asr": found}
 
 
 def test_a_proportion_of_nothing_has_no_interval():
-    assert proportion_interval(np.zeros(0, bool)) is None
+    assert interval(np.zeros(0, bool)) is None
 
 
 @pytest.mark.parametrize("numbers", [np.ones(5), np.full(7, 0.25, np.float32)])
@@ -70,7 +68,6 @@ def test_equal_values_have_an_interval_of_no_width(numbers):
 @pytest.mark.parametrize("numbers", [np.zeros(0), np.ones(1)])
 def test_less_than_two_values_have_no_interval(numbers):
     assert interval(numbers) is None
-    assert intervals({"a": numbers, "b": np.zeros(2)}) == {"b": [0.0, 0.0]}
 
 
 def test_pairs_are_compared_image_by_image():

@@ -9,7 +9,9 @@ import pytest
 from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
 from adv2_jax.files import read_arrays, read_summary
+from adv2_jax.runs import schema
 from adv2_jax.runs.run import run
+from adv2_jax.runs.schema import Results
 from adv2_jax.runs.tables import TABLES, by_rows, make_table
 from adv2_jax.runs.task import Settings
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
@@ -92,7 +94,7 @@ def test_another_network_against_a_plain_loop(finished, make_small):
     arrays["labels"] = np.argmax(logits, -1).astype(np.int32)
     arrays["labels"][0] = (arrays["labels"][0] + 1) % 10  # it gets the first one wrong
     rows = transfer_to(
-        load_run(finished)._replace(labels=arrays["labels"]),
+        load_run(finished)._replace(results=Results(arrays)),
         other,
         "other",
         interpreters=["cam"],
@@ -124,7 +126,9 @@ def test_another_network_against_a_plain_loop(finished, make_small):
 
 def test_a_network_that_is_always_wrong_is_refused(finished, model):
     wrong = load_run(finished)
-    wrong = wrong._replace(labels=(wrong.labels + 1) % 10)
+    arrays = dict(wrong.results.arrays)
+    arrays["labels"] = (arrays["labels"] + 1) % 10
+    wrong = wrong._replace(results=Results(arrays))
     with pytest.raises(
         ValueError, match=r"^bad gets none of the 6 images of .* right: nothing can transfer to it$"
     ):
@@ -135,7 +139,7 @@ def test_another_network_than_that_of_the_run_is_refused(finished, model, make_s
     check_network(load_run(finished), model)
     with pytest.raises(
         ValueError,
-        match=r"^the network holds \d+ numbers \w{8}, that of .* held \d+ numbers \w{8}: it was made with",
+        match=r"^the network holds \d+ numbers \w{16}, that of .* held \d+ numbers \w{16}: it was made with",
     ):
         check_network(load_run(finished), make_small(1))
 
@@ -193,7 +197,7 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
     assert sheet.lines[1][3] == f"{rows[1]['asr']:.3f} [{low:.3f}, {high:.3f}]"
     assert read_summary(tmp_path)["rows"] == rows
     made = (tmp_path / "linf-benign" / "results.npz").stat().st_mtime_ns
-    assert make("maps", resume=True).headings[3:] == ["map L1", "map L2"]
+    assert make("maps", resume=True).headings[3:] == ["Map L1", "Map L2"]
     matrix = make("transfer", resume=True)
     assert (
         tmp_path / "linf-benign" / "results.npz"
@@ -201,7 +205,7 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
     assert published == [tmp_path / "linf-benign"] * 2
     assert [line[0] for line in matrix.lines] == ["benign", "pgd", "grad", "cam"] and matrix.lines[
         0
-    ][2] == "0.000 (1.00)"
+    ][2] == "0.0000 (1.000)"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == matrix.markdown()
     assert "| benign | 0.000 (1.00) | 0.000 (1.00) |" in matrix.markdown()
     with pytest.raises(
@@ -213,7 +217,7 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
 def test_tables_name_what_runs_have():
     for table in TABLES.values():
         assert table.threat in threats.THREATS
-        assert table.columns.keys() <= {"asr", "mc", "map_l1", "map_l2", "map_iou75", "map_iou50"}
+        assert set(table.keys) <= {one.key for one in schema.MEASURES}
 
 
 def test_a_run_that_cannot_be_published_stays_as_it_was(finished):

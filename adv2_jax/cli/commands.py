@@ -20,23 +20,13 @@ from adv2_jax.cli.subject import Subject, masker_of, model_of, other_model, subj
 from adv2_jax.errors import listed
 from adv2_jax.files import atomic, output_directory, read_summary
 from adv2_jax.metrics import probabilities
-from adv2_jax.names import ATTACKS
-from adv2_jax.runs.measures import Row
 from adv2_jax.runs.run import Outcome, run
+from adv2_jax.runs.schema import ATTACKS, Row
 from adv2_jax.runs.select import predict
 from adv2_jax.runs.store import UNFINISHED
-from adv2_jax.runs.tables import TABLES, by_matrix, by_model, by_rows, make_table
+from adv2_jax.runs.tables import TABLES, after_a_run, by_matrix, by_model, make_table
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
-TITLE = "PGD against ADV² on the same images (IoU: 75th percentile)"
-COLUMNS = {
-    "asr": "ASR",
-    "mc": "MC",
-    "map_l1": "map L1",
-    "map_iou75": "IoU",
-    "gradient_evaluations": "gradients",
-    "seconds": "seconds",
-}
 # few images, and a batch of one shape: most of the demo's time goes to compiling programs
 DEMO = [
     "--images",
@@ -60,7 +50,7 @@ def attack(arguments: argparse.Namespace, command: str) -> tuple[Subject, Outcom
     with _running(arguments, command) as (directory, options):
         outcome = run(*subject, directory, **options)
     if not arguments.quiet:
-        print_sheet(by_rows(TITLE, COLUMNS, outcome.rows, spread=False))
+        print_sheet(after_a_run(outcome.rows))
         print(
             f"{outcome.left_out} of {len(subject.images.images)} images left out: the network gets them wrong"
         )

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from adv2_jax.descent import OnStep
 from adv2_jax.errors import first_line
-from adv2_jax.runs.tables import WORDS, Sheet
+from adv2_jax.runs.tables import NAMES, Sheet
 
 LONGEST = 2000  # characters of a message
 PLUGIN = re.compile(r"jax[-_](cuda|rocm)\d*[-_]plugin|libtpu", re.IGNORECASE)
@@ -90,7 +90,7 @@ def print_sheet(sheet: Sheet) -> None:
     # as narrow as a terminal of 80 columns
     table = Table(title=sheet.title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in sheet.headings:
-        table.add_column(heading, justify="left" if heading in WORDS else "right")
+        table.add_column(heading, justify="left" if heading in NAMES else "right")
     for line in sheet.lines:
         table.add_row(*line)
     Console().print(table)

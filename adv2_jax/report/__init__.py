@@ -8,14 +8,13 @@ the slider over the steps. No network is run here, and nothing is needed but Num
 
 from adv2_jax.report.gallery import gallery
 from adv2_jax.report.page import render, write
-from adv2_jax.report.pictures import amplified_difference, colour_map, overview, png
+from adv2_jax.report.pictures import amplified_difference, colour_map, png
 from adv2_jax.report.training import write_training
 
 __all__ = [
     "amplified_difference",
     "colour_map",
     "gallery",
-    "overview",
     "png",
     "render",
     "write",

@@ -1,4 +1,4 @@
-"""A finished run as one labelled picture, for a README. The only part of the report that needs Pillow."""
+"""A finished run as one labelled picture, for a README. This part of the report needs Pillow."""
 
 import io
 from collections.abc import Callable
@@ -8,86 +8,85 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adv2_jax.files import read_arrays, read_summary
-from adv2_jax.names import ATTACKS, attack_name
 from adv2_jax.report import words
-from adv2_jax.report.pictures import Pixels, images_of, overview
+from adv2_jax.report.pictures import Pixels, amplified_difference, colour_map
+from adv2_jax.runs.schema import ATTACKS, Results, attack_name
 
 Look = Callable[[Pixels], NDArray[np.floating]]
 
-SIDE, GAP = 192, 6  # of a tile, and white around it
-# of the row labels, the column heads, and what is written below a row
-LEFT, TOP, BELOW = (150, 52, 40)
-# of the letters; at a README's 850 pixels for 1600 they are half as large
-SIZES = {"label": 30, "caption": 26, "power": 20}
+SIDE, GAP = 192, 6  # height of a picture, and the white around it
+LEFT, TOP, BELOW = 150, 52, 40  # row labels, column heads, what is written below a row
+LABEL, CAPTION, POWER = 30, 26, 20  # letters; a README shows 1600 pixels on 850
 INK, WARNING = (30, 30, 30), (176, 0, 32)
 
 
 def gallery(directory: Path | str, look: Look) -> bytes:
-    """Draws a typical image of a finished run under every interpreter: the one in the middle of the
-    order by ADV²'s map distance.
+    """Draw a typical image of a finished run under every interpreter.
+
+    Typical is the image in the middle of the order by ADV²'s map distance.
 
     Args:
         directory: the folder of the run.
         look: the network, uint8 [N, H, W, 3] -> probabilities [N, K].
 
     Returns:
-        A PNG file: a line of `overview` for each interpreter; below each image the class that the
-        network predicts (red where it is not the true one) and its probability, below the maps of
-        the attacks their L1 distance from the target map.
+        A PNG file. A line for each interpreter: benign image and map, PGD image and map, ADV² image
+        and map, change of the ADV² image (x10). Below each image the predicted class (red where it
+        is not the true one) and its probability, below the maps of the attacks their L1 distance
+        from the target map.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    results, summary = read_arrays(Path(directory) / "results.npz"), read_summary(Path(directory))
-    label, caption, power = (ImageFont.load_default(size) for size in SIZES.values())
+    results, summary = (
+        Results(read_arrays(Path(directory) / "results.npz")),
+        read_summary(Path(directory)),
+    )
+    label, caption, power = (ImageFont.load_default(size) for size in (LABEL, CAPTION, POWER))
     names = list(dict.fromkeys(row["interpreter"] for row in summary["rows"]))
-    typical = [
-        np.argsort(results[f"{name}/adv2/map_l1"])[(len(results["labels"]) - 1) // 2]
-        for name in names
-    ]
-    seen = look(
-        np.stack(
-            [
-                image
-                for name, i in zip(names, typical, strict=True)
-                for image in images_of(results, name, i)
-            ]
-        )
-    )
-    strips = [
-        overview(results, name, [i], side=SIDE, gap=GAP)
-        for name, i in zip(names, typical, strict=True)
-    ]
-    height, width, _ = strips[0].shape
-    image_width = (width - 20 * GAP) // 7  # four images with two gaps each, three maps with four
-    columns = (
-        np.cumsum([LEFT + GAP, *[image_width + 2 * GAP, image_width + 4 * GAP] * 3])
-        + image_width / 2
-    )
-
-    canvas = Image.new("RGB", (LEFT + width, TOP + len(names) * (height + BELOW)), "white")
+    height, width = results.images.shape[1:3]
+    step = round(SIDE * width / height) + 2 * GAP
+    canvas = Image.new("RGB", (LEFT + 7 * step, TOP + len(names) * (SIDE + BELOW)), "white")
     pen = ImageDraw.Draw(canvas)
-    plain, joint = (attack_name(attack, summary["rows"][0].get("threat")) for attack in ATTACKS)
-    for x, head in zip(
-        columns,
-        ("benign", "its map", plain, "its map", joint, "its map", "change x10"),
-        strict=True,
-    ):
+
+    def middle(column: int) -> float:
+        return LEFT + (column + 0.5) * step
+
+    plain, joint = (attack_name(one, summary["rows"][0].get("threat")) for one in ATTACKS)
+    heads = ("benign", "its map", plain, "its map", joint, "its map", "change x10")
+    for column, head in enumerate(heads):
         word, square, _ = head.partition("²")  # which Pillow's own font lacks
-        pen.text((x, TOP / 2), word, INK, label, anchor="mm")
+        pen.text((middle(column), TOP / 2), word, INK, label, anchor="mm")
         if square:
-            pen.text((x + pen.textlength(word, label) / 2, TOP / 2), "2", INK, power, anchor="lb")
-    for line, (name, i, strip) in enumerate(zip(names, typical, strips, strict=True)):
-        top = TOP + line * (height + BELOW)
-        canvas.paste(Image.fromarray(strip), (LEFT, top))
-        pen.text((GAP, top + height / 2), words.title(name), INK, label, anchor="lm")
-        for x, probabilities in zip(columns[:6:2], seen[3 * line :], strict=False):
+            end = middle(column) + pen.textlength(word, label) / 2
+            pen.text((end, TOP / 2), "2", INK, power, anchor="lb")
+    for line, name in enumerate(names):
+        attacked, top = (
+            [results.attacked(name, one) for one in ATTACKS],
+            TOP + line * (SIDE + BELOW),
+        )
+        i = int(np.argsort(attacked[-1].map_l1)[(len(results.labels) - 1) // 2])
+        images = [results.images[i], *(one.images[i] for one in attacked)]
+        maps = [results.aim(name).benign_maps[i], *(one.maps[i] for one in attacked)]
+        pictures = [one for pair in zip(images, map(colour_map, maps), strict=True) for one in pair]
+        pictures.append(amplified_difference(images[-1], images[0]))
+        pen.text((GAP, top + SIDE / 2), words.title(name), INK, label, anchor="lm")
+        for column, pixels in enumerate(pictures):
+            # maps are smooth; small images are shown by their pixels
+            smooth = column in (1, 3, 5) or height > SIDE
+            way = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+            picture = Image.fromarray(pixels).resize((step - 2 * GAP, SIDE), way)
+            canvas.paste(picture, (LEFT + column * step + GAP, top))
+        captions = {}
+        for column, probabilities in zip((0, 2, 4), look(np.stack(images)), strict=True):
             found = int(probabilities.argmax())
-            text = f"{words.class_name(summary['classes'], found)} {words.number(float(probabilities[found]), 2)}"
-            colour = INK if found == results["labels"][i] else WARNING
-            pen.text((x, top + height + BELOW / 2 - GAP), text, colour, caption, anchor="mm")
-        for x, attack in zip(columns[3::2], ATTACKS, strict=True):
-            text = f"L1 {words.number(float(results[f'{name}/{attack}/map_l1'][i]), 3)}"
-            pen.text((x, top + height + BELOW / 2 - GAP), text, INK, caption, anchor="mm")
+            shown = words.number(float(probabilities[found]), 2)
+            text = f"{words.class_name(summary['classes'], found)} {shown}"
+            captions[column] = (text, INK if found == results.labels[i] else WARNING)
+        for column, one in zip((3, 5), attacked, strict=True):
+            captions[column] = (f"L1 {words.number(float(one.map_l1[i]), 3)}", INK)
+        for column, (text, colour) in captions.items():
+            place = (middle(column), top + SIDE + BELOW / 2 - GAP)
+            pen.text(place, text, colour, caption, anchor="mm")
     file = io.BytesIO()
     canvas.save(file, "png", optimize=True)
     return file.getvalue()

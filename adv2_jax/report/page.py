@@ -1,6 +1,6 @@
 """A finished run as one HTML page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -9,14 +9,14 @@ from typing import Any
 
 from adv2_jax.files import atomic, check_schema, read_pictures, read_summary
 from adv2_jax.report import cards, tables, words
-from adv2_jax.report.pictures import INFERNO, Arrays, Pixels
+from adv2_jax.report.pictures import INFERNO, Pixels
+from adv2_jax.runs.schema import Arrays, Results
 
 LIMIT = 64  # images shown
 
 
 def write(directory: Path | str) -> Path:
-    """Reads `summary.json` and `results.npz` of a finished run and writes `report.html` next to
-    them.
+    """Write `report.html` from `summary.json` and `results.npz` of a finished run.
 
     Args:
         directory: the folder of the run.
@@ -25,62 +25,63 @@ def write(directory: Path | str) -> Path:
         The path of the page.
 
     Raises:
-        ValueError: if there is no summary, it has another schema, or the results cannot be read.
+        ValueError: there is no summary, it has another schema, or the results cannot be read.
     """
     folder = Path(directory)
     summary = read_summary(folder)
     return write_page(folder, render(summary, read_pictures(folder / "results.npz", LIMIT)))
 
 
-def render(summary: Mapping[str, Any], results: Arrays, *, limit: int = LIMIT) -> str:
-    """Renders a run as one HTML page.
+def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) -> str:
+    """Return a run as one HTML page.
 
     Args:
         summary: the content of `summary.json`.
-        results: the content of `results.npz`, pictures of at least the first `limit` images; only
+        arrays: the content of `results.npz`, pictures of at least the first `limit` images; only
             what is there is shown.
         limit: number of images shown per interpreter; the page says so when it cuts.
 
-    Returns:
-        The page.
-
     Raises:
-        ValueError: if the summary has another schema.
+        ValueError: the summary has another schema.
     """
     check_schema(summary)
-    rows, config = summary["rows"], summary.get("config", {})
+    results, rows, config = Results(arrays), summary["rows"], summary.get("config", {})
+    threats = {row["interpreter"]: row.get("threat") for row in reversed(rows)}
     subjects = [
-        subject for subject in _subjects(summary) if f"{subject.interpreter}/benign_maps" in results
+        cards.Subject(name, threats[name], summary.get("classes"), results)
+        for name in dict.fromkeys(row["interpreter"] for row in rows)
+        if results.explained(name)
     ]
-    # of the images only the first may be here
-    total = len(results.get("labels", results["images"]))
+    # of pictures only the first may be here
+    total = len(arrays.get("labels", results.images))
+    extras = [extra for extra in EXTRAS if summary.get(extra[0])]
+    sections = [cards.section(subject, total=total, limit=limit) for subject in subjects]
+    plain = CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else ""
+    interval = any(row.get("ci") for row in rows)
+    links = [("summary", "Summary"), *(extra[:2] for extra in extras)]
+    links += [(subject.anchor, subject.title) for subject in subjects]
+    links += [("reproduce", "Reproduce")]
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     body = template("run.html").substitute(
         title=escape(title),
         facts=words.definitions(_facts(summary, total), "facts"),
-        navigation="".join(
-            f'<a href="#{anchor}">{escape(name)}</a>' for anchor, name in _links(summary, subjects)
-        ),
+        navigation="".join(f'<a href="#{to}">{escape(name)}</a>' for to, name in links),
         table=tables.summary(rows),
-        intervals=" In small print: 95 % bootstrap intervals."
-        if any(row.get("ci") for row in rows)
+        intervals=" In small print: 95 % intervals, Wilson's of proportions, bootstrap of means."
+        if interval
         else "",
         extras="".join(
-            frame.substitute(table=write(summary[key]))
-            for key, _, write, frame in EXTRAS
-            if summary.get(key)
+            frame.substitute(table=draw(summary[key])) for key, _, draw, frame in extras
         ),
-        controls=CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else "",
-        sections="".join(
-            cards.section(subject, results, total=total, limit=limit) for subject in subjects
-        ),
+        controls=plain,
+        sections="".join(sections),
         reproduction=reproduction(config, summary.get("environment", {})),
     )
-    return document(title, body, style(results["images"]))
+    return document(title, body, style(results.images))
 
 
 def write_page(folder: Path, html: str) -> Path:
-    """Writes `report.html` into a folder; its path."""
+    """Write `report.html` into a folder, and return its path."""
     page = folder / "report.html"
     with atomic(page, "w") as file:
         file.write(html)
@@ -88,75 +89,54 @@ def write_page(folder: Path, html: str) -> Path:
 
 
 def document(title: str, body: str, style: str) -> str:
-    """A whole page: what stands in its body, with style and script."""
-    script = asset("script.js")
-    return template("page.html").substitute(
-        title=escape(title), style=style, body=body, script=script
-    )
+    """Return a whole page: what stands in its body, with style and script."""
+    frame, script = template("page.html"), asset("script.js")
+    return frame.substitute(title=escape(title), style=style, body=body, script=script)
 
 
 def style(images: Pixels | None = None) -> str:
-    """The style sheet with the picture format, so that maps of another size fill the same frame, and the colours of the scale."""
+    """Return the style sheet, with the shape of the pictures and the colours of the scale.
+
+    Maps of another size fill the same frame.
+    """
     height, width = (1, 1) if images is None else images.shape[1:3]
     colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
-    return (
-        asset("style.css")
-        + f":root{{--ratio:{width}/{height};--scale:linear-gradient(90deg,{colours})}}"
-    )
+    scale = f"linear-gradient(90deg,{colours})"
+    return f"{asset('style.css')}:root{{--ratio:{width}/{height};--scale:{scale}}}"
 
 
 def reproduction(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """The command, the settings and the versions."""
-    options = {key: value for key, value in config.items() if key != "command"}
-    parts = [("Configuration", options), ("Environment", environment)]
-    lists = "".join(
+    """Return the command, the settings and the versions."""
+    options = dict(config)
+    command = escape(words.text(options.pop("command", "")))
+    lists = [
         f"<div><h3>{name}</h3>{words.definitions(values, 'list')}</div>"
-        for name, values in parts
+        for name, values in (("Configuration", options), ("Environment", environment))
         if values
-    )
-    command = (
-        f"<pre><code>{escape(words.text(config['command']))}</code></pre>"
-        if "command" in config
-        else ""
-    )
-    return f'{command}<div class="columns">{lists}</div>'
-
-
-def _subjects(summary: Mapping[str, Any]) -> list[cards.Subject]:
-    """The interpreters in the order of the table, each with the threat of its first row."""
-    threats = {row["interpreter"]: row.get("threat") for row in reversed(summary["rows"])}
-    names = dict.fromkeys(row["interpreter"] for row in summary["rows"])
-    return [cards.Subject(name, threats[name], summary.get("classes")) for name in names]
+    ]
+    code = f"<pre><code>{command}</code></pre>" if "command" in config else ""
+    return f'{code}<div class="columns">{"".join(lists)}</div>'
 
 
 def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
-    config, counts = summary.get("config", {}), summary.get("counts", {})
     facts: dict[str, object] = {"Images attacked": attacked}
-    if "left_out" in counts:
-        facts["Left out, already misclassified"] = counts["left_out"]
-    settings = {
-        key: tables.common(summary["rows"], key) for key in ("model", "threat", "target_map")
-    } | config
+    if "left_out" in summary.get("counts", {}):
+        facts["Left out, already misclassified"] = summary["counts"]["left_out"]
+    rows, config = summary["rows"], summary.get("config", {})
     for key in ("model", "threat", "epsilon", "target_map", "preset"):
-        if settings.get(key) is not None:
-            facts[words.heading(key)] = settings[key]
+        value = config.get(key, tables.common(rows, key) if key in tables.SETTINGS else None)
+        if value is not None:
+            facts[words.heading(key)] = value
     return facts
 
 
-def _links(summary: Mapping[str, Any], subjects: Sequence[cards.Subject]) -> list[tuple[str, str]]:
-    """The sections of the page: anchor and name."""
-    extras = [(key, name) for key, name, _, _ in EXTRAS if summary.get(key)]
-    own = [(subject.anchor, subject.title) for subject in subjects]
-    return [("summary", "Summary"), *extras, *own, ("reproduce", "Reproduce")]
-
-
 def asset(name: str) -> str:
-    """A file that lies beside this module: style, script, or the frame of a page or of its body."""
+    """Return a file that lies beside this module: style, script, or a frame."""
     return (resources.files("adv2_jax.report") / name).read_text(encoding="utf-8")
 
 
 def template(name: str) -> Template:
-    """A frame, to be filled in."""
+    """Return a frame, to be filled in."""
     return Template(asset(name))
 
 

@@ -3,16 +3,12 @@
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adv2_jax.names import ATTACKS
-
 Pixels = NDArray[np.uint8]
-Arrays = Mapping[str, NDArray[Any]]
 
 MAX_SIDE = (
     112  # half of 224: larger pictures are shrunk, or 64 photographs would make a page of 100 MB
@@ -80,7 +76,7 @@ def levels(values: ArrayLike) -> Pixels:
 
 
 def png(image: Pixels, *, palette: Pixels | None = None) -> bytes:
-    """Encodes pixels as a PNG file.
+    """Return pixels as a PNG file.
 
     Args:
         image: uint8 [H, W, 3], or grey [H, W, 1].
@@ -116,7 +112,7 @@ def _chunk(name: bytes, content: bytes) -> bytes:
 
 
 def thumbnail(pixels: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
-    """Averages blocks of pixels until the picture is small enough for a page of many; the picture itself if it is."""
+    """Return a picture of which blocks of pixels are averaged until it is small enough for a page."""
     height, width, channels = pixels.shape
     block = math.ceil(max(height, width) / max_side)
     if block == 1 or block > min(height, width):
@@ -129,7 +125,7 @@ def thumbnail(pixels: Pixels, *, max_side: int = MAX_SIDE) -> Pixels:
 
 
 def resample(values: NDArray[Any], height: int, width: int) -> NDArray[np.float64]:
-    """Scales [H, W, C] to [height, width, C]: linear interpolation, and averages when it shrinks."""
+    """Return [H, W, C] scaled to [height, width, C]: linear, and averages when it shrinks."""
     rows, columns = _weights(values.shape[0], height), _weights(values.shape[1], width)
     resampled: NDArray[np.float64] = np.einsum(
         "yh,hwc,xw->yxc", rows, values, columns, optimize=True
@@ -138,66 +134,8 @@ def resample(values: NDArray[Any], height: int, width: int) -> NDArray[np.float6
 
 
 def _weights(old: int, new: int) -> NDArray[np.float64]:
-    """Linear interpolation from `old` to `new` samples as a matrix [new, old]; averages when it shrinks."""
+    """Return linear interpolation as a matrix [new, old]; averages when it shrinks."""
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     distance = np.abs(centres[:, None] - np.arange(old)) / max(1.0, old / new)
     weights = np.maximum(0.0, 1.0 - distance)
     return weights / weights.sum(axis=1, keepdims=True)
-
-
-def overview(
-    results: Arrays, interpreter: str, rows: Iterable[int], *, side: int = 112, gap: int = 6
-) -> Pixels:
-    """Draws some images of a run as one picture without text.
-
-    One line per image: benign image and map, PGD image and map, ADV² image and map, difference of
-    the ADV² image (x10).
-
-    Args:
-        results: the content of `results.npz`.
-        interpreter: the interpreter whose maps are shown.
-        rows: positions in `results["images"]`; at least one.
-        side: height of every tile.
-        gap: white pixels around every tile, more to the right of a map.
-
-    Returns:
-        The picture, uint8 [len(rows) * (side + 2 gap), *, 3].
-    """
-    strips = [_strip(results, interpreter, i) for i in rows]
-    return np.concatenate(
-        [np.concatenate([_tile(*tile, side, gap) for tile in strip], axis=1) for strip in strips]
-    )
-
-
-def _strip(results: Arrays, interpreter: str, i: int) -> list[tuple[Pixels, bool]]:
-    """The pictures of image i in the order of `overview`, each with whether it is a map (to be scaled smoothly)."""
-    images = images_of(results, interpreter, i)
-    maps = [
-        results[f"{interpreter}/benign_maps"][i],
-        *(results[f"{interpreter}/{attack}/maps"][i] for attack in ATTACKS),
-    ]
-    pairs = zip(images, map(colour_map, maps), strict=True)
-    tiles = [tile for image, colours in pairs for tile in ((image, False), (colours, True))]
-    return [*tiles, (amplified_difference(images[-1], images[0]), False)]
-
-
-def images_of(results: Arrays, interpreter: str, i: int) -> list[Pixels]:
-    """Image i as it was, and as each attack on an interpreter made it."""
-    return [
-        results["images"][i],
-        *(results[f"{interpreter}/{attack}/images"][i] for attack in ATTACKS),
-    ]
-
-
-def _tile(pixels: Pixels, is_map: bool, side: int, gap: int) -> Pixels:
-    height, width = pixels.shape[:2]
-    new_width = round(side * width / height)
-    if is_map or height > side:
-        pixels = resample(pixels, side, new_width).round().astype(np.uint8)
-    else:
-        pixels = pixels[np.arange(side) * height // side][
-            :, np.arange(new_width) * width // new_width
-        ]
-    return np.pad(
-        pixels, ((gap, gap), (gap, 3 * gap if is_map else gap), (0, 0)), constant_values=255
-    )

@@ -1,12 +1,12 @@
 """A finished training as one HTML page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from adv2_jax.files import read_summary
 from adv2_jax.report import charts, page, tables, words
+from adv2_jax.runs.schema import Row
 
 
 def write_training(directory: Path | str) -> Path:
@@ -49,15 +49,15 @@ def _curve(losses: Sequence[float]) -> str:
     ) + charts.legend([line], "Band: smallest to largest.")
 
 
-def _quality(rows: Sequence[Mapping[str, Any]]) -> str:
+def _quality(rows: Sequence[Row]) -> str:
     return QUALITY.substitute(table=tables.quality(rows)) if rows else ""
 
 
 QUALITY = Template("""<section aria-labelledby="quality">
 <h2 id="quality">Do the maps explain?</h2>
 <div class="scroll" role="region" aria-label="Quality table" tabindex="0">$table</div>
-<p class="note">On N held-out images that the network gets right. Kept: the share of its confidence that is left where only what
-the map marks is shown. Removed: its confidence where that is hidden. Inside, outside: the map on the object and beside it.
+<p class="note">On N held-out images that the network gets right. Confidence kept: the share that is left where only what
+the map marks is shown. Confidence removed: what is left where that is hidden. Inside, outside: the map on the object and beside it.
 Pointing game: share of maps that peak on the object. IoU: of the map at .5 and the object.</p>
 </section>
 """)

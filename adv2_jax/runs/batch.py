@@ -1,4 +1,4 @@
-"""The work of a run: one batch of images under one attack after the other, and all that is kept of it."""
+"""One batch of images through the attacks of a run, and all that the results hold of it."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -7,29 +7,29 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax import Array
 
 from adv2_jax import metrics
 from adv2_jax.attacks import Result, attack, explain, image_keys
 from adv2_jax.crafting import snapshot_steps
-from adv2_jax.data import ImageSet
 from adv2_jax.descent import OnStep
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import Preset
-from adv2_jax.runs.measures import Measures, measure
-from adv2_jax.runs.store import MEASURE, SECONDS, Arrays, Part
-from adv2_jax.runs.task import Settings, Task
-from adv2_jax.threats import flow_penalty
+from adv2_jax.runs.schema import Aim, Arrays, Attacked, Evaluated, measure
+from adv2_jax.runs.store import MEASURE, SECONDS, Part
+from adv2_jax.runs.task import Settings, Task, maps_of
 from adv2_jax.types import Classifier
 
 CURVE_POINTS = 100  # at most
 
 
 class Job(NamedTuple):
-    """An attack on every batch, and the interpreters it is made for: those of equal budget share
-    one run of plain PGD.
+    """An attack on every batch. Interpreters of equal budget share one run of plain PGD.
 
-    `cost` is the work on an image, in gradients of ℓ_prd.
+    Attributes:
+        attack: a name of `schema.ATTACKS`.
+        preset: its numbers.
+        interpreters: those it is made for.
+        cost: work on an image, in gradients of ℓ_prd.
     """
 
     attack: str
@@ -38,7 +38,7 @@ class Job(NamedTuple):
     cost: float
 
     def parts(self, batch: int) -> list[Part]:
-        """What it finishes of a batch."""
+        """Return what it finishes of a batch."""
         return [Part(interpreter.name, self.attack, batch) for interpreter in self.interpreters]
 
 
@@ -50,26 +50,36 @@ def attack_batch(
     settings: Settings,
     on_step: OnStep,
 ) -> Iterator[tuple[str, str, Arrays]]:
-    """Interpreter, attack and arrays of each part of a batch at `places`; the last is filled up by repeating its last image."""
-    chosen, goals = task.images.take(places), task.targets[places]
-    last, keys = int(np.ptp(places)) + 1, image_keys(settings.seed, task.places[places])
+    """Yield interpreter, attack and arrays of each part of a batch.
+
+    Args:
+        model: the classifier.
+        task: the images of the run.
+        jobs: the attacks.
+        places: [B] of the batch among the images; the last batch is padded by repeating its last
+            image, of which only one is returned.
+        settings: of the run.
+        on_step: called with the number of steps newly done.
+    """
+    chosen, targets = task.images.take(places), task.targets[places]
+    assert chosen.labels is not None
+    labels, valid = chosen.labels, int(np.ptp(places)) + 1
+    keys = image_keys(settings.seed, task.indices[places])
 
     @cache
-    def aim(interpreter: Interpreter) -> Arrays:
-        benign = _maps(model, chosen.images, chosen.labels, interpreter)
-        return {"benign_maps": benign, "target_maps": task.target_maps(interpreter, places, benign)}
+    def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
+        benign = maps_of(model, chosen.images, labels, interpreter)
+        return benign, task.target_maps(interpreter, places, benign)
 
     for job in jobs:
-        asked = (
-            None if job.preset.interpreter is None else aim(job.preset.interpreter)["target_maps"]
-        )
+        attacked, displacement = job.preset.interpreter, settings.threat.displacement
         start = time.perf_counter()
         result = attack(
             model,
             chosen.images,
-            goals,
-            asked,
-            interpreter=job.preset.interpreter,
+            targets,
+            None if attacked is None else aim(attacked)[1],
+            interpreter=attacked,
             threat=settings.threat,
             preset=job.preset,
             batch_size=len(places),
@@ -79,113 +89,85 @@ def attack_batch(
             keys=keys,
         )
         seconds = np.array([time.perf_counter() - start])
-        flows = (
-            None
-            if settings.threat.displacement is None
-            else jax.vmap(settings.threat.displacement)(result.params)
-        )
+        flows = None if displacement is None else jax.vmap(displacement)(result.params)
         for interpreter in job.interpreters:
-            seen = (
-                result
-                if job.preset.interpreter is not None
-                else _seen_by(model, interpreter, goals, result)
+            maps, float_maps = result.maps, result.float_maps
+            if attacked is None:
+                maps = maps_of(model, result.images, targets, interpreter)
+                float_maps = maps_of(model, result.float_images, targets, interpreter)
+            evaluated = Evaluated(
+                chosen.images,
+                targets,
+                chosen.objects,
+                *aim(interpreter),
+                result.images,
+                result.logits,
+                maps,
+                float_maps,
+                flows,
             )
-            measures = _measures(chosen, goals, aim(interpreter), seen, flows)
-            arrays = {
-                **(aim(interpreter) if job.attack == "pgd" else {}),
-                **_below(f"{job.attack}/", _shown(measures, seen, flows)),
-                **_below(MEASURE, measures),
-            }
-            arrays = {key: values[:last] for key, values in arrays.items()} | {SECONDS: seconds}
-            yield (
-                interpreter.name,
-                job.attack,
-                arrays
-                | _below(f"{job.attack}/", _way(model, interpreter, job.preset, goals, result)),
-            )
+            arrays = _of_images(job.attack, evaluated, result)
+            arrays = {key: values[:valid] for key, values in arrays.items()}
+            pictures = _snapshots(model, interpreter, job.preset, targets, result)
+            steps = Attacked.named(f"{job.attack}/", curve_steps=_curve_steps(result), **pictures)
+            yield interpreter.name, job.attack, arrays | steps | {SECONDS: seconds}
 
 
-def _below(prefix: str, arrays: Arrays) -> dict[str, np.ndarray]:
-    return {f"{prefix}{key}": values for key, values in arrays.items()}
-
-
-def _maps(
-    model: Classifier, images: np.ndarray, labels: np.ndarray | None, interpreter: Interpreter
-) -> np.ndarray:
-    assert labels is not None
-    return explain(
-        model, images, labels, interpreter=interpreter, batch_size=len(images), all_may_fail=True
-    )[1]
-
-
-def _seen_by(
-    model: Classifier, interpreter: Interpreter, goals: np.ndarray, result: Result
-) -> Result:
-    """Plain PGD with the maps an interpreter draws of its images."""
-    maps, float_maps = (
-        _maps(model, images, goals, interpreter) for images in (result.images, result.float_images)
-    )
-    return result._replace(maps=maps, float_maps=float_maps)
-
-
-def _measures(
-    chosen: ImageSet, goals: np.ndarray, aim: Arrays, result: Result, flows: Array | None
-) -> Measures:
-    """All that is measured of a batch, one number an image."""
-    found = measure(chosen.images, goals, aim["target_maps"], result)
-    if chosen.objects is not None:
-        found["pointing_game"] = np.asarray(metrics.pointing_game(result.maps, chosen.objects))
-        found["benign_pointing_game"] = np.asarray(
-            metrics.pointing_game(aim["benign_maps"], chosen.objects)
-        )
-    if flows is not None:
-        found["mean_displacement"] = np.asarray(metrics.mean_displacement(flows))
-        found["flow_penalty"] = np.asarray(jax.vmap(flow_penalty)(flows))
-    return found
-
-
-def _shown(measures: Measures, result: Result, flows: Array | None) -> dict[str, np.ndarray]:
-    """What the results hold of an attack, with a leading axis of images."""
-    found = {
-        "images": result.images,
-        "maps": result.maps,
-        "confidence": measures["confidence"],
-        "success": measures["asr"],
-    }
-    found |= {key: measures[key] for key in ("map_l1", "map_iou75")}
-    if flows is not None:
-        found["flow"] = np.asarray(flows)
-    steps = _curve_steps(result)
+def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, np.ndarray]:
+    """Return the arrays of a part that have an entry for each image, and its measures."""
+    measures, steps = measure(evaluated), _curve_steps(result)
     curves = {
         f"curve_{name}": np.asarray(values)[:, steps]
         for name, values in result.curves._asdict().items()
     }
-    return found | {name: values for name, values in curves.items() if not np.isnan(values).all()}
+    arrays = Attacked.named(
+        f"{attack}/",
+        images=evaluated.images,
+        maps=evaluated.maps,
+        confidence=measures["mc"],
+        success=measures["asr"],
+        map_l1=measures["map_l1"],
+        map_iou75=measures["map_iou75"],
+        flow=None if evaluated.flows is None else np.asarray(evaluated.flows),
+        # a curve that no step reports is left out
+        **{name: values for name, values in curves.items() if not np.isnan(values).all()},
+    )
+    if attack == "pgd":  # what no attack made stands in one part alone
+        maps = {"benign_maps": evaluated.benign_maps, "target_maps": evaluated.target_maps}
+        arrays |= Aim.named(**maps)
+    return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
 
 
 def _curve_steps(result: Result) -> np.ndarray:
-    """The steps that curves are thinned to, evenly, the first and the last among them."""
+    """Return the steps that curves are thinned to, evenly, the first and the last among them."""
     n = np.shape(result.curves.loss)[1]
     return np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(np.int32)
 
 
-def _way(
-    model: Classifier, interpreter: Interpreter, preset: Preset, goals: np.ndarray, result: Result
-) -> Arrays:
-    """The steps of the curves, and what an interpreter sees of a few images on the way."""
+def _snapshots(
+    model: Classifier,
+    interpreter: Interpreter,
+    preset: Preset,
+    targets: np.ndarray,
+    result: Result,
+) -> dict[str, np.ndarray]:
+    """Return what an interpreter sees of the first images on the way."""
     images = result.snapshots
-    steps = {"curve_steps": _curve_steps(result)}
     if not len(images):
-        return steps
+        return {}
     m, s = images.shape[:2]
-    labels = np.repeat(goals[:m], s)
-    frames = images.reshape(m * s, *images.shape[2:])
+    labels, frames = np.repeat(targets[:m], s), images.reshape(m * s, *images.shape[2:])
     logits, maps = explain(
-        model, frames, labels, interpreter=interpreter, batch_size=len(goals), all_may_fail=True
+        model,
+        frames,
+        labels,
+        interpreter=interpreter,
+        batch_size=len(targets),
+        all_may_fail=True,
     )
-    return steps | {
+    return {
         "snapshot_steps": np.array(snapshot_steps(preset), np.int32),
         "snapshot_images": images,
         "snapshot_maps": maps.reshape(m, s, *maps.shape[1:]),
-        "snapshot_confidence": np.asarray(metrics.confidence(logits, labels)).reshape(m, s),
+        "snapshot_confidence": metrics.confidence(logits, labels).reshape(m, s),
     }

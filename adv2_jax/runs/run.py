@@ -1,6 +1,7 @@
-"""One run: PGD and ADV² on the same images, a batch at a time; rows for a table, arrays for a report, and a way to go on."""
+"""One run: PGD and ADV² on the same images, a batch at a time, into rows and arrays."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,18 +15,18 @@ from adv2_jax.descent import OnStep
 from adv2_jax.files import intact, write_summary
 from adv2_jax.identity import environment, tree_fingerprint
 from adv2_jax.interpreters import Interpreter
-from adv2_jax.names import ATTACKS
 from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.batch import Job, attack_batch
-from adv2_jax.runs.measures import Row, paired, row
-from adv2_jax.runs.select import Selection, select
-from adv2_jax.runs.store import Arrays, Part, Store
+from adv2_jax.runs.schema import ATTACKS, Images, Row
+from adv2_jax.runs.select import select
+from adv2_jax.runs.statistics import paired, row
+from adv2_jax.runs.store import Part, Store
 from adv2_jax.runs.task import Settings, Task, check_own_maps, make_task
 from adv2_jax.types import Classifier
 
 Progress = Callable[[int, int, int], OnStep]
 
-# to the results: may change when a run is resumed
+# of the command line, but not of the results: may change when a run is resumed
 UNRELATED = ("command", "out", "resume", "overwrite", "quiet", "table")
 
 
@@ -60,9 +61,9 @@ def run(
     """Attack a set of images by PGD alone and by ADV², for each interpreter.
 
     PGD alone gets as many gradient evaluations as ADV² on the same interpreter. Target classes are
-    the set's own or drawn from the seed. A finished batch is kept in the directory until the run is
-    over: what is held in memory, beyond the image set and the images taken from it, is one batch,
-    and a dozen numbers an image.
+    the set's own or drawn from the seed. A finished batch stays in the directory until the run is
+    over: beyond the image set and the images taken from it, one batch and a dozen numbers an image
+    are held in memory.
 
     Args:
         model: the classifier.
@@ -70,8 +71,8 @@ def run(
         settings: what to run.
         directory: an existing one, for `results.npz`, `summary.json` and `log.jsonl`.
         limit: at most so many images, after leaving out.
-        config: what was asked for, by name, for the summary. A run goes on with an equal one only
-            (see `UNRELATED`).
+        config: what was asked for, by name, for the summary. A run is resumed with an equal one
+            only (see `UNRELATED`).
         resume: go on with the unfinished run in the directory.
         progress: (images, steps in all, steps done) -> function called with the steps newly done.
         publish: called with the directory when its files are there, before the finished batches are
@@ -79,131 +80,110 @@ def run(
 
     Returns:
         Rows, whose `seconds` include compilation (interpreters whose ADV² costs the same share one
-        PGD run), paired differences, and how many images were left out. `results.npz` holds
-        `images`, `labels`, `targets`, `indices` (positions in the set), `masks` and file `names`
-        when known; for each interpreter `I/benign_maps`, `I/target_maps`; for each attack A in pgd,
-        adv2 `I/A/images`, `I/A/maps`, `I/A/confidence` (f_t), `I/A/success`, `I/A/map_l1`,
-        `I/A/map_iou75`, and `I/A/flow` (dy, dx in pixels) under a threat model that has one;
-        `I/A/curve_...`, what the steps reported, at `I/A/curve_steps`; for the first few images
-        `I/A/snapshot_...`, what they were at `I/A/snapshot_steps`: images, and maps and f_t of the
-        target.
+        PGD run), paired differences, and how many images were left out. The arrays of `results.npz`
+        are those of `schema.Results`.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
-        KeyboardInterrupt: says what is kept.
+        KeyboardInterrupt: says what is finished, and how to resume.
     """
-    presets = _presets(settings)
     prints = fingerprints(model, image_set)
+    presets = _presets(settings)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = make_task(model, image_set, selection, settings)
-    check_own_maps(
-        model, task, [preset.interpreter for preset in presets if preset.interpreter is not None]
-    )
+    attacked = _attacked(presets)
+    check_own_maps(model, task, attacked)
     jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
-    names = [
-        interpreter.name for job in jobs if job.attack == "adv2" for interpreter in job.interpreters
-    ]
-    store = Store(
-        directory,
-        identity(config or {}, prints),
-        [Part(name, kind, i) for name in names for kind in ATTACKS for i in range(count)],
-    )
+    parts = [Part(one.name, kind, i) for one in attacked for kind in ATTACKS for i in range(count)]
+    store = Store(directory, identity(config or {}, prints), parts)
     store.begin(resume=resume)
+    chosen = task.images
+    arrays = Images.named(
+        images=chosen.images,
+        labels=chosen.labels,
+        targets=task.targets,
+        indices=task.indices,
+        masks=chosen.objects,
+        names=chosen.names,
+    )
     try:
         if resume:
             store.write_log()
         _attack_all(model, task, jobs, settings, store, progress)
-        whole = _whole(task, selection)
-        # what was kept of the run before may be damaged
+        # what an interrupted run left may be damaged
         with intact(directory) if resume else nullcontext():
-            rows, differences, failed = _rows(jobs, names, store, settings, task.target_map)
-            lost = whole.get("names", selection.indices)[failed].tolist()
-        store.write_results(whole)
-        write_summary(
-            directory,
-            {
-                "config": dict(config or {}),
-                "environment": environment(),
-                "counts": {
-                    "images": len(image_set.images),
-                    "left_out": selection.left_out,
-                    "failed": len(lost),
-                },
-                "failed": lost,
-                "fingerprints": prints,
-                "classes": image_set.classes,
-                "rows": rows,
-                "paired": differences,
-            },
-        )
+            rows, differences, failed = _rows(jobs, attacked, store, settings, task.target_map)
+        names = task.indices if chosen.names is None else chosen.names
+        lost = names[failed].tolist()
+        store.write_results(arrays)
+        counts = {"images": len(image_set.images), "left_out": selection.left_out}
+        summary = {
+            "config": dict(config or {}),
+            "environment": environment(),
+            "counts": counts | {"failed": len(lost)},
+            "failed": lost,
+            "fingerprints": prints,
+            "classes": image_set.classes,
+            "rows": rows,
+            "paired": differences,
+        }
+        write_summary(directory, summary)
         with intact(directory) if resume else nullcontext():
             publish(directory)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(store.resume_hint()) from None
     except OSError as error:  # of the summary, or of what is published
-        raise ValueError(
-            f"cannot write to {directory}: {error.strerror}{store.resume_hint()}"
-        ) from None
+        hint = store.resume_hint()
+        raise ValueError(f"cannot write to {directory}: {error.strerror}{hint}") from None
     store.remove()
     return Outcome(rows, differences, selection.left_out, lost)
 
 
 def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
-    """Of the arrays that a run is about."""
+    """Return the fingerprints of the arrays that a run is about."""
     return {"network": tree_fingerprint(model), "image set": tree_fingerprint(image_set)}
 
 
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
-    """What makes a run the run it is, as JSON reads it: the settings that bear on its results, and the fingerprints."""
+    """Return the settings that bear on the results, and the fingerprints, as JSON reads them."""
     settings = {key: value for key, value in config.items() if key not in UNRELATED}
     known: dict[str, Any] = json.loads(json.dumps(settings | dict(prints)))
     return known
 
 
 def _presets(settings: Settings) -> list[Preset]:
-    """The preset of each interpreter; refuses two interpreters of one name, whose results would have the same keys."""
-    presets = [
-        resolve(
-            settings.preset,
-            name,
-            threat=settings.threat,
-            warm_steps=settings.warm_steps,
-            steps=settings.steps,
-        )
-        for name in settings.interpreters
-    ]
-    names = [preset.interpreter.name for preset in presets if preset.interpreter is not None]
-    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
-    if twice:
-        raise ValueError(
-            f"interpreter {twice[0]!r} is given {names.count(twice[0])} times; each needs a name of its own"
-        )
+    """Return a preset for each interpreter; refuse two of one name, by which results are known."""
+    own = {"warm_steps": settings.warm_steps, "steps": settings.steps}
+    threat, given = settings.threat, settings.interpreters
+    presets = [resolve(settings.preset, name, threat=threat, **own) for name in given]
+    name, times = Counter(interpreter.name for interpreter in _attacked(presets)).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"interpreter {name!r} is given {times} times; each needs its own name")
     return presets
+
+
+def _attacked(presets: Sequence[Preset]) -> list[Interpreter]:
+    return [preset.interpreter for preset in presets if preset.interpreter is not None]
 
 
 def _jobs(
     model: Classifier, shape: tuple[int, ...], presets: Sequence[Preset], settings: Settings
 ) -> list[Job]:
-    """ADV² by each preset, and plain PGD with as much work: a step of it is one unit of cost."""
+    """Return plain PGD, a job for each budget, then ADV² by each preset, which sets the budgets."""
+    threat = settings.threat
     adv2: list[Job] = []
     sharing: dict[int, list[Interpreter]] = {}
-    for preset in presets:
-        assert preset.interpreter is not None
-        cost = gradient_evaluations(model, preset, settings.threat, shape)
-        adv2.append(Job("adv2", preset, (preset.interpreter,), cost))
-        sharing.setdefault(round(cost), []).append(preset.interpreter)
+    for interpreter, preset in zip(_attacked(presets), presets, strict=True):
+        cost = gradient_evaluations(model, preset, threat, shape)
+        adv2.append(Job("adv2", preset, (interpreter,), cost))
+        # a step of plain PGD is one unit of cost
+        sharing.setdefault(round(cost), []).append(interpreter)
     pgd = []
     for budget, served in sharing.items():
-        preset = resolve(settings.preset, None, threat=settings.threat, steps=budget)
-        pgd.append(
-            Job(
-                "pgd",
-                preset,
-                tuple(served),
-                gradient_evaluations(model, preset, settings.threat, shape),
-            )
-        )
+        preset = resolve(settings.preset, None, threat=threat, steps=budget)
+        cost = gradient_evaluations(model, preset, threat, shape)
+        pgd.append(Job("pgd", preset, tuple(served), cost))
     return pgd + adv2
 
 
@@ -215,16 +195,12 @@ def _attack_all(
     store: Store,
     progress: Progress,
 ) -> None:
-    """Every part that is not finished yet, a batch after the other."""
+    """Make every part that is not finished yet, a batch after the other."""
     n, size = len(task.targets), settings.batch_size
-    todo = [
-        [job for job in jobs if not all(map(store.has, job.parts(i)))]
-        for i in range(len(range(0, n, size)))
-    ]
-    every, *left = (
-        sum(count_steps(job.preset, 1, size) for job in batch) for batch in (jobs, *todo)
-    )
-    on_step = progress(n, every * len(todo), every * len(todo) - sum(left))
+    count = len(range(0, n, size))
+    todo = [[job for job in jobs if not all(map(store.has, job.parts(i)))] for i in range(count)]
+    every, *left = (sum(count_steps(job.preset, 1, size) for job in some) for some in (jobs, *todo))
+    on_step = progress(n, every * count, every * count - sum(left))
     for i, places in enumerate(batches(np.arange(n), size)):
         for name, kind, arrays in attack_batch(model, task, todo[i], places, settings, on_step):
             if not store.has(part := Part(name, kind, i)):
@@ -232,45 +208,24 @@ def _attack_all(
 
 
 def _rows(
-    jobs: Sequence[Job], names: Sequence[str], store: Store, settings: Settings, target_map: str
+    jobs: Sequence[Job],
+    attacked: Sequence[Interpreter],
+    store: Store,
+    settings: Settings,
+    target_map: str,
 ) -> tuple[list[Row], list[Row], np.ndarray]:
-    """Two rows an interpreter, how they differ, and which images [N] failed under some attack."""
+    """Return two rows an interpreter, how they differ, and which images [N] failed somewhere."""
     job_of = {part[:2]: job for job in jobs for part in job.parts(0)}
     rows, differences, failed = [], [], []
-    for name in names:
-        found = {kind: store.measures(name, kind) for kind in ATTACKS}
-        for kind, measures in found.items():
-            seconds = float(measures.pop("seconds").sum())
-            head = {
-                "interpreter": name,
-                "attack": kind,
-                "threat": settings.threat.name,
-                "target_map": target_map,
-            }
-            job = job_of[name, kind]
-            tail = {
-                "gradient_evaluations": job.cost,
-                "seconds": round(seconds, 2),
-                "preset": to_dict(job.preset),
-            }
-            rows.append(head | row(measures, seed=settings.seed) | tail)
-            failed.append(measures["failed"])
-        pair = {"interpreter": name, "threat": settings.threat.name}
-        differences += [
-            pair | difference
-            for difference in paired(found["pgd"], found["adv2"], seed=settings.seed)
-        ]
+    for interpreter in attacked:
+        head = {"interpreter": interpreter.name, "threat": settings.threat.name}
+        measures = {kind: store.measures(interpreter.name, kind) for kind in ATTACKS}
+        for kind, numbers in measures.items():
+            job, seconds = job_of[interpreter.name, kind], float(numbers.pop("seconds").sum())
+            own = {"attack": kind, "target_map": target_map, **row(numbers, seed=settings.seed)}
+            cost = {"gradient_evaluations": job.cost, "seconds": round(seconds, 2)}
+            rows.append(head | own | cost | {"preset": to_dict(job.preset)})
+            failed.append(numbers["failed"])
+        pairs = paired(measures["pgd"], measures["adv2"], seed=settings.seed)
+        differences += [head | pair for pair in pairs]
     return rows, differences, np.any(failed, axis=0)
-
-
-def _whole(task: Task, selection: Selection) -> Arrays:
-    """The arrays of the results that no attack makes."""
-    chosen = task.images
-    arrays = {
-        "images": chosen.images,
-        "labels": chosen.labels,
-        "targets": task.targets,
-        "indices": selection.indices,
-    }
-    arrays |= {"masks": chosen.objects, "names": chosen.names}
-    return {key: values for key, values in arrays.items() if values is not None}

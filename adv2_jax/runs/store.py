@@ -1,5 +1,4 @@
-"""The finished parts of a run that is under way, so that whoever interrupts it loses one of them
-and no more.
+"""The finished parts of a run under way: whoever interrupts it loses one of them and no more.
 
 DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz
 is a finished part, and DIR/log.jsonl has a line for each. All are written atomically, and removed,
@@ -18,20 +17,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.files import Stream, atomic, intact, read_some, stored, write_streams
+from adv2_jax.files import Headers, Stream, atomic, intact, read_some, stored, write_streams
 from adv2_jax.identity import changes
-from adv2_jax.runs.measures import mean
+from adv2_jax.runs import schema
+from adv2_jax.runs.schema import SHARED, Arrays
+from adv2_jax.runs.statistics import mean
 
-Arrays = Mapping[str, NDArray[Any]]
 FOLDER = "batches"
-UNFINISHED = (
-    f"{FOLDER}/settings.json"  # is there from the first finished part until the run is over
-)
-MEASURE = "measure/"  # and a name: one number an image
+# is there from the first finished part until the run is over
+UNFINISHED = f"{FOLDER}/settings.json"
+MEASURE = "measure/"  # and a key: one number an image
 SECONDS = "measure/seconds"  # of the part
-SHARED = (
-    "_steps"  # arrays of such names have no image axis: those of the first part are those of all
-)
 ROWS = 64  # of a whole array, written at a time
 
 
@@ -44,7 +40,7 @@ class Part(NamedTuple):
 
 
 def is_unfinished(directory: Path) -> bool:
-    """Whether a directory holds a run that was begun, and is not over."""
+    """Return whether a directory holds a run that was begun, and is not over."""
     return (directory / UNFINISHED).exists()
 
 
@@ -66,39 +62,38 @@ class Store:
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
-        """Check that there is a run to go on with, or none in the way. Both must be said, so that
-        no slip costs a run.
+        """Check that there is a run to resume, or none that a new one would overwrite.
+
+        Starting and resuming are both explicit: a forgotten flag cannot cost a run.
 
         Raises:
-            ValueError: names the directory: it holds an unfinished run although `resume` is False,
-                none although it is True, or one with other settings (each is named with what it was
-                and is).
+            ValueError: the directory holds an unfinished run although `resume` is False, none
+                although it is True, or one with other settings (says what they were and are).
         """
-        if resume != is_unfinished(self.directory):
-            raise ValueError(
-                f"nothing to resume: {self.directory} holds no unfinished run"
-                if resume
-                else f"{self.directory} holds an unfinished run: go on with it (--resume), or remove {self._folder} to start anew"
-            )
-        if not resume:
-            return
-        with intact(self._known):
-            was = dict(json.loads(self._known.read_text(encoding="utf-8")))
-        if changed := changes(was, self._settings):
-            raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
+        there = is_unfinished(self.directory)
+        if there and not resume:
+            advice = f"go on with it (--resume), or remove {self._folder} to start anew"
+            raise ValueError(f"{self.directory} holds an unfinished run: {advice}")
+        if resume and not there:
+            raise ValueError(f"nothing to resume: {self.directory} holds no unfinished run")
+        if resume:
+            with intact(self._known):
+                was = dict(json.loads(self._known.read_text(encoding="utf-8")))
+            if changed := changes(was, self._settings):
+                raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
 
     def write_log(self) -> None:
-        """Write the log of a run that is gone on with anew: its last line may be missing or cut short."""
+        """Write the log of a resumed run again: its last line may be missing or cut short."""
         lines = [self._line(part) for part in self.parts if self.has(part)]
         with self._writing(self._log), atomic(self._log, "w") as log:
             log.writelines(lines)
 
     def has(self, part: Part) -> bool:
-        """Whether a part is finished."""
+        """Return whether a part is finished."""
         return self._path(part).exists()
 
     def save(self, part: Part, arrays: Arrays) -> None:
-        """Keep a finished part, and log it.
+        """Write a finished part, and its line of the log.
 
         Args:
             part: which.
@@ -111,21 +106,18 @@ class Store:
         path = self._path(part)
         with self._writing(path):
             if not self._known.exists():
-                self._start()
+                self._folder.mkdir(exist_ok=True)
+                self._log.unlink(missing_ok=True)
+                with atomic(self._known, "w") as file:
+                    json.dump(self._settings, file, indent=2)
             path.parent.mkdir(exist_ok=True)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
             with self._log.open("a", encoding="utf-8") as log:
                 log.write(self._line(part))
 
-    def _start(self) -> None:
-        self._folder.mkdir(exist_ok=True)
-        self._log.unlink(missing_ok=True)
-        with atomic(self._known, "w") as file:
-            json.dump(self._settings, file, indent=2)
-
     def measures(self, interpreter: str, attack: str) -> dict[str, NDArray[Any]]:
-        """Numbers [N] by name, one an image; `seconds` has one a part."""
+        """Return numbers [N] by key, one an image; `seconds` has one a part."""
         parts = [self._measures(part) for part in self.parts if part[:2] == (interpreter, attack)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -148,7 +140,7 @@ class Store:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def resume_hint(self) -> str:
-        """Say how to go on, for whoever is interrupted; remove what was begun, and say nothing, if no part is finished."""
+        """Return how to go on, for a message; if no part is finished, nothing, and remove the run."""
         n = sum(map(self.has, self.parts))
         if n == 0:
             self.remove()
@@ -160,72 +152,56 @@ class Store:
 
     def _measures(self, part: Part) -> dict[str, NDArray[Any]]:
         path = self._path(part)
-        found = read_some(path, lambda name: name.startswith(MEASURE))
+        measures = read_some(path, lambda name: name.startswith(MEASURE))
         with intact(path):
-            for name, values in found.items():
-                shape = (1,) if name == SECONDS else found[f"{MEASURE}asr"].shape
+            for name, values in measures.items():
+                shape = (1,) if name == SECONDS else measures[f"{MEASURE}asr"].shape
                 if values.shape != shape or len(shape) != 1 or values.dtype.kind not in "bf":
                     raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
-        return {name.removeprefix(MEASURE): values for name, values in found.items()}
+        return {name.removeprefix(MEASURE): values for name, values in measures.items()}
 
     def _line(self, part: Part) -> str:
-        found = self._measures(part)
+        measures = self._measures(part)
         with intact(self._path(part)):
-            good = ~found["failed"]
-            numbers = {name: mean(found[name][good]) for name in ("asr", "map_l1")} | {
-                "seconds": mean(found["seconds"])
-            }
-        head = {
-            "batch": part.batch,
-            "interpreter": part.interpreter,
-            "attack": part.attack,
-            "n": int(good.sum()),
-        }
-        rounded = {
-            name: None if value is None else round(value, 6) for name, value in numbers.items()
-        }
-        return json.dumps(head | {"failed": int((~good).sum())} | rounded) + "\n"
+            good = ~measures["failed"]
+            logged = [one for one in schema.MEASURES if one.key in measures and not one.page_only]
+            numbers = {one.key: mean(measures[one.key][good], one.total) for one in logged}
+            numbers["seconds"] = mean(measures["seconds"])
+        line = part._asdict() | {"n": int(good.sum()), "failed": int((~good).sum())}
+        for name, number in numbers.items():
+            line[name] = None if number is None else round(number, 6)
+        return json.dumps(line) + "\n"
 
-    def _streams(self, own: Arrays) -> Iterator[tuple[str, Stream]]:
-        for name, values in own.items():
-            yield (
-                name,
-                Stream(
-                    values.shape,
-                    values.dtype,
-                    (values[i : i + ROWS] for i in range(0, len(values), ROWS)),
-                ),
-            )
+    def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
+        for name, values in whole.items():
+            blocks = (values[i : i + ROWS] for i in range(0, len(values), ROWS))
+            yield name, Stream(values.shape, values.dtype, blocks)
         for (interpreter, _), parts in groupby(self.parts, key=lambda part: part[:2]):
-            paths = [self._path(part) for part in parts]
-            headers = [stored(path) for path in paths]
-            for name, (shape, dtype) in headers[0].items():
-                if name.startswith(MEASURE):
-                    continue
-                having = [i for i, header in enumerate(headers) if name in header][
-                    : 1 if name.endswith(SHARED) else None
-                ]
-                for i in having:
-                    held, kind = headers[i][name]
-                    if not held or (held[1:], kind) != (shape[1:], dtype):
-                        raise ValueError(
-                            f"cannot read {paths[i]}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}"
-                        )
-                n = sum(headers[i][name][0][0] for i in having)
-                yield (
-                    f"{interpreter}/{name}",
-                    Stream((n, *shape[1:]), dtype, _blocks([paths[i] for i in having], name)),
-                )
+            headers = {path: stored(path) for path in map(self._path, parts)}
+            for name in next(iter(headers.values())):
+                if not name.startswith(MEASURE):
+                    yield f"{interpreter}/{name}", _joined(name, headers)
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Says what cannot be written, and leaves no folder of parts without a part."""
+        """Raise what cannot be written, and leave no folder of parts without a part."""
         try:
             yield
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
 
 
-def _blocks(paths: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:
+def _joined(name: str, headers: Mapping[Path, Headers]) -> Stream:
+    """Return an array of several parts as one; of what has no axis of images, that of the first."""
+    paths = [path for path, header in headers.items() if name in header]
+    paths = paths[:1] if name.rpartition("/")[2] in SHARED else paths
+    shape, dtype = headers[paths[0]][name]
+    n = 0
     for path in paths:
-        yield read_some(path, name.__eq__)[name]
+        own, kind = headers[path][name]
+        if not own or (own[1:], kind) != (shape[1:], dtype):
+            message = f"{name} is {kind} {list(own)}, before {dtype} {list(shape)}"
+            raise ValueError(f"cannot read {path}: {message}")
+        n += own[0]
+    blocks = (read_some(path, name.__eq__)[name] for path in paths)
+    return Stream((n, *shape[1:]), dtype, blocks)

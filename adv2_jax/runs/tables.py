@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 from adv2_jax.data import ImageSet
 from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
-from adv2_jax.names import attack_name
-from adv2_jax.runs.measures import Row
+from adv2_jax.runs import schema
 from adv2_jax.runs.run import Progress, fingerprints, identity, run
+from adv2_jax.runs.schema import COSTS, Row, attack_name, columns
 from adv2_jax.runs.store import is_unfinished
 from adv2_jax.runs.task import Settings
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
-DECIMALS = {"gradient_evaluations": 1, "seconds": 1}  # of columns; 3 of the others
-WORDS = ("interpreter", "attack", "made against")  # headings of columns without numbers
+NAMES = ("interpreter", "attack", "made against")  # headings of columns without numbers
 
 
 class Table(NamedTuple):
@@ -24,48 +23,39 @@ class Table(NamedTuple):
 
     Attributes:
         title: above it.
-        columns: keys of the run's rows -> headings; none: the transfer matrix.
+        keys: of the columns; none for the transfer matrix.
         threat: name of the threat model of the run.
         target_map: of the run.
     """
 
     title: str
-    columns: Mapping[str, str]
+    keys: Sequence[str] = ()
     threat: str = "linf"
     target_map: str = "benign"
 
     @property
     def run(self) -> str:
-        """Name of the run, and of its folder; tables that share it share the work."""
+        """Return the name of the run, and of its folder; tables that share it share the work."""
         return f"{self.threat}-{self.target_map}"
 
 
 TABLES = {
-    "effectiveness": Table("Effectiveness by prediction", {"asr": "ASR", "mc": "MC"}),
-    "maps": Table(
-        "Distance of the maps from the target maps", {"map_l1": "map L1", "map_l2": "map L2"}
-    ),
+    "effectiveness": Table("Effectiveness by prediction", ["asr", "mc"]),
+    "maps": Table("Distance of the maps from the target maps", ["map_l1", "map_l2"]),
     "iou": Table(
-        "Overlap of the maps with the target maps",
-        {"map_iou75": "IoU, 75th percentile", "map_iou50": "IoU at .5"},
+        "Overlap of the maps with the target maps, at the 75th percentile and at .5",
+        ["map_iou75", "map_iou50"],
     ),
     "patch": Table(
-        "Random patches as target maps",
-        {"asr": "ASR", "map_l1": "map L1", "map_iou75": "IoU, 75th percentile"},
-        target_map="patch",
+        "Random patches as target maps", ["asr", "map_l1", "map_iou75"], target_map="patch"
     ),
     "stadv": Table(
-        "Attacks that move pixels (StAdv)",
-        {"asr": "ASR", "mc": "MC", "map_l1": "map L1", "map_iou75": "IoU, 75th percentile"},
-        threat="flow",
+        "Attacks that move pixels (StAdv)", ["asr", "mc", "map_l1", "map_iou75"], threat="flow"
     ),
     "transfer": Table(
-        "Images made against one interpreter (row), explained by another (column): map L1 (IoU)", {}
+        "Images made against one interpreter (row), explained by another (column): map L1 (IoU)"
     ),
 }
-
-
-ON_ANOTHER = {"asr": "ASR", "map_l1": "map L1", "map_iou75": "IoU, 75th percentile"}
 
 
 class Sheet(NamedTuple):
@@ -76,12 +66,72 @@ class Sheet(NamedTuple):
     lines: list[list[str]]
 
     def markdown(self) -> str:
-        """The table as Markdown."""
+        """Return the table as Markdown."""
         rule = ["---"] * len(self.headings)
         lines = "\n".join(
             f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.lines)
         )
         return f"## {self.title}\n\n{lines}\n"
+
+
+def by_rows(title: str, keys: Sequence[str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
+    """Return a line for each row of a run; means with their intervals if `spread`."""
+    lines = [
+        [
+            row["interpreter"],
+            attack_name(row["attack"], row["threat"]),
+            str(row["n"]),
+            *(_cell(row, key, spread) for key in keys),
+        ]
+        for row in rows
+    ]
+    return Sheet(title, ["interpreter", "attack", "n", *_headings(keys)], lines)
+
+
+def after_a_run(rows: Sequence[Row]) -> Sheet:
+    """Return what is shown when a run is over: the main measures and the cost of each row."""
+    keys = [one.key for one in schema.MEASURES if not one.page_only]
+    title = "PGD against ADV² on the same images"
+    return by_rows(title, keys + [one.key for one in COSTS], rows, spread=False)
+
+
+def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
+    """Return a line for each source of images, a column for each interpreter."""
+    numbers = [
+        [f"{_number('map_l1', a)} ({_number('map_iou75', b)})" for a, b in zip(*rows, strict=True)]
+        for rows in zip(matrix["map_l1"], matrix["map_iou75"], strict=True)
+    ]
+    lines = [[source, *cells] for source, cells in zip(matrix["sources"], numbers, strict=True)]
+    return Sheet(title, ["made against", *matrix["interpreters"]], lines)
+
+
+def by_model(title: str, rows: Sequence[Row]) -> Sheet:
+    """Return a line for each source of images and interpreter, on another network."""
+    keys = ["asr", *(one.key for one in schema.MEASURES if one.paired)]
+    lines = [
+        [
+            row["source"],
+            row["interpreter"],
+            str(row["n"]),
+            *(_cell(row, key, True) for key in keys),
+        ]
+        for row in rows
+    ]
+    return Sheet(title, ["made against", "interpreter", "n", *_headings(keys)], lines)
+
+
+def _headings(keys: Sequence[str]) -> list[str]:
+    return [columns()[key].heading for key in keys]
+
+
+def _cell(row: Row, key: str, spread: bool) -> str:
+    ends = row.get("ci", {}).get(key) if spread else None
+    shown = _number(key, row[key])
+    return shown if ends is None else f"{shown} [{_number(key, ends[0])}, {_number(key, ends[1])}]"
+
+
+def _number(key: str, value: float | None) -> str:
+    return "-" if value is None else f"{value:.{columns()[key].decimals}f}"
 
 
 def make_table(
@@ -97,7 +147,7 @@ def make_table(
     progress: Progress = lambda images, steps, done: lambda new: None,
     publish: Callable[[Path], object] = lambda directory: None,
 ) -> Sheet:
-    """Run what a table needs, below a directory, and write `table.md` and `summary.json` there.
+    """Run what a table needs, and write `table.md` and `summary.json`.
 
     Args:
         name: key of `TABLES`; `settings` are to have its threat model and target map.
@@ -127,9 +177,9 @@ def make_table(
             publish=publish,
         )
     summary = read_summary(place)
-    if table.columns:
+    if table.keys:
         with intact(place / "summary.json"):
-            sheet = by_rows(table.title, table.columns, summary["rows"])
+            sheet = by_rows(table.title, table.keys, summary["rows"])
     else:
         finished = load_run(place)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
@@ -146,7 +196,7 @@ def make_table(
 
 
 def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
-    """Whether a directory holds a finished run, and refuses one of other settings."""
+    """Return whether a directory holds a finished run; refuse one of other settings."""
     if is_unfinished(directory) or not (directory / "summary.json").exists():
         return False
     summary = read_summary(directory)
@@ -155,51 +205,3 @@ def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
     if changed := changes(was, asked):
         raise ValueError(f"{directory} holds a run with other settings: {changed}")
     return True
-
-
-def by_rows(
-    title: str, columns: Mapping[str, str], rows: Sequence[Row], *, spread: bool = True
-) -> Sheet:
-    """A line for each row of a run; means with their intervals if `spread`."""
-    lines = [
-        [row["interpreter"], attack_name(row["attack"], row["threat"]), str(row["n"])]
-        + [_number(row, key, spread) for key in columns]
-        for row in rows
-    ]
-    return Sheet(title, ["interpreter", "attack", "n", *columns.values()], lines)
-
-
-def _number(row: Row, key: str, spread: bool) -> str:
-    ends = row.get("ci", {}).get(key) if spread else None
-    decimals = DECIMALS.get(key, 3)
-    return _cell(row[key], decimals) + (
-        "" if ends is None else f" [{ends[0]:.{decimals}f}, {ends[1]:.{decimals}f}]"
-    )
-
-
-def _cell(value: float | None, decimals: int) -> str:
-    return "-" if value is None else f"{value:.{decimals}f}"
-
-
-def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
-    """A line for each source of images, a column for each interpreter."""
-    numbers = [
-        [f"{_cell(a, 3)} ({_cell(b, 2)})" for a, b in zip(*rows, strict=True)]
-        for rows in zip(matrix["map_l1"], matrix["map_iou75"], strict=True)
-    ]
-    lines = [[source, *cells] for source, cells in zip(matrix["sources"], numbers, strict=True)]
-    return Sheet(title, ["made against", *matrix["interpreters"]], lines)
-
-
-def by_model(title: str, rows: Sequence[Row]) -> Sheet:
-    """A line for each source of images and interpreter, on another network."""
-    lines = [
-        [
-            row["source"],
-            row["interpreter"],
-            str(row["n"]),
-            *(_number(row, key, True) for key in ON_ANOTHER),
-        ]
-        for row in rows
-    ]
-    return Sheet(title, ["made against", "interpreter", "n", *ON_ANOTHER.values()], lines)

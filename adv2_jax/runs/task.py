@@ -1,7 +1,7 @@
 """What a run is asked for: images, target classes, and target maps by kind."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,11 +27,11 @@ class Settings(NamedTuple):
         warm_steps, steps: take the place of the preset's when given.
         batch_size: images at a time.
         seed: of target classes, target maps and bootstrap.
-        target_map: what is to be shown where the image set has no target maps of its own: "benign",
-            the map of the unchanged image, which hides the attack; "image", the map of another
+        target_map: the map to be shown where the image set has no target maps of its own:
+            "benign", that of the unchanged image, which hides the attack; "image", that of another
             image of the target class; "patch", a random figure.
-        snapshots: of how many images, the first, to keep what they were on the way, some eight
-            times an attack, each explained.
+        snapshots: of how many images, the first, to keep what they were on the way: some eight
+            pictures an attack, each explained.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -46,30 +46,27 @@ class Settings(NamedTuple):
 
 
 def interpreter_of(name: str) -> str | Interpreter:
-    """An interpreter by its name, which stays a name, or by the file it is written in.
+    """Return an interpreter by its name, which stays a name, or by the file it is written in.
 
     Args:
-        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter` or
-            a function that makes one.
+        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter`
+            or a function that makes one.
 
     Raises:
-        ValueError: if there is no such interpreter, or the file or the function fails (says how).
+        ValueError: there is no such interpreter, or the file or the function fails (says how).
     """
     if name in INTERPRETERS:
         return name
     if not user.is_reference(name):
-        raise ValueError(
-            f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name"
-        )
+        known = ", ".join(INTERPRETERS)
+        raise ValueError(f"interpreter {name!r} is not one of {known}, or path/to/file.py:name")
     made = user.named("interpreter", name)
     if callable(made):
-        made = user.attempt(
-            f"{name} must be an adv2_jax Interpreter, or a function that makes one of nothing", made
-        )
+        kind = "an adv2_jax Interpreter, or a function that makes one of nothing"
+        made = user.attempt(f"{name} must be {kind}", made)
     if not isinstance(made, Interpreter):
-        raise ValueError(
-            f"{name} is neither an adv2_jax Interpreter nor a function that makes one, but {type(made).__name__}"
-        )
+        kinds = "an adv2_jax Interpreter nor a function that makes one"
+        raise ValueError(f"{name} is neither {kinds}, but {type(made).__name__}")
     return made
 
 
@@ -78,15 +75,15 @@ class Task(NamedTuple):
 
     Attributes:
         images: those of the source that the network gets right.
-        places: int [N], of the images in their source.
+        indices: int [N], their positions in their source.
         targets: int32 [N], target classes.
         target_map: as in `Settings`, or "file": the set's own.
-        target_maps: (interpreter, places [B] among the N, benign maps [B, h, w]) -> target maps [B,
-            h, w].
+        target_maps: (interpreter, places [B] among the N, benign maps [B, h, w]) -> target maps
+            [B, h, w].
     """
 
     images: ImageSet
-    places: np.ndarray
+    indices: np.ndarray
     targets: np.ndarray
     target_map: str
     target_maps: TargetMaps
@@ -95,77 +92,61 @@ class Task(NamedTuple):
 def make_task(
     model: Classifier, image_set: ImageSet, selection: Selection, settings: Settings
 ) -> Task:
-    """The images a network gets right, their target classes, and their target maps.
+    """Return the images a network gets right, with their target classes and target maps.
 
     Raises:
-        ValueError: for an unknown target map, or one that cannot be had: which, and why.
+        ValueError: an unknown target map, or one that cannot be had (says which, and why).
     """
-    chosen, where = selection.images, selection.indices
+    chosen, indices, kind = selection.images, selection.indices, settings.target_map
     assert chosen.labels is not None
-    goals = chosen.targets
-    if goals is None:
-        goals = targets.random_targets(
-            chosen.labels, selection.num_classes, seed=settings.seed, indices=where
+    classes = chosen.targets
+    if classes is None:
+        classes = targets.random_targets(
+            chosen.labels, selection.num_classes, seed=settings.seed, indices=indices
         )
-    if chosen.target_maps is not None:
-        if settings.target_map != "benign":
-            raise ValueError(
-                f"target map {settings.target_map!r}: the images come with target maps of their own"
-            )
-        own = chosen.target_maps
-        return Task(chosen, where, goals, "file", lambda interpreter, places, benign: own[places])
-    return Task(
-        chosen,
-        where,
-        goals,
-        settings.target_map,
-        _target_maps(model, image_set, selection, goals, settings),
-    )
-
-
-def _target_maps(
-    model: Classifier,
-    image_set: ImageSet,
-    selection: Selection,
-    goals: np.ndarray,
-    settings: Settings,
-) -> TargetMaps:
-    kind, where, seed = settings.target_map, selection.indices, settings.seed
+    own, seed = chosen.target_maps, settings.seed
+    if own is not None and kind != "benign":
+        raise ValueError(f"target map {kind!r}: the images come with target maps of their own")
     if kind not in targets.TARGET_MAPS:
-        raise ValueError(f"target map {kind!r} is not one of {', '.join(targets.TARGET_MAPS)}")
-    if kind == "benign":
-        return lambda interpreter, places, benign: benign
-    if kind == "patch":
-        return lambda interpreter, places, benign: np.stack(
-            [targets.patch(benign.shape[1:], seed=seed, index=int(i)) for i in where[places]]
+        known = ", ".join(targets.TARGET_MAPS)
+        raise ValueError(f"target map {kind!r} is not one of {known}")
+    if kind == "image":
+        donors = targets.donors(
+            selection.source_labels, classes, indices, seed=seed, classes=image_set.classes
         )
-    donors = targets.donors(
-        selection.source_labels, goals, where, seed=seed, classes=image_set.classes
-    )
-    return lambda interpreter, places, benign: explain(
-        model,
-        image_set.images[donors[places]],
-        goals[places],
-        interpreter=interpreter,
-        batch_size=len(places),
-        all_may_fail=True,
-    )[1]
+
+    def target_maps(interpreter: Interpreter, places: np.ndarray, benign: np.ndarray) -> np.ndarray:
+        if own is not None:
+            return own[places]
+        if kind == "benign":
+            return benign
+        if kind == "patch":
+            size = benign.shape[1:]
+            return np.stack([targets.patch(size, seed=seed, index=int(i)) for i in indices[places]])
+        images = image_set.images[donors[places]]
+        return maps_of(model, images, classes[places], interpreter)
+
+    return Task(chosen, indices, classes, kind if own is None else "file", target_maps)
+
+
+def maps_of(
+    model: Classifier, images: np.ndarray, classes: np.ndarray, interpreter: Interpreter
+) -> np.ndarray:
+    """Return the maps [B, h, w] of a batch; those of images on which they fail are not a number."""
+    options: dict[str, Any] = {"batch_size": len(images), "all_may_fail": True}
+    return explain(model, images, classes, interpreter=interpreter, **options)[1]
 
 
 def check_own_maps(model: Classifier, task: Task, interpreters: Sequence[Interpreter]) -> None:
-    """Refuse maps of another size than an interpreter's, and interpreters that the model does not
-    suit, before the work.
+    """Refuse, before the work, interpreters that do not suit the model, and maps of other sizes.
 
     Raises:
         ValueError: names the interpreter, and what it wants.
     """
-    own = task.images.target_maps
+    own, shape = task.images.target_maps, task.images.images.shape[1:]
     for interpreter in interpreters:
-        expected = [
-            len(task.targets),
-            *check_interpreter(model, task.images.images.shape[1:], interpreter, attacked=True),
-        ]
+        drawn = check_interpreter(model, shape, interpreter, attacked=True)
+        expected = [len(task.targets), *drawn]
         if own is not None and list(own.shape) != expected:
-            raise ValueError(
-                f"target_maps must be {expected} for {interpreter.name}, got {list(own.shape)}"
-            )
+            name, given = interpreter.name, list(own.shape)
+            raise ValueError(f"target_maps must be {expected} for {name}, got {given}")

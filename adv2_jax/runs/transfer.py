@@ -9,109 +9,87 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jax.typing import ArrayLike
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
+from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
-from adv2_jax.names import ATTACKS
 from adv2_jax.presets import from_dict
-from adv2_jax.runs.measures import Row, mean
-from adv2_jax.runs.statistics import intervals
+from adv2_jax.runs import schema
+from adv2_jax.runs.schema import ATTACKS, Evaluated, Results, Row, Stored
+from adv2_jax.runs.statistics import interval, mean
 from adv2_jax.runs.task import interpreter_of
 from adv2_jax.types import Classifier
 
-MEASURES = {"map_l1": metrics.map_l1, "map_iou75": metrics.iou_quantile}
-
 
 class Run(NamedTuple):
-    """A finished run: its directory, summary, interpreters by name, and `labels`, `targets` [N]."""
+    """A finished run: its directory, summary, interpreters by name, and arrays, read when asked."""
 
     directory: Path
     summary: dict[str, Any]
     interpreters: Mapping[str, Interpreter]
-    labels: np.ndarray
-    targets: np.ndarray
+    results: Results
 
     @property
     def sources(self) -> list[str]:
-        """Whose images there are: the benign ones, those of plain PGD, and those of ADV² against each interpreter."""
+        """Return whose images there are: benign, of plain PGD, of ADV² against each interpreter."""
         return ["benign", "pgd", *self.interpreters]
 
-    def array(self, name: str) -> np.ndarray:
-        """An array of the results."""
-        with intact(path := self.directory / "results.npz"):
-            return read_some(path, name.__eq__)[name]
-
     def images(self, source: str, interpreter: str) -> np.ndarray:
-        """uint8 [N, H, W, 3] of a source; plain PGD as it was set against an interpreter, by its budget."""
-        return self.array(
-            {"benign": "images", "pgd": f"{interpreter}/pgd/images"}.get(
-                source, f"{source}/adv2/images"
-            )
-        )
+        """Return uint8 [N, H, W, 3] of a source; PGD's as set against an interpreter's budget."""
+        if source == "benign":
+            return self.results.images
+        attack = (interpreter, "pgd") if source == "pgd" else (source, "adv2")
+        return self.results.attacked(*attack).images
 
     def classes(self, source: str) -> np.ndarray:
-        """[N], the classes that maps are drawn for: the labels of benign images, the targets of others."""
-        return self.labels if source == "benign" else self.targets
+        """Return [N], what maps are drawn for: labels of benign images, targets of others."""
+        return self.results.labels if source == "benign" else self.results.targets
 
 
 def load_run(directory: Path) -> Run:
-    """A finished run, with its interpreters as its preset has them, and those of files made again.
+    """Return a finished run, with interpreters as its rows have them; those of files made again.
 
     Raises:
         ValueError: names the directory and what is wrong with it.
     """
     summary = read_summary(directory)
     with intact(directory / "summary.json"):
-        names = dict.fromkeys(row["interpreter"] for row in summary.get("rows", []))
-    if not names:
+        made = {row["interpreter"]: row for row in summary.get("rows", [])}  # ADV² comes last
+    if not made:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
-        own = {one.name: one for one in asked if not isinstance(one, str)}
-        made = {
-            row["interpreter"]: row["preset"]["interpreter"]
-            for row in summary["rows"]
-            if row["attack"] == "adv2"
-        }
-        known = {
-            name: own[name]
-            if name in own
-            else from_dict(name, {"interpreter": made[name]}).interpreter
-            for name in names
-        }
-        interpreters = {
-            name: interpreter for name, interpreter in known.items() if interpreter is not None
-        }
+        interpreters = {one.name: one for one in asked if not isinstance(one, str)}
+        for name in made.keys() - interpreters.keys():
+            preset = from_dict(name, {"interpreter": made[name]["preset"]["interpreter"]})
+            assert preset.interpreter is not None
+            interpreters[name] = preset.interpreter
+        interpreters = {name: interpreters[name] for name in made}
     with intact(path := directory / "results.npz"):
-        _check_arrays(stored(path), interpreters)
-        classes = read_some(path, {"labels", "targets"}.__contains__)
-    return Run(directory, summary, interpreters, classes["labels"], classes["targets"])
+        arrays = Stored(path)
+        _check_arrays(arrays, interpreters)
+    return Run(directory, summary, interpreters, Results(arrays))
 
 
-def _check_arrays(found: Headers, interpreters: Iterable[str]) -> None:
-    """Refuse results without the arrays that are looked at, or of which one does not go with the images."""
-    n, *size, _ = found["images"][0]
-    pictures = [
-        "images",
-        *(f"{name}/{attack}/images" for name in interpreters for attack in ATTACKS),
-    ]
-    maps = [f"{name}/target_maps" for name in interpreters]
-    for names, kinds, shape in (
-        (pictures, "u", (n, *size, 3)),
-        (["labels", "targets"], "i", (n,)),
-        (maps, "f", (n, None, None)),
-    ):
-        for name in names:
-            held, dtype = found[name]
-            fits = len(held) == len(shape) and all(
-                b in (a, None) for a, b in zip(held, shape, strict=True)
-            )
-            if not (fits and dtype.kind in kinds and min(held) > 0):
-                raise ValueError(f"{name} is {dtype} {list(held)}")
+def _check_arrays(arrays: Stored, interpreters: Iterable[str]) -> None:
+    """Refuse results that lack an array that is looked at, or have one of another shape."""
+    headers: Any = arrays.headers
+    results: Any = Results(headers)  # a view of shapes and types in place of arrays
+    n, *size, _ = results.images[0]
+    pictures, classes, maps = ("u", (n, *size, 3)), ("i", (n,)), ("f", (n, None, None))
+    wanted = [("images", results.images, pictures)]
+    wanted += [(name, getattr(results, name), classes) for name in ("labels", "targets")]
+    for name in interpreters:
+        wanted.append((f"target maps of {name}", results.aim(name).target_maps, maps))
+        for attack in ATTACKS:
+            images = results.attacked(name, attack).images
+            wanted.append((f"images of {attack} on {name}", images, pictures))
+    for name, (held, dtype), (kind, shape) in wanted:
+        fits = len(held) == len(shape) and min(held) > 0 and dtype.kind == kind
+        if not (fits and all(b in (a, None) for a, b in zip(held, shape, strict=True))):
+            raise ValueError(f"{name}: {dtype} {list(held)}")
 
 
 def check_network(run: Run, model: Classifier) -> None:
@@ -121,19 +99,19 @@ def check_network(run: Run, model: Classifier) -> None:
         ValueError: says what the run was made with.
     """
     with intact(run.directory / "summary.json"):
-        made, config = (
-            run.summary.get("fingerprints", {}).get("network"),
-            dict(run.summary.get("config", {})),
-        )
-    if made not in (None, found := tree_fingerprint(model)):
+        made = run.summary.get("fingerprints", {}).get("network")
+        config = dict(run.summary.get("config", {}))
+    held = tree_fingerprint(model)
+    if made not in (None, held):
+        options = ", ".join(f"{key} {config.get(key)!r}" for key in ("model", "weights", "masker"))
         raise ValueError(
-            f"the network holds {found}, that of {run.directory} held {made}: it was made with model {config.get('model')!r}, "
-            f"weights {config.get('weights')!r}, masker {config.get('masker')!r}"
+            f"the network holds {held}, that of {run.directory} held {made}: "
+            f"it was made with {options}"
         )
 
 
 def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dict[str, Any]:
-    """Images made against one interpreter, explained by another, for all pairs.
+    """Explain images made against one interpreter by another, for all pairs.
 
     Args:
         run: a finished run.
@@ -146,31 +124,23 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         are, in the mean, from what the run wanted it to show (its benign maps where the attack
         hides). Benign images are explained for their label, others for their target class.
     """
-    found: dict[str, list[list[float | None]]] = {
-        name: [[] for _ in run.sources] for name in MEASURES
-    }
-    for column, interpreter in run.interpreters.items():
-        wanted = run.array(f"{column}/target_maps")
+    matrix: dict[str, Any] = {"interpreters": list(run.interpreters), "sources": run.sources}
+    matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
+    options: dict[str, Any] = {"batch_size": batch_size, "all_may_fail": True}
+    for name, interpreter in run.interpreters.items():
+        target_maps = run.results.aim(name).target_maps
         for i, source in enumerate(run.sources):
-            images = run.images(source, column)
-            classes = run.classes(source)
-            _, maps = explain(
-                model,
-                images,
-                classes,
-                interpreter=interpreter,
-                batch_size=batch_size,
-                all_may_fail=True,
-            )
-            for name, measure in MEASURES.items():
-                found[name][i].append(_mean(measure(maps, wanted)))
-    return {"interpreters": list(run.interpreters), "sources": run.sources, **found}
+            images, classes = run.images(source, name), run.classes(source)
+            _, maps = explain(model, images, classes, interpreter=interpreter, **options)
+            for key, distance in _distances(maps, target_maps).items():
+                matrix[key][i].append(distance)
+    return matrix
 
 
 def transfer_to(
     run: Run, model: Classifier, name: str, *, interpreters: Sequence[str], batch_size: int = 32
 ) -> list[Row]:
-    """Images made against the network of a run, seen by another network and the interpreters on it.
+    """Show images made against the network of a run to another network and its interpreters.
 
     Args:
         run: a finished run.
@@ -187,53 +157,41 @@ def transfer_to(
     Raises:
         ValueError: if the other network gets no image right, or cannot take the images.
     """
-    rows = []
+    rows, labels = [], run.results.labels
     for column in interpreters:
-        interpreter = run.interpreters[column]
-        logits, wanted = explain(
-            model, run.array("images"), run.labels, interpreter=interpreter, batch_size=batch_size
-        )
-        right = logits.argmax(-1) == run.labels
+        options: dict[str, Any] = {
+            "interpreter": run.interpreters[column],
+            "batch_size": batch_size,
+        }
+        logits, benign_maps = explain(model, run.results.images, labels, **options)
+        right = logits.argmax(-1) == labels
         if not right.any():
-            raise ValueError(
-                f"{name} gets none of the {len(right)} images of {run.directory} right: nothing can transfer to it"
-            )
+            images = f"the {len(right)} images of {run.directory}"
+            raise ValueError(f"{name} gets none of {images} right: nothing can transfer to it")
         for source in run.sources:
             images, classes = run.images(source, column)[right], run.classes(source)[right]
-            logits, maps = explain(
-                model,
-                images,
-                classes,
-                interpreter=interpreter,
-                batch_size=batch_size,
-                all_may_fail=True,
-            )
-            hits = np.asarray(metrics.success(logits, run.targets[right]))
-            head = {
-                "model": name,
-                "source": source,
-                "n": int(right.sum()),
-                "asr": mean(hits),
-                "interpreter": column,
-            }
-            means = {key: _mean(measure(maps, wanted[right])) for key, measure in MEASURES.items()}
-            rows.append(head | means | {"ci": intervals({"asr": hits})})
+            logits, maps = explain(model, images, classes, all_may_fail=True, **options)
+            hits = metrics.success(logits, run.results.targets[right])
+            row: Row = {"model": name, "source": source, "n": len(hits), "asr": mean(hits)}
+            row |= {"interpreter": column, **_distances(maps, benign_maps[right])}
+            rows.append(row | {"ci": {"asr": interval(hits)}})
     return rows
 
 
-def _mean(values: ArrayLike) -> float | None:
-    """The mean over the images that have a number: a map that is not finite has none."""
-    numbers = np.asarray(values)
-    return mean(numbers[np.isfinite(numbers)])
+def _distances(maps: np.ndarray, target_maps: np.ndarray) -> dict[str, float | None]:
+    """Return the mean of each distance over the images whose maps are finite, by key."""
+    evaluated = Evaluated(maps=maps, target_maps=target_maps)
+    distances = {one.key: np.asarray(one(evaluated)) for one in schema.MEASURES if one.paired}
+    return {key: mean(values[np.isfinite(values)]) for key, values in distances.items()}
 
 
 def add(
-    run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **found: Any
+    run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **entries: Any
 ) -> None:
-    """Add what was found to the summary of a run, and publish it. A run that cannot be published stays as it was."""
+    """Add entries to the summary of a run, and publish it; if that fails, it stays as it was."""
     summary = run.directory / "summary.json"
     before = summary.read_bytes()
-    write_summary(run.directory, run.summary | found)
+    write_summary(run.directory, run.summary | entries)
     try:
         with intact(run.directory):
             publish(run.directory)

@@ -1,0 +1,311 @@
+"""What a run writes: the measures of its rows, and the arrays of results.npz. Every name has its one owner here.
+
+To add a measure, add a row to `MEASURES`: summary, log, tables and report read it there.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adv2_jax import metrics
+from adv2_jax.attacks import finite
+from adv2_jax.files import read_some, stored
+from adv2_jax.threats import flow_penalty
+
+Row = dict[str, Any]
+Arrays = Mapping[str, NDArray[Any]]
+
+ATTACKS = ("pgd", "adv2")  # as in files
+
+
+def attack_name(attack: str, threat: str | None) -> str:
+    """Return the name of an attack for readers; plain PGD on a flow is known as StAdv."""
+    names = {"pgd": "StAdv" if threat == "flow" else "PGD", "adv2": "ADV²"}
+    return names.get(attack, attack)
+
+
+class Evaluated(NamedTuple):
+    """What measures are functions of: N images under an attack. What is not known is None.
+
+    Attributes:
+        benign: uint8 [N, H, W, 3], before the attack.
+        targets: [N] target classes.
+        objects: bool [N, H, W], where the labelled objects are.
+        benign_maps, target_maps: [N, h, w] in [0, 1].
+        images: uint8 [N, H, W, 3], adversarial.
+        logits: [N, K] of them.
+        maps: [N, h, w] of them.
+        float_maps: [N, h, w] of the images before they were rounded to 8 bits.
+        flows: [N, H, W, 2] displacements in pixels, under a threat model that has them.
+    """
+
+    benign: Any = None
+    targets: Any = None
+    objects: Any = None
+    benign_maps: Any = None
+    target_maps: Any = None
+    images: Any = None
+    logits: Any = None
+    maps: Any = None
+    float_maps: Any = None
+    flows: Any = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of a row, and how it is shown: heading, decimals, factor from the row to the page."""
+
+    key: str
+    heading: str
+    decimals: int = field(default=3, kw_only=True)
+    factor: float = field(default=1.0, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Measure(Column):
+    """A number an image, and how those of all images make one of a row.
+
+    Attributes:
+        function: -> [N] numbers, or booleans for a proportion.
+        of: its arguments, entries of `Evaluated`; where one is None, it is not measured.
+        direction: "↑" if larger is better for the adversary, "↓" if smaller is.
+        total: numbers of the images that did not fail -> the number of the row.
+        of_successes: whether only images on which the attack succeeds count.
+        interval: whether the row holds its 95 % interval.
+        paired: whether ADV² is compared with PGD image by image, and maps are in a transfer.
+        page_only: whether it is left out of the table after a run, and of its log.
+    """
+
+    function: Callable[..., ArrayLike]
+    of: tuple[str, ...]
+    direction: str = field(default="", kw_only=True)
+    total: Callable[[NDArray[Any]], Any] = field(default=np.mean, kw_only=True)
+    of_successes: bool = field(default=False, kw_only=True)
+    interval: bool = field(default=True, kw_only=True)
+    paired: bool = field(default=False, kw_only=True)
+    page_only: bool = field(default=False, kw_only=True)
+
+    def __call__(self, evaluated: Evaluated) -> NDArray[Any] | None:
+        """Return the numbers [N]; None where one of the arguments is not known."""
+        arguments = [getattr(evaluated, name) for name in self.of]
+        known = all(argument is not None for argument in arguments)
+        return np.asarray(self.function(*arguments)) if known else None
+
+
+OUTPUT, MAPS, IMAGES = ("logits", "targets"), ("maps", "target_maps"), ("images", "benign")
+EXACT_MAPS = ("float_maps", "target_maps")
+MEASURES = (
+    Measure("asr", "ASR", metrics.success, OUTPUT, direction="↑"),
+    Measure("mc", "MC", metrics.confidence, OUTPUT, direction="↑", of_successes=True),
+    Measure("map_l1", "Map L1", metrics.map_l1, MAPS, decimals=4, direction="↓", paired=True),
+    Measure("map_l2", "Map L2", metrics.map_l2, MAPS, decimals=4, direction="↓", page_only=True),
+    Measure("map_iou75", "IoU@75", metrics.iou_quantile, MAPS, direction="↑", paired=True),
+    Measure("map_iou50", "IoU@.5", metrics.iou_threshold, MAPS, direction="↑", page_only=True),
+    Measure(
+        "linf",
+        "L∞ · 255",
+        metrics.linf,
+        IMAGES,
+        decimals=2,
+        factor=255.0,
+        total=np.max,
+        interval=False,
+        page_only=True,
+    ),
+    Measure("l2", "L2", metrics.l2, IMAGES, interval=False, page_only=True),
+    Measure(
+        "mean_displacement",
+        "Shift, px",
+        metrics.mean_displacement,
+        ("flows",),
+        interval=False,
+        page_only=True,
+    ),
+    Measure(
+        "flow_penalty",
+        "Flow penalty",
+        jax.vmap(flow_penalty),
+        ("flows",),
+        decimals=2,
+        interval=False,
+        page_only=True,
+    ),
+    Measure(
+        "pointing_game", "Pointing game", metrics.pointing_game, ("maps", "objects"), page_only=True
+    ),
+    Measure(
+        "benign_pointing_game",
+        "Pointing game, benign",
+        metrics.pointing_game,
+        ("benign_maps", "objects"),
+        page_only=True,
+    ),
+    Measure(
+        "float_map_l1",
+        "Map L1, not rounded",
+        metrics.map_l1,
+        EXACT_MAPS,
+        decimals=4,
+        interval=False,
+        page_only=True,
+    ),
+    Measure(
+        "float_map_iou75",
+        "IoU@75, not rounded",
+        metrics.iou_quantile,
+        EXACT_MAPS,
+        interval=False,
+        page_only=True,
+    ),
+)
+COUNTS = (Column("n", "Images", decimals=0), Column("failed", "Failed", decimals=0))
+COSTS = (
+    Column("gradient_evaluations", "Gradients", decimals=1),
+    Column("seconds", "Seconds", decimals=1),
+)
+
+
+def columns() -> dict[str, Column]:
+    """Return all columns of numbers that a row may have, by key, in the order of a page."""
+    return {column.key: column for column in (*COUNTS, *MEASURES, *COSTS)}
+
+
+def measure(evaluated: Evaluated) -> dict[str, NDArray[Any]]:
+    """Return [N] numbers by key, one an image (method: ADV² §4.1), on the 8-bit images.
+
+    `failed` says which images gave no finite numbers: what else is said of these means nothing.
+    """
+    maps = (evaluated.maps, evaluated.float_maps, evaluated.target_maps)
+    numbers = {one.key: one(evaluated) for one in MEASURES}
+    failed = ~finite((evaluated.logits, maps))
+    return {"failed": failed} | {key: one for key, one in numbers.items() if one is not None}
+
+
+class Entry:
+    """An array of results.npz, read when it is asked for; a KeyError where there is none."""
+
+    def __init__(self, per_image: bool = True):
+        self.per_image = per_image
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, view: Any, owner: type) -> NDArray[Any]:
+        array: NDArray[Any] = view.arrays[view.prefix + self.name]
+        return array
+
+
+class OptionalEntry(Entry):
+    """An array that a run may lack; None where it does."""
+
+    def __get__(self, view: Any, owner: type) -> NDArray[Any] | None:  # type: ignore[override]
+        array: NDArray[Any] | None = view.arrays.get(view.prefix + self.name)
+        return array
+
+
+@dataclass(frozen=True)
+class View:
+    """Some arrays of results.npz, those whose names begin with a prefix; N images."""
+
+    arrays: Arrays
+    prefix: str = ""
+
+    @classmethod
+    def entries(cls) -> list[Entry]:
+        """Return what there may be under the prefix."""
+        return [entry for entry in vars(cls).values() if isinstance(entry, Entry)]
+
+    @classmethod
+    def named(cls, prefix: str = "", **values: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
+        """Return arrays under the names that the file has for them; None is left out."""
+        names = {entry.name for entry in cls.entries()}
+        assert names.issuperset(values), f"{set(values) - names} has no place in {cls.__name__}"
+        return {f"{prefix}{name}": value for name, value in values.items() if value is not None}
+
+
+class Images(View):
+    """What was attacked: images uint8 [N, H, W, 3], classes [N], positions in the source [N]."""
+
+    images = Entry()
+    labels = Entry()
+    targets = Entry()
+    indices = Entry()
+    masks = OptionalEntry()  # bool [N, H, W], the labelled objects
+    names = OptionalEntry()  # unicode [N], of files
+
+
+class Aim(View):
+    """What an interpreter shows of the benign images, and is to show: [N, h, w] in [0, 1]."""
+
+    benign_maps = Entry()
+    target_maps = Entry()
+
+
+class Attacked(View):
+    """What an attack made, seen by an interpreter. Curves are thinned to S steps.
+
+    Pictures on the way are of the first M images, at T steps.
+    """
+
+    images = Entry()  # uint8 [N, H, W, 3]
+    maps = Entry()  # [N, h, w]
+    confidence = Entry()  # [N], f_t
+    success = Entry()  # bool [N]
+    map_l1 = Entry()  # [N]
+    map_iou75 = Entry()  # [N]
+    flow = OptionalEntry()  # [N, H, W, 2], (dy, dx) in pixels
+    curve_steps = OptionalEntry(per_image=False)  # [S]
+    curve_loss = OptionalEntry()  # [N, S]
+    curve_confidence = OptionalEntry()  # [N, S]
+    curve_map_l1 = OptionalEntry()  # [N, S]
+    snapshot_steps = OptionalEntry(per_image=False)  # [T]
+    snapshot_images = OptionalEntry()  # uint8 [M, T, H, W, 3]
+    snapshot_maps = OptionalEntry()  # [M, T, h, w]
+    snapshot_confidence = OptionalEntry()  # [M, T]
+
+
+SHARED = {entry.name for entry in Attacked.entries() if not entry.per_image}
+
+
+class Results(Images):
+    """The arrays of results.npz: those of all images, and by interpreter and attack."""
+
+    def aim(self, interpreter: str) -> Aim:
+        """Return the arrays of an interpreter that no attack made."""
+        return Aim(self.arrays, f"{interpreter}/")
+
+    def attacked(self, interpreter: str, attack: str) -> Attacked:
+        """Return the arrays of an attack on an interpreter."""
+        return Attacked(self.arrays, f"{interpreter}/{attack}/")
+
+    def explained(self, interpreter: str) -> bool:
+        """Return whether there are maps of an interpreter."""
+        return f"{interpreter}/benign_maps" in self.arrays
+
+    def attacks(self, interpreter: str) -> list[str]:
+        """Return the attacks on an interpreter that there are."""
+        return [name for name in ATTACKS if f"{interpreter}/{name}/images" in self.arrays]
+
+
+class Stored(Mapping[str, NDArray[Any]]):
+    """The arrays of an .npz, each read from the file whenever it is asked for."""
+
+    def __init__(self, path: Path):
+        self.headers = stored(path)
+        self._path = path
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.headers:
+            raise KeyError(name)
+        return read_some(self._path, name.__eq__)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.headers)
+
+    def __len__(self) -> int:
+        return len(self.headers)
