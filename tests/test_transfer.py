@@ -207,7 +207,7 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
         0
     ][2] == "0.0000 (1.000)"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == matrix.markdown()
-    assert "| benign | 0.000 (1.00) | 0.000 (1.00) |" in matrix.markdown()
+    assert "| benign | 0.0000 (1.000) | 0.0000 (1.000) |" in matrix.markdown()
     with pytest.raises(
         ValueError, match=r"linf-benign holds a run with other settings: seed was 0, is 1$"
     ):
