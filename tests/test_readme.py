@@ -65,13 +65,32 @@ def test_the_readme_is_short():
     assert len(PAGES["README.md"].split()) <= 1200
 
 
+def rows(text):
+    """The rows of a page's tables, by their first cells; bold or not."""
+    lines = [
+        line.replace("**", "").strip("|").split("|")
+        for line in text.splitlines()
+        if line[:1] == "|"
+    ]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in lines}
+
+
+def test_the_table_of_the_readme_is_that_of_the_results():
+    _, results = PAGES["docs/results.md"].split("\n## ADV² hides from the map")
+    readme, results = rows(PAGES["README.md"]), rows(results.split("\n## ")[0])
+    for name in ("GRAD", "CAM", "Grad-CAM", "MASK"):
+        work, n, asr, map_l1, iou = readme[name]
+        plain, joint = results[f"{name}: PGD alone"], results[f"{name}: ADV², `default`"]
+        assert [work, n, asr] == plain[:3] == joint[:3]
+        assert [map_l1, iou] == [f"{plain[i]} → {joint[i]}" for i in (4, 5)]
+
+
 def test_the_design_names_every_module():
     """As `folder/module.py`, or `module.py` after another of its folder."""
-    rows = re.findall(r"^\| (`.*?) \|", PAGES["docs/design.md"], re.MULTILINE)
     named = set()
-    for row in rows:
+    for cell in rows(PAGES["docs/design.md"]):
         folder = ""
-        for name in re.findall(r"`([\w/]+\.py)`", row):
+        for name in re.findall(r"`([\w/]+\.py)`", cell):
             folder = name.rpartition("/")[0] or folder
             named.add(f"{folder}/{name.rpartition('/')[2]}".strip("/"))
     package = ROOT / "adv2_jax"
