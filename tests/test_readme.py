@@ -39,12 +39,6 @@ def test_the_python_examples_run_one_after_the_other(page, count, capsys):
     assert len(examples) == count
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_the_commands_are_understood(command):
-    arguments = parser().parse_args(command.split())
-    assert callable(arguments.run)
-
-
 @pytest.mark.parametrize(("page", "link"), LINKS)
 def test_the_links_lead_somewhere(page, link):
     path, _, section = link.partition("#")
@@ -96,3 +90,9 @@ def test_the_design_names_every_module():
     package = ROOT / "adv2_jax"
     modules = {str(path.relative_to(package)) for path in package.rglob("[!_]*.py")}
     assert modules <= named
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_commands_are_understood(command):
+    arguments = parser().parse_args(command.split())
+    assert callable(arguments.run)
