@@ -80,8 +80,7 @@ def _scenes(options: Mapping[str, Any], plain: float) -> ImageSet:
         raise ValueError(
             f"images 'shapes': the embedded set is trained on as it is, without {', '.join(given)}"
         )
-    scenes = shapes.generate(TRAIN_SCENES, seed=0, plain=plain)
-    return ImageSet(scenes.images, scenes.labels, objects=scenes.objects, classes=shapes.CLASSES)
+    return shapes.generate(TRAIN_SCENES, seed=0, plain=plain)
 
 
 def _labelled(source: str, images: ImageSet) -> ImageSet:
