@@ -172,20 +172,20 @@ def test_folders_of_one_class_are_refused(tmp_path):
 
 def test_accents_are_one_name_however_they_are_encoded(tmp_path):
     composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-    for own, other in ((composed, apart), (apart, composed)):
-        base = tmp_path / str(len(own))
-        write(base / own / "a.png")
+    for name, other in ((composed, apart), (apart, composed)):
+        base = tmp_path / str(len(name))
+        write(base / name / "a.png")
         write(base / "zoo" / "a.png")
         assert load(base).classes == (composed, "zoo")
         assert load(base, classes=text(tmp_path / "c.txt", "zoo", other)).labels.tolist() == [1, 0]
-        write(base / "flat" / f"{own}.png")
-        for name in (f"{other}.png", other, f"{other.upper()}.PNG"):
+        write(base / "flat" / f"{name}.png")
+        for spelling in (f"{other}.png", other, f"{other.upper()}.PNG"):
             images = load(
                 base / "flat",
-                labels=text(tmp_path / "l.csv", f"{name},{other}"),
+                labels=text(tmp_path / "l.csv", f"{spelling},{other}"),
                 classes=tmp_path / "c.txt",
             )
-            assert images.names.tolist() == [f"{own}.png"] and images.labels.tolist() == [1]
+            assert images.names.tolist() == [f"{name}.png"] and images.labels.tolist() == [1]
     write(tmp_path / "both" / f"{composed}.png")
     write(tmp_path / "both" / f"{apart}.png")
     refused(
@@ -253,6 +253,13 @@ def test_the_class_file_may_lie_beside_the_folders(folders):
     assert load(
         folders, classes=text(folders / "classes.txt", "eel", "dog", "cat")
     ).labels.tolist() == [2, 2, 1, 0]
+
+
+def test_a_class_file_has_no_empty_line(tmp_path):
+    for lines, number in ((["", "cat"], 1), (["cat", " ", "dog"], 2), (["", ""], 1)):
+        with pytest.raises(ValueError, match=f"c.txt line {number} is empty"):
+            read_classes(text(tmp_path / "c.txt", *lines))
+    assert read_classes(text(tmp_path / "c.txt", "cat", "", "")).lines == ("cat",)
 
 
 def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
@@ -887,11 +894,11 @@ def test_arrays_of_another_size_are_cropped_with_their_masks(tmp_path):
     arrays = {"images": PIXELS, "labels": np.arange(6), "target_maps": maps}
     write_arrays(tmp_path / "a.npz", arrays)
     write_arrays(tmp_path / "b.npz", arrays | {"masks": masks})
-    found = load(tmp_path / "a.npz", size=4)
-    assert found.images.shape == (6, 4, 4, 3) and found.objects is None
+    images = load(tmp_path / "a.npz", size=4)
+    assert images.images.shape == (6, 4, 4, 3) and images.objects is None
     nearest = photos.fit(masks[0].astype(np.uint8), 4, nearest=True) == 1
     np.testing.assert_array_equal(load(tmp_path / "b.npz", size=4).objects[0], nearest)
-    np.testing.assert_array_equal(found.target_maps, maps)
+    np.testing.assert_array_equal(images.target_maps, maps)
 
 
 def test_a_sample_is_drawn_from_the_seed(flat, tmp_path):
@@ -1124,6 +1131,11 @@ def test_classes_without_names_are_numbers(prepare, tmp_path):
     prepare("digits", image_and_label(names="01"), [{"image": png(PIXELS[0]), "label": 1}])
     images = load("tfds:digits/test", classes=text(tmp_path / "c.txt", "zero", "one"))
     assert images.labels.tolist() == [1] and images.classes == ("zero", "one")
+    images = load("tfds:digits/test", classes=text(tmp_path / "c.txt", "1", "0"))
+    assert images.labels.tolist() == [0]
+    refused(
+        "class 1 is out of range: ", "tfds:digits/test", classes=text(tmp_path / "c.txt", "zero")
+    )
 
 
 def test_features_are_found_or_refused(prepare):

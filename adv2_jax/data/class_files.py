@@ -49,8 +49,11 @@ class ClassList:
         words = [line.split(maxsplit=1) for line in self.lines]
         firsts, rests = {first for first, *_ in words}, {rest[0] for _, *rest in words if rest}
         forms = {re.sub(r"\d+", "0", first) for first in firsts}
-        distinct = 1 < len(self.lines) == len(firsts) == len(rests)
-        every = distinct and len(forms) == 1 and "0" in "".join(forms)
+        every = (
+            1 < len(self.lines) == len(firsts) == len(rests)
+            and len(forms) == 1
+            and "0" in "".join(forms)
+        )
         wordnet = {first for first in firsts if re.fullmatch(r"n\d+", first)}
         # one alone may be a name, as in `n95 mask`, if it has not the eight digits of ImageNet's
         known = {first for first in wordnet if len(wordnet) > 1 or len(first) == len("n01440764")}
@@ -69,17 +72,17 @@ class ClassList:
         )
         return by_word | by_name | by_line
 
-    def number(self, text: str, *, in_order: bool = False) -> int:
+    def number(self, text: str, *, as_position: bool = False) -> int:
         """Return the class of a whole line, a line without its identifier, or a line's first word.
 
         Args:
             text: what stands for the class.
-            in_order: whole numbers are no names, but count the lines from 0.
+            as_position: a whole number is no name, but counts the lines from 0.
 
         Raises:
             ValueError: no line or several have that name, or the number is out of range.
         """
-        if in_order and whole(text):
+        if as_position and whole(text):
             if int(text) >= len(self.lines):
                 raise ValueError(
                     f"class {text} is out of range: "
@@ -89,8 +92,11 @@ class ClassList:
         classes = self._by_name.get(_key(text), [])
         if len(classes) != 1:
             lines = ", ".join(str(i + 1) for i in classes)
-            reason = f"may be any of lines {lines}" if classes else "is in no line"
-            raise ValueError(f"class {text!r} {reason} of {self.path}")
+            raise ValueError(
+                f"class {text!r} may be any of lines {lines} of {self.path}"
+                if classes
+                else f"class {text!r} is in no line of {self.path}"
+            )
         return classes[0]
 
     def numbers(self, names: Sequence[str]) -> np.ndarray:
@@ -99,14 +105,14 @@ class ClassList:
         Raises:
             ValueError: as `number`.
         """
-        in_order = all(map(whole, names)) and self.are_in_order(names)
-        return np.array([self.number(name, in_order=in_order) for name in names], np.int32)
+        as_position = all(map(whole, names)) and self.are_positions(names)
+        return np.array([self.number(name, as_position=as_position) for name in names], np.int32)
 
-    def are_in_order(self, texts: Iterable[str]) -> bool:
+    def are_positions(self, texts: Iterable[str]) -> bool:
         """Return whether the whole numbers among texts count the lines from 0.
 
-        Else they are names: where one of them is itself a line or its name, or where every line
-        begins with a number.
+        They do not if one of them is itself a line or its name, or if every line begins with a
+        number: then they are names.
         """
         numbers = {_key(text) for text in texts if whole(text)}
         are_names = not numbers.isdisjoint(map(_key, self.lines + self.names))
@@ -156,8 +162,8 @@ def read_labels(
         folder: where the files lie; its name may stand before theirs.
         files: the names there are. A name may be written without its suffix, or with other
             capitals, where that fits one file.
-        class_list: the classes, if they may be named (see `ClassList.are_in_order`); numbers will do
-            without.
+        class_list: the classes, if they may be named (see `ClassList.are_positions`); numbers will
+            do without.
 
     Returns:
         file -> [class] or [class, target class].
@@ -172,8 +178,8 @@ def read_labels(
         lines = lines[1:]
     read = _whole_number
     if class_list is not None:
-        in_order = class_list.are_in_order(text for _, cells in lines for text in cells[1:])
-        read = partial(class_list.number, in_order=in_order)
+        texts = (text for _, cells in lines for text in cells[1:])
+        read = partial(class_list.number, as_position=class_list.are_positions(texts))
     rows: dict[str, list[int]] = {}
     for number, cells in lines:
         try:
@@ -246,14 +252,14 @@ def _row(
     rows: dict[str, list[int]],
     read: Callable[[str], int],
 ) -> tuple[str, list[int]]:
-    """Return the file and the classes of one line, if it goes with the lines before."""
+    """Return the file and the classes of one line; refuse it if it does not suit those before."""
     text, *classes = cells
     columns = {1 + len(next(iter(rows.values())))} if rows else {2, 3}
     if len(cells) not in columns:
         mark = next((mark for mark in ";\t|" if mark in text and not classes), None)
         raise ValueError(
             f"{len(cells)} columns, expected {' or '.join(map(str, columns))}: "
-            f"file name, class, and target class in all lines or none"
+            "file name, class, and target class in all lines or none"
             + (f"; commas separate columns, not {mark!r}" if mark else "")
         )
     names = find(text)

@@ -58,7 +58,7 @@ def load(
         labels: CSV file about a flat folder (see `class_files.read_labels`); files it does not name
             are left out.
         class_list: the classes of the network, which class folders or the CSV file may name (see
-            `ClassList.are_in_order`).
+            `ClassList.are_positions`).
 
     Returns:
         images, names and: for class folders, labels by `class_list` or, without it, labels and
@@ -82,11 +82,11 @@ def load(
             f"{folder} holds both folders ({folders[0].name}) and files ({files[0].name}); "
             "it may hold one kind"
         )
-    if folders and labels:
+    if folders and labels is not None:
         raise ValueError(
             f"{folder} has class folders: labels in a file, {labels}, are for a flat folder"
         )
-    # in place of images, the names of their files: only those that are drawn are decoded
+    # only the files that are drawn are decoded
     listing = (
         _class_folders(folder, folders, class_list)
         if folders
@@ -103,7 +103,7 @@ def load(
 
 
 def _class_folders(folder: Path, folders: list[Path], class_list: ClassList | None) -> ImageSet:
-    """Return the names of the files and, of those of a folder, one label."""
+    """List class folders: an image set with the names of files in place of images."""
     files = [_images(_entries(path)) for path in folders]
     empty = [path.name for path, images in zip(folders, files, strict=True) if not images]
     if empty:
@@ -112,9 +112,8 @@ def _class_folders(folder: Path, folders: list[Path], class_list: ClassList | No
     labels = np.repeat(np.arange(len(folders), dtype=np.int32), list(map(len, files)))
     classes = tuple(composed(_printable(path.name)) for path in folders)
     numbers = list(map(int, classes)) if all(map(whole, classes)) else None
-    keys: Sequence[str | int] = classes if numbers is None else numbers
-    by_class: dict[str | int, Path] = {}
-    for path, key in zip(folders, keys, strict=True):
+    by_class: dict[object, Path] = {}
+    for path, key in zip(folders, numbers or classes, strict=True):
         if by_class.setdefault(key, path) is not path:  # 7 and 007, or é as one character or two
             raise ValueError(
                 f"class folders {by_class[key].name!a} and {path.name!a} of {folder} are one class"
@@ -136,7 +135,7 @@ def _flat(
     labels: str | os.PathLike[str] | None,
     class_list: ClassList | None,
 ) -> ImageSet:
-    """Return the names of the files, and what the CSV file holds about them."""
+    """List a flat folder: an image set with the names of files in place of images."""
     if not files:
         raise ValueError(f"{folder} holds no images")
     if labels is None:
@@ -147,7 +146,7 @@ def _flat(
 
 
 def _images(files: Sequence[Path]) -> Sequence[Path]:
-    """Return the same files, all of which must be images by their names."""
+    """Return files as they are; refuse any that is no image by its name."""
     for path in files:
         if path.is_dir():
             raise ValueError(f"{path} is a folder in a class folder, which may hold only images")
@@ -160,7 +159,7 @@ def _images(files: Sequence[Path]) -> Sequence[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what people put into a folder, sorted by name in whatever spelling of Unicode."""
+    """Return what people put into a folder, sorted by name in Unicode's composed form."""
     return sorted(
         (
             path

@@ -177,10 +177,9 @@ def stack(names: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
     """
     for name, image in zip(names, images, strict=True):
         if image.shape != images[0].shape:
-            (h, w, _), (other_h, other_w, _) = images[0].shape, image.shape
             raise ValueError(
-                f"{names[0]} is {w} x {h} pixels, {name} {other_w} x {other_h}: "
-                "--size N brings images to one size"
+                f"{names[0]} is {images[0].shape[1]} x {images[0].shape[0]} pixels, "
+                f"{name} {image.shape[1]} x {image.shape[0]}: --size N brings images to one size"
             )
     return np.stack(images)
 

@@ -14,7 +14,7 @@ the anti-aliased edge.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -209,16 +209,15 @@ def _points(rng: np.random.Generator, n: int) -> Points:
     return rng.random(n) + 1j * rng.random(n)
 
 
-def _bar(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 1, rng.uniform(0.15, 0.5), 0), rng.uniform(0.015, 0.04))
-
-
-def _polyline(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 5, rng.uniform(0.15, 0.3), 1.2), rng.uniform(0.006, 0.012))
-
-
-def _worm(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 3, rng.uniform(0.04, 0.08), 0.9), rng.uniform(0.03, 0.05))
+def _walk(
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    length: tuple[float, float],
+    bend: float,
+    half_width: tuple[float, float],
+) -> Distance:
+    return _stroke(_path(rng, steps, rng.uniform(*length), bend), rng.uniform(*half_width))
 
 
 def _squiggle(rng: np.random.Generator) -> Distance:
@@ -233,11 +232,17 @@ def _dots(rng: np.random.Generator) -> Distance:
     return lambda z: dots(z) - radius
 
 
-_CLUTTER = (_bar, _polyline, _worm, _squiggle, _dots)
+_CLUTTER: tuple[Callable[[np.random.Generator], Distance], ...] = (
+    partial(_walk, steps=1, length=(0.15, 0.5), bend=0, half_width=(0.015, 0.04)),  # a bar
+    partial(_walk, steps=5, length=(0.15, 0.3), bend=1.2, half_width=(0.006, 0.012)),  # a polyline
+    partial(_walk, steps=3, length=(0.04, 0.08), bend=0.9, half_width=(0.03, 0.05)),  # a worm
+    _squiggle,
+    _dots,
+)
 
 
 def _weave(pixels: Points, label: int) -> Floats:
-    """Return a class's faint grating `[H, W, 1]`: five directions times two periods are ten classes."""
+    """Return a class's faint grating `[H, W, 1]`: one of five directions and two periods."""
     direction, period = np.exp(1j * np.pi * (label % 5) / 5), (3.0, 4.5)[label // 5]
     return WEAVE * np.sin(2 * np.pi / period * (pixels * direction).real)[..., None]
 

@@ -8,17 +8,14 @@ import numpy as np
 
 from adv2_jax.data import folder, photos, shapes, tfds
 from adv2_jax.data.class_files import ClassList, read_classes, whole
-from adv2_jax.data.images import Draw, ImageSet, as_classes, check_classes
+from adv2_jax.data.images import Draw, ImageSet, as_classes
 from adv2_jax.errors import first_line
 from adv2_jax.files import array_names, read_some
-
-__all__ = ["ImageSet", "check_classes", "load", "sizes_vary"]
 
 LARGEST = 4096  # side in pixels that images are brought to
 MOST = 100_000  # embedded scenes at a time, in 1.6 GB
 HELD_OUT_SEED = 1  # the embedded network is trained on the scenes of seed 0
-ARRAYS = ("images", "labels", "targets", "target_maps", "masks")
-EMBEDDED = re.compile(r"shapes(?::(.*))?", re.DOTALL)  # number of scenes
+EMBEDDED = re.compile(r"shapes(?::(.*))?", re.DOTALL)  # with the number of scenes
 NPZ = re.compile(r"(.+\.npz)(?:/(\w+))?", re.DOTALL)  # file, and a set in it
 
 
@@ -34,12 +31,14 @@ def load(
     """Read the image set that a source names.
 
     Args:
-        source: one of `shapes` (200 embedded scenes), `shapes:N` (N of them); the path of an `.npz`
-            with `images` uint8 [N, H, W, 3] and `labels` [N]; `targets` [N], `target_maps` [N, h,
-            w] and `masks` [N, H, W] are used when present; `FILE.npz/SPLIT`, one of several sets in
-            an `.npz` whose arrays are called as in MedMNIST, `test_images` and `test_labels`, or as
-            in Keras, `x_test` and `y_test`; they may be grey, [N, H, W] or [N, H, W, 1], and labels
-            [N, 1]; a folder of images, with one sub-folder a class, or flat (see `folder.load`);
+        source: one of
+            `shapes`, 200 embedded scenes, or `shapes:N`, N of them;
+            `FILE.npz`, with `images` uint8 [N, H, W, 3] and `labels` [N]; `targets` [N],
+            `target_maps` [N, h, w] and `masks` [N, H, W] are used when present;
+            `FILE.npz/SPLIT`, one of several sets in a file whose arrays are called as in MedMNIST,
+            `test_images` and `test_labels`, or as in Keras, `x_test` and `y_test`; they may be
+            grey, [N, H, W] or [N, H, W, 1], and labels [N, 1];
+            a folder of images, with one sub-folder a class, or flat (see `folder.load`);
             `tfds:NAME/SPLIT`, a prepared set of TensorFlow Datasets (see `tfds.load`).
         size: side in pixels the network wants: images of any other size go through `photos.fit`,
             masks too, target maps stay. None: all images have one size.
@@ -94,7 +93,7 @@ def _read(
         )
     if prepared:
         return tfds.load(source, size=size, draw=draw)
-    image_set = _scenes(source, embedded[1]) if embedded else _npz(source)
+    image_set = _scenes(source, *embedded.groups("200")) if embedded else _npz(source)
     indices = draw(len(image_set.images))
     return _fitted(image_set.take(indices), size)._replace(positions=indices)
 
@@ -110,14 +109,14 @@ def sizes_vary(source: str | os.PathLike[str]) -> bool:
 def _fitted(image_set: ImageSet, size: int | None) -> ImageSet:
     """Bring images and objects to a size."""
     if size is None or image_set.images.shape[1:3] == (size, size):
-        return image_set  # no copy
-    images = np.stack([photos.fit(image, size) for image in image_set.images])
-    if image_set.objects is None:
-        return image_set._replace(images=images)
-    objects = np.stack(
-        [photos.fit(mask, size, nearest=True) for mask in image_set.objects.astype(np.uint8)]
+        return image_set  # a copy could be over a gigabyte
+    fitted = image_set._replace(
+        images=np.stack([photos.fit(image, size) for image in image_set.images])
     )
-    return image_set._replace(images=images, objects=objects.astype(bool))
+    if fitted.objects is None:
+        return fitted
+    masks = [photos.fit(mask, size, nearest=True) for mask in fitted.objects.astype(np.uint8)]
+    return fitted._replace(objects=np.stack(masks).astype(bool))
 
 
 def _with_classes(image_set: ImageSet, class_list: ClassList) -> ImageSet:
@@ -132,8 +131,7 @@ def _with_classes(image_set: ImageSet, class_list: ClassList) -> ImageSet:
     )
 
 
-def _scenes(source: str, count: str | None) -> ImageSet:
-    count = "200" if count is None else count
+def _scenes(source: str, count: str) -> ImageSet:
     if not (whole(count) and 1 <= int(count) <= MOST):
         raise ValueError(
             f"images {source!r}: the number after 'shapes:' must be a whole number in 1..{MOST}"
@@ -159,12 +157,14 @@ def _npz(source: str) -> ImageSet:
 
 
 def _keys(path: str, split: str | None) -> dict[str, str]:
-    """Return what the arrays of a set are called in an `.npz`, by their names in `ARRAYS`."""
+    """Return what the arrays of a set are called in an `.npz`, by the parameters of `_checked`."""
     names = array_names(path)
-    plain = {key: key for key in ARRAYS if key in names}
+    plain: dict[str, str] = {
+        key: key for key in ("images", "labels", "targets", "target_maps", "masks") if key in names
+    }
     splits = {
         name: {"images": images, "labels": labels}
-        for name in (name.removesuffix("_images").removeprefix("x_") for name in names)
+        for name in (array.removesuffix("_images").removeprefix("x_") for array in names)
         for images, labels in ((f"{name}_images", f"{name}_labels"), (f"x_{name}", f"y_{name}"))
         if images in names and labels in names
     }
@@ -202,12 +202,12 @@ def _checked(
     target_maps: np.ndarray | None = None,
     masks: np.ndarray | None = None,
 ) -> ImageSet:
-    """Return the arrays of a file as an image set; say in one line what is wrong with them."""
+    """Return the arrays of a file as an image set; refuse what `load` does not allow."""
     if images.dtype != np.uint8:
-        have_range = images.size > 0 and images.dtype.kind in "biuf"
+        is_number = images.size > 0 and images.dtype.kind in "biuf"
         raise ValueError(
             f"images must be uint8 in 0..255, got {images.dtype}"
-            + (f" with values {images.min()}..{images.max()}" if have_range else "")
+            + (f" with values {images.min()}..{images.max()}" if is_number else "")
         )
     if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape:
         raise ValueError(f"images must be non-empty, [N, H, W, 3], got {list(images.shape)}")

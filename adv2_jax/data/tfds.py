@@ -130,12 +130,11 @@ def _in_one_line(builder: Any, name: str, source: str) -> Iterator[None]:
 
 def _recipe(builder: Any, name: str) -> str:
     """Say how to prepare a data set, in one line."""
-    recipe = (
-        'prepare it once (needs pip install tensorflow): python -c "import tensorflow_datasets as '
-        f'tfds; tfds.builder({name!r}, file_format={FORMAT!r}).download_and_prepare()"'
-    )
-    if not builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
-        return recipe
     data_dir = Path(builder.data_dir).parents[builder.info.full_name.count("/")]
-    files = " ".join(builder.MANUAL_DOWNLOAD_INSTRUCTIONS.split())
-    return f"download its files by hand into {data_dir}/downloads/manual ({files}), then {recipe}"
+    manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+    download = f"download its files by hand into {data_dir}/downloads/manual ({manual}), then "
+    return (
+        f"{download if manual else ''}prepare it once (needs pip install tensorflow): "
+        'python -c "import tensorflow_datasets as tfds; '
+        f'tfds.builder({name!r}, file_format={FORMAT!r}).download_and_prepare()"'
+    )
