@@ -144,7 +144,7 @@ def read_classes(path: str | PathLike[str]) -> ClassList:
         ValueError: one line: no text, or with an empty line.
     """
     lines = [line.strip() for line in _text(path).rstrip().split("\n")]
-    if "" in lines:
+    if "" in lines:  # a name left out would shift all classes after it
         raise ValueError(f"{path} line {lines.index('') + 1} is empty: one class a line is wanted")
     return ClassList(str(path), tuple(lines))
 
@@ -254,6 +254,7 @@ def _row(
 ) -> tuple[str, list[int]]:
     """Return the file and the classes of one line; refuse it if it does not suit those before."""
     text, *classes = cells
+    # the first line decides whether there are target classes
     columns = {1 + len(next(iter(rows.values())))} if rows else {2, 3}
     if len(cells) not in columns:
         mark = next((mark for mark in ";\t|" if mark in text and not classes), None)

@@ -56,6 +56,7 @@ def check_classes(image_set: ImageSet, num_classes: int) -> None:
         ValueError: names the image, its class and the number of classes; or who counts another
             number of classes.
     """
+    # an order of other classes would give wrong labels that are all in range
     if image_set.classes_from and len(image_set.classes or ()) != num_classes:
         raise ValueError(
             f"{image_set.classes_from}, the network {num_classes} classes: "

@@ -62,6 +62,7 @@ def generate(
     if not 0 <= plain <= 1:
         raise ValueError(f"plain must lie in [0, 1], got {plain}")
     labels = np.arange(start, start + n) % len(CLASSES)
+    # a generator for every scene, so that each can be made without the others
     pairs = [
         _scene(np.random.default_rng([seed, start + k]), size, int(labels[k]), plain)
         for k in range(n)
@@ -76,7 +77,7 @@ def _scene(
     """Draw one scene: background, clutter, then the object on top, so that nothing hides it."""
     z = _pixel_centres(size)
     hue, night = rng.random(), rng.random() < 0.5
-    dark, light = (0.3, 0.55), (0.6, 0.9)
+    dark, light = (0.3, 0.55), (0.6, 0.9)  # apart, so that the object stands out
     ground, figure = (dark, light) if night else (light, dark)
     image = _textured(rng, z, hue, saturation=(0.1, 0.5), value=ground)
     for _ in range(rng.integers(3, 7)):
@@ -88,6 +89,7 @@ def _scene(
     distance = _SHAPES[CLASSES[label]](_turned(rng, z, centre, radius)) * (radius * size)
     paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
     image = _over(image, paint + _weave(z * size, label), distance)
+    # weaker than the weave, which must be seen through it
     image = image + rng.normal(0, rng.uniform(0.002, 0.008), image.shape)
     if rng.random() < plain:
         image = _hidden(rng, z, image, distance)

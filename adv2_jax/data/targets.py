@@ -36,6 +36,7 @@ def random_targets(
     draws = [
         np.random.default_rng([seed, int(i), TARGET]).integers(1, num_classes) for i in indices
     ]
+    # 1..K-1 steps on from the label, in a circle: every other class once
     return ((np.asarray(labels) + np.array(draws, int)) % num_classes).astype(np.int32)
 
 
