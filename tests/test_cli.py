@@ -223,7 +223,7 @@ BAD_FILES = {
     "lacks labels": {"images": IMAGES},
     "lacks images": {"labels": LABELS},
     "uint8 in 0..255, got float32": {"images": IMAGES.astype(np.float32), "labels": LABELS},
-    "not finite": {"images": np.full(IMAGES.shape, np.nan, np.float32), "labels": LABELS},
+    "nan..nan": {"images": np.full(IMAGES.shape, np.nan, np.float32), "labels": LABELS},
     "0..300": {
         "images": np.linspace(0, 300, IMAGES.size).astype(int).reshape(IMAGES.shape),
         "labels": LABELS,
@@ -235,7 +235,7 @@ BAD_FILES = {
         "labels": np.array([0, 9]),
     },
     "got -1 at image 0": {"images": IMAGES, "labels": np.array([-1, 0])},
-    "labels must be below 2**31, got 4294967296 at image 1": {
+    "labels must be at least 0 and below 2**31, got 4294967296 at image 1": {
         "images": IMAGES,
         "labels": np.array([0, 2**32]),
     },

@@ -17,7 +17,7 @@ from PIL import Image
 
 from adv2_jax.data import ImageSet, load, photos, shapes, sizes_vary
 from adv2_jax.data.class_files import ClassList, read_classes, read_labels
-from adv2_jax.data.sources import check_classes
+from adv2_jax.data.images import check_classes
 from adv2_jax.data.splits import training_sets
 from adv2_jax.files import write_arrays
 
@@ -51,6 +51,11 @@ def folders(tmp_path):
 def text(path, *lines):
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def read_photo(path):
+    """The pixels of one photograph."""
+    return photos.read(path)[0]
 
 
 def refused(message, *arguments, **options):
@@ -167,20 +172,20 @@ def test_folders_of_one_class_are_refused(tmp_path):
 
 def test_accents_are_one_name_however_they_are_encoded(tmp_path):
     composed, apart = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
-    for own, other in ((composed, apart), (apart, composed)):
-        base = tmp_path / str(len(own))
-        write(base / own / "a.png")
+    for name, other in ((composed, apart), (apart, composed)):
+        base = tmp_path / str(len(name))
+        write(base / name / "a.png")
         write(base / "zoo" / "a.png")
         assert load(base).classes == (composed, "zoo")
         assert load(base, classes=text(tmp_path / "c.txt", "zoo", other)).labels.tolist() == [1, 0]
-        write(base / "flat" / f"{own}.png")
-        for name in (f"{other}.png", other, f"{other.upper()}.PNG"):
+        write(base / "flat" / f"{name}.png")
+        for spelling in (f"{other}.png", other, f"{other.upper()}.PNG"):
             images = load(
                 base / "flat",
-                labels=text(tmp_path / "l.csv", f"{name},{other}"),
+                labels=text(tmp_path / "l.csv", f"{spelling},{other}"),
                 classes=tmp_path / "c.txt",
             )
-            assert images.names.tolist() == [f"{own}.png"] and images.labels.tolist() == [1]
+            assert images.names.tolist() == [f"{name}.png"] and images.labels.tolist() == [1]
     write(tmp_path / "both" / f"{composed}.png")
     write(tmp_path / "both" / f"{apart}.png")
     refused(
@@ -250,6 +255,13 @@ def test_the_class_file_may_lie_beside_the_folders(folders):
     ).labels.tolist() == [2, 2, 1, 0]
 
 
+def test_a_class_file_has_no_empty_line(tmp_path):
+    for lines, number in ((["", "cat"], 1), (["cat", " ", "dog"], 2), (["", ""], 1)):
+        with pytest.raises(ValueError, match=f"c.txt line {number} is empty"):
+            read_classes(text(tmp_path / "c.txt", *lines))
+    assert read_classes(text(tmp_path / "c.txt", "cat", "", "")).lines == ("cat",)
+
+
 def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
     refused(
         "class 'eel' is in no line of",
@@ -262,7 +274,7 @@ def test_unknown_and_ambiguous_folders_are_refused(folders, tmp_path):
         classes=text(tmp_path / "c.txt", "cat", "eel", "dog", "eel"),
     )
     refused("c.txt line 2 is empty", folders, classes=text(tmp_path / "c.txt", "cat", "", "dog"))
-    refused("c.txt is empty", folders, classes=text(tmp_path / "c.txt", ""))
+    refused("c.txt line 1 is empty", folders, classes=text(tmp_path / "c.txt", ""))
     refused("cannot read nowhere.txt: No such file", folders, classes="nowhere.txt")
 
 
@@ -314,7 +326,7 @@ def test_class_folders_without_an_image_are_refused_by_name(folders, tmp_path):
         (folders / f"empty{i}").mkdir()
     (folders / "empty0" / ".DS_Store").write_bytes(b"")
     refused(
-        f"class folders of {folders} hold no images: empty0, empty1, empty2, empty3, empty4, …",
+        f"class folders of {folders} hold no images: empty0, empty1, empty2, empty3, empty4 and 2 more",
         folders,
     )
     for i in range(1, 7):
@@ -530,7 +542,7 @@ def test_a_long_table_takes_seconds(tmp_path):
     files = [f"{i}.png" for i in range(20000)]
     table = text(tmp_path / "l.csv", "id,class", *(f"{i},thing {i % 1000}" for i in range(20000)))
     start = time.process_time()
-    assert len(read_labels(table, tmp_path, files, classes).names) == 20000
+    assert len(read_labels(table, tmp_path, files, classes)) == 20000
     # a million lines in less than a minute or two; 0.4 s here
     assert time.process_time() - start < 3
 
@@ -615,7 +627,7 @@ def test_exif_rotation_is_applied(tmp_path, orientation):
         turned = turned[::-1]
     if orientation in (2, 3, 6, 7):
         turned = turned[:, ::-1]
-    np.testing.assert_array_equal(photos.read(path)[..., 0] > 128, turned > 128)
+    np.testing.assert_array_equal(read_photo(path)[..., 0] > 128, turned > 128)
 
 
 def _orientation(value):
@@ -631,7 +643,7 @@ def test_odd_metadata_is_not_the_users_concern(flat):
     )
     write(flat / "4.jpg", PIXELS[0], exif=b"Exif\0\0" + outside)
     with pytest.warns(UserWarning, match="Skipping tag"):
-        photos.read(flat / "4.jpg")
+        read_photo(flat / "4.jpg")
     assert len(load(flat).images) == 5
 
 
@@ -657,10 +669,10 @@ def test_malformed_exif_turns_nothing(tmp_path, kind, block):
 def test_an_orientation_that_is_none_turns_nothing(tmp_path):
     for value in (0, 9, 65535):
         np.testing.assert_array_equal(
-            photos.read(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0]
+            read_photo(write(tmp_path / "a.png", PIXELS[0], exif=_orientation(value))), PIXELS[0]
         )
     write(tmp_path / "b.tiff", PIXELS[0], tiffinfo={0x0112: 3})
-    np.testing.assert_array_equal(photos.read(tmp_path / "b.tiff"), PIXELS[0][::-1, ::-1])
+    np.testing.assert_array_equal(read_photo(tmp_path / "b.tiff"), PIXELS[0][::-1, ::-1])
 
 
 @pytest.mark.parametrize("shape", [(1, 4000), (4000, 1), (2, 40000), (3, 999)], ids=str)
@@ -726,13 +738,13 @@ MODES = {
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_comes_out_in_rgb(tmp_path, mode):
     image, suffix, grey = MODES[mode]
-    read = photos.read(write(tmp_path / f"a.{suffix}", image))
+    read = read_photo(write(tmp_path / f"a.{suffix}", image))
     np.testing.assert_array_equal(read, np.repeat(np.asarray(grey)[..., None], 3, -1))
 
 
 def test_palettes_are_looked_up(tmp_path):
     plain, see_through = (
-        photos.read(write(tmp_path / "a.png", _palette(), **options))
+        read_photo(write(tmp_path / "a.png", _palette(), **options))
         for options in ({}, {"transparency": 0})
     )
     np.testing.assert_array_equal(plain, PIXELS[0] // 128 * 255)
@@ -835,8 +847,8 @@ def test_files_that_are_no_single_image_are_refused_by_name(tmp_path):
     _frames(tmp_path / "single.gif", 1)
     _frames(tmp_path / "phone.mpo", 2)  # a JPEG with a preview
     assert (
-        photos.read(tmp_path / "single.gif").shape
-        == photos.read(tmp_path / "phone.mpo").shape
+        read_photo(tmp_path / "single.gif").shape
+        == read_photo(tmp_path / "phone.mpo").shape
         == (8, 8, 3)
     )
 
@@ -882,11 +894,11 @@ def test_arrays_of_another_size_are_cropped_with_their_masks(tmp_path):
     arrays = {"images": PIXELS, "labels": np.arange(6), "target_maps": maps}
     write_arrays(tmp_path / "a.npz", arrays)
     write_arrays(tmp_path / "b.npz", arrays | {"masks": masks})
-    found = load(tmp_path / "a.npz", size=4)
-    assert found.images.shape == (6, 4, 4, 3) and found.objects is None
+    images = load(tmp_path / "a.npz", size=4)
+    assert images.images.shape == (6, 4, 4, 3) and images.objects is None
     nearest = photos.fit(masks[0].astype(np.uint8), 4, nearest=True) == 1
     np.testing.assert_array_equal(load(tmp_path / "b.npz", size=4).objects[0], nearest)
-    np.testing.assert_array_equal(found.target_maps, maps)
+    np.testing.assert_array_equal(images.target_maps, maps)
 
 
 def test_a_sample_is_drawn_from_the_seed(flat, tmp_path):
@@ -984,7 +996,7 @@ def test_files_of_several_sets_are_refused_once(several):
         test_images=np.zeros((2, 8, 8, 8), np.uint8),
         test_labels=np.zeros((2, 1), np.uint8),
     )
-    refused("images must be [N, H, W, 3], got [2, 8, 8, 8]", several / "solid.npz/test")
+    refused("images must be non-empty, [N, H, W, 3], got [2, 8, 8, 8]", several / "solid.npz/test")
     np.savez(several / "half.npz", test_images=PIXELS)
     refused("half.npz lacks images and labels; it holds test_images", several / "half.npz")
 
@@ -1100,7 +1112,7 @@ def test_grey_and_transparent_data_sets(prepare):
         "wrong", image_and_label(3), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}]
     )
     refused(
-        "example 0 of tfds:wrong/test must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]",
+        "cannot read tfds:wrong/test: example 0 must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]",
         "tfds:wrong/test",
     )
 
@@ -1119,6 +1131,11 @@ def test_classes_without_names_are_numbers(prepare, tmp_path):
     prepare("digits", image_and_label(names="01"), [{"image": png(PIXELS[0]), "label": 1}])
     images = load("tfds:digits/test", classes=text(tmp_path / "c.txt", "zero", "one"))
     assert images.labels.tolist() == [1] and images.classes == ("zero", "one")
+    images = load("tfds:digits/test", classes=text(tmp_path / "c.txt", "1", "0"))
+    assert images.labels.tolist() == [0]
+    refused(
+        "class 1 is out of range: ", "tfds:digits/test", classes=text(tmp_path / "c.txt", "zero")
+    )
 
 
 def test_features_are_found_or_refused(prepare):

@@ -51,14 +51,14 @@ LABELS = np.array([0, 1, 2, 0, 1, 2, 0, 1, 2, 0])
 
 
 def test_donors_have_the_target_class_and_do_not_depend_on_who_else_is_attacked():
-    goals = (LABELS + 1) % 3
-    where = np.arange(10)
-    found = targets.donors(LABELS, goals, where, seed=7)
-    np.testing.assert_array_equal(LABELS[found], goals)
-    assert (found != where).all()
+    classes = (LABELS + 1) % 3
+    indices = np.arange(10)
+    donors = targets.donors(LABELS, classes, indices, seed=7)
+    np.testing.assert_array_equal(LABELS[donors], classes)
+    assert (donors != indices).all()
     some = np.array([1, 4, 9])
-    np.testing.assert_array_equal(targets.donors(LABELS, goals[some], some, seed=7), found[some])
-    drawn = np.array([targets.donors(LABELS, goals, where, seed=seed)[0] for seed in range(40)])
+    np.testing.assert_array_equal(targets.donors(LABELS, classes[some], some, seed=7), donors[some])
+    drawn = np.array([targets.donors(LABELS, classes, indices, seed=seed)[0] for seed in range(40)])
     assert set(drawn) == {1, 4, 7}  # every image of class 1
 
 

@@ -166,7 +166,7 @@ def test_a_source_of_its_own_is_held_out(sources):
 def test_shapes_hold_out_scenes_of_another_seed(sources, monkeypatch):
     # as small as those of the other sources
     images = np.random.default_rng(0).integers(0, 256, (10, 4, 4, 3), np.uint8)
-    scenes = shapes.Scenes(images, np.arange(10, dtype=np.int32), np.zeros((10, 4, 4), bool))
+    scenes = ImageSet(images, np.arange(10, dtype=np.int32), classes=shapes.CLASSES)
     monkeypatch.setattr(
         shapes, "generate", lambda n, seed, plain: {(8000, 0, 0.3): scenes}[n, seed, plain]
     )

@@ -1,9 +1,12 @@
-"""Photographs: from a file to pixels, and from any size to the network's. Pillow is loaded when it is first needed."""
+"""Photographs: from a file to pixels, and from any size to the network's.
+
+Pillow is loaded when it is first needed.
+"""
 
 import contextlib
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +19,7 @@ from adv2_jax.errors import first_line
 if TYPE_CHECKING:
     from PIL import Image
 
-# Pillow hands some others to programs outside
+# of some others Pillow hands files to programs outside
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 SUFFIXES = (
     ".bmp",
@@ -33,12 +36,13 @@ SUFFIXES = (
     ".tiff",
     ".webp",
 )
-STRIP = 8  # times as long as wide: of a longer image only the middle is resized, so that memory does not grow with the length
-DARK = 1 << 12  # of 1 << 16: what 12-bit numbers reach
+# Times as long as wide: of a longer image only the middle is resized, so that memory does not grow
+# with the length.
+STRIP = 8
 
 
 def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.ndarray:
-    """An image at the size the network wants.
+    """Bring an image to the size the network wants.
 
     The one preprocessing there is: every image goes through it, whether it is attacked or only
     lends its map as a target, so that two pictures of one file are always the same pixels.
@@ -59,23 +63,23 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     if size is None or (height, width) == (size, size):
         return pixels
     pillow = _pillow()
-    image, filtered = (
-        pillow.fromarray(pixels),
-        pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR,
-    )
+    image = pillow.fromarray(pixels)
+    resampling = pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR
     side, short = round(size * 256 / 224), min(height, width)
     across, down = round(side * width / short), round(side * height / short)
     left, top = (across - size) // 2, (down - size) // 2
     crop = (left, top, left + size, top + size)
     if max(height, width) <= STRIP * short:
-        return np.asarray(image.resize((across, down), filtered).crop(crop))
+        return np.asarray(image.resize((across, down), resampling).crop(crop))
+    # the same but for the last digit: Pillow keeps boxes in float32
     box = np.minimum(np.multiply(crop, [width / across, height / down] * 2), [width, height] * 2)
-    # the same but for the last digit
-    return np.asarray(image.resize((size, size), filtered, tuple(box)))
+    return np.asarray(image.resize((size, size), resampling, tuple(box)))
 
 
-def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.uint8]:
-    """An image file, upright and in RGB, at the size the network wants (see `fit`).
+def read(
+    path: str | os.PathLike[str], size: int | None = None
+) -> tuple[NDArray[np.uint8], int | None]:
+    """Read an image file, upright and in RGB, at the size the network wants (see `fit`).
 
     EXIF rotation is applied if it can be read, colour profiles are not; transparent pixels lie over
     white; 16-bit greyscale is divided by 257.
@@ -85,23 +89,20 @@ def read(path: str | os.PathLike[str], size: int | None = None) -> NDArray[np.ui
         size: side in pixels; None keeps the image's own.
 
     Returns:
-        uint8 [H, W, 3].
+        uint8 [H, W, 3], and the largest number in the file if its numbers have 16 bits.
 
     Raises:
         ValueError: one line that names the file: damaged, no image, too large, several frames,
             numbers that are no brightness.
     """
-    return _decode(path, size)[0]
-
-
-def _decode(path: str | os.PathLike[str], size: int | None) -> tuple[NDArray[np.uint8], int | None]:
-    """An image as `read` gives it, and the largest number of the file if its numbers have 16 bits."""
+    if os.path.exists(path) and not os.path.isfile(path):  # to read a pipe would wait for ever
+        raise ValueError(f"{path} is not a file but a pipe, socket, device or folder")
     pillow = _pillow()
     try:
         with pillow.open(path, formats=FORMATS) as image:
             wide = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
-            upright = _upright(image)
-            return fit(np.asarray(to_rgb(upright)), size), _largest(upright) if wide else None
+            _load_upright(image)
+            return fit(np.asarray(to_rgb(image)), size), _largest(image) if wide else None
     except pillow.UnidentifiedImageError:
         raise ValueError(
             f"cannot read {path}: damaged, or not an image ({', '.join(FORMATS)})"
@@ -111,57 +112,80 @@ def _decode(path: str | os.PathLike[str], size: int | None) -> tuple[NDArray[np.
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
+def _load_upright(image: "Image.Image") -> None:
+    """Decode the only frame, and turn it as the camera was held.
+
+    In place, which keeps what `to_rgb` asks about.
+    """
+    from PIL import ImageOps
+
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a phone's JPEG, with its previews as further frames
+        raise ValueError(f"it holds {frames} frames; single images are read")
+    image.load()  # what is damaged is found here
+    # malformed EXIF says nothing: other programs show such images as they are stored
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
+
+
 def _largest(image: "Image.Image") -> int:
-    """The largest of the 16-bit numbers of a file; of colours an upper bound, as Pillow keeps their upper eight bits alone."""
-    bands = zip(image.getbands(), image.split(), strict=True)
-    top = max(int(np.max(np.asarray(band))) for name, band in bands if name != "A")
+    """Return the largest number of a 16-bit file, or a bound on it.
+
+    Of colours Pillow keeps the upper eight bits alone; what was in the others is taken for all
+    ones.
+    """
+    top = max(
+        int(np.max(np.asarray(band)))
+        for name, band in zip(image.getbands(), image.split(), strict=True)
+        if name != "A"
+    )
     return top if image.mode.startswith("I") or top == 0 else top << 8 | 255
 
 
 def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np.uint8]:
-    """The images [N, H, W, 3] at `names` below a folder, decoded side by side.
+    """Read the images [N, H, W, 3] at `names` below a folder, several at a time.
 
     Raises:
         ValueError: as `read`; images differ in size and none is asked for; all 16-bit images
             together use less than a sixteenth of their range, as 12-bit numbers do: they would be
             black.
     """
-    pool = ThreadPoolExecutor(os.cpu_count())
-    try:
-        with _bombs_refused(), _silenced():
-            decoded = list(pool.map(lambda name: _decode(folder / name, size), names))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    largest = max((peak for _, peak in decoded if peak is not None), default=0)
-    if 0 < largest < DARK:
+    with (
+        warnings.catch_warnings(),
+        _stderr_discarded(),
+        ThreadPoolExecutor(os.cpu_count()) as pool,  # last: its threads end before the others
+    ):
+        warnings.simplefilter("ignore")  # odd metadata is not the user's concern
+        warnings.simplefilter("error", _pillow().DecompressionBombWarning)
+        # an error or Ctrl-C cancels what has not begun
+        images, peaks = zip(*pool.map(lambda name: read(folder / name, size), names), strict=True)
+    largest = max((peak for peak in peaks if peak is not None), default=0)
+    if 0 < largest < 2**12:  # what 12-bit numbers reach
         raise ValueError(
-            f"the 16-bit images of {folder} hold no number above {largest}, of 65535, and would be black: "
-            "multiply them to the full range (12-bit numbers by 16), or save them with 8 bits"
+            f"the 16-bit images of {folder} hold no number above {largest}, of 65535, and would be "
+            "black: multiply them to the full range (12-bit numbers by 16), or save them with 8 "
+            "bits"
         )
-    return stack(zip(names, (pixels for pixels, _ in decoded), strict=True))
+    return stack(names, images)
 
 
-def stack(named: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Images of one size [N, H, W, 3] from pairs of name and image.
+def stack(names: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
+    """Stack images of one size to [N, H, W, 3].
 
     Raises:
         ValueError: names two images that differ in size.
     """
-    names: list[str] = []
-    images: list[np.ndarray] = []
-    for name, image in named:
-        if images and image.shape != images[0].shape:
-            (h, w, _), (other_h, other_w, _) = images[0].shape, image.shape
+    for name, image in zip(names, images, strict=True):
+        if image.shape != images[0].shape:
             raise ValueError(
-                f"{names[0]} is {w} x {h} pixels, {name} {other_w} x {other_h}: --size N brings images to one size"
+                f"{names[0]} is {images[0].shape[1]} x {images[0].shape[0]} pixels, "
+                f"{name} {image.shape[1]} x {image.shape[0]}: --size N brings images to one size"
             )
-        names.append(name)
-        images.append(image)
     return np.stack(images)
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """An image of any mode in RGB, transparent pixels over white.
+    """Convert an image of any mode to RGB, transparent pixels over white.
 
     Raises:
         ValueError: its numbers are no brightness (floats, whole numbers beyond 16 bits).
@@ -179,51 +203,36 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def channels_to_rgb(pixels: np.ndarray) -> NDArray[np.uint8]:
-    """Decoded pixels uint8 [H, W, 1, 3 or 4] (grey, RGB or RGBA) in RGB [H, W, 3], transparent ones over white."""
-    grey = pixels.shape[-1] == 1
-    return np.asarray(to_rgb(_pillow().fromarray(pixels[..., 0] if grey else pixels)))
+def channels_to_rgb(name: str, pixels: np.ndarray, channels: int) -> NDArray[np.uint8]:
+    """Convert uint8 [H, W, channels], grey, RGB or RGBA, to [H, W, 3], transparency over white.
 
-
-def _upright(image: "Image.Image") -> "Image.Image":
-    """The only frame, turned as the camera was held; keeps what `to_rgb` asks about."""
-    from PIL import ImageOps
-
-    frames = getattr(image, "n_frames", 1)
-    if frames > 1 and image.format != "MPO":  # a phone's JPEG, with its previews as further frames
-        raise ValueError(f"it holds {frames} frames; single images are read")
-    image.load()  # what is damaged is found here
-    # malformed EXIF says nothing: other programs show such images as they are stored
-    with contextlib.suppress(Exception):
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
+    Raises:
+        ValueError: the image of this name has another form.
+    """
+    if pixels.dtype != np.uint8 or channels not in (1, 3, 4) or pixels.shape[2:] != (channels,):
+        raise ValueError(
+            f"{name} must be uint8 with 1, 3 or 4 channels, got {pixels.dtype} {list(pixels.shape)}"
+        )
+    return np.asarray(to_rgb(_pillow().fromarray(pixels[..., 0] if channels == 1 else pixels)))
 
 
 @contextlib.contextmanager
-def _bombs_refused() -> Iterator[None]:
-    """Pillow's warning about gigantic images is an error, its others (odd metadata) are not the user's concern."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", _pillow().DecompressionBombWarning)
-        yield
+def _stderr_discarded() -> Iterator[None]:
+    """Discard what is written to stderr.
 
-
-@contextlib.contextmanager
-def _silenced() -> Iterator[None]:
-    """Nothing goes to stderr: libtiff writes there what it finds wrong, past Python, and raises besides."""
+    libtiff writes there what it finds wrong, past Python, and raises besides.
+    """
     try:
         saved = os.dup(2)
     except OSError:  # there is none
         yield
         return
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
+    with open(os.devnull, "wb") as null, open(saved, "wb"):
+        os.dup2(null.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(saved, 2)
 
 
 def _pillow() -> Any:

@@ -1,5 +1,4 @@
-"""The embedded image set: textured scenes with one labelled shape among unlabelled clutter, drawn
-from a seed.
+"""The embedded image set: textured scenes of one labelled shape among clutter, drawn from a seed.
 
 Nothing is downloaded. Scene `i` of a seed is a function of `(seed, i, size, plain)` alone, so any
 slice of the endless set can be made on its own. Colours and textures are drawn without looking at
@@ -15,11 +14,13 @@ the anti-aliased edge.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from adv2_jax.data.images import ImageSet
 
 Floats = NDArray[np.floating[Any]]
 Points = NDArray[np.complexfloating[Any, Any]]
@@ -29,24 +30,10 @@ WEAVE = 7 / 255  # amplitude; below the 8/255 that an adversary usually may chan
 RADIUS = (0.16, 0.26)  # of an object's circumscribed circle, in sides of the image
 
 
-class Scenes(NamedTuple):
-    """A labelled set of N scenes.
-
-    Attributes:
-        images: uint8 `[N, H, W, 3]`, RGB.
-        labels: int32 `[N]`, indices into `CLASSES`.
-        objects: bool `[N, H, W]`, True on the pixels of the labelled object.
-    """
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int32]
-    objects: NDArray[np.bool_]
-
-
 def generate(
     n: int, *, seed: int = 0, size: int = 64, start: int = 0, plain: float = 0.0
-) -> Scenes:
-    """Draws scenes `start, …, start + n - 1` of the endless set that belongs to a seed.
+) -> ImageSet:
+    """Draw scenes `start, …, start + n - 1` of the endless set that belongs to a seed.
 
     Args:
         n: number of scenes, at least 1.
@@ -58,7 +45,8 @@ def generate(
             not the object; in [0, 1]. The others are as without it.
 
     Returns:
-        The scenes; image `k` depends on `(seed, start + k, size, plain)` only, never on `n`.
+        images, labels (indices into `CLASSES`), objects and the names of the classes; image `k`
+        depends on `(seed, start + k, size, plain)` only, never on `n`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -74,21 +62,22 @@ def generate(
     if not 0 <= plain <= 1:
         raise ValueError(f"plain must lie in [0, 1], got {plain}")
     labels = np.arange(start, start + n) % len(CLASSES)
+    # a generator for every scene, so that each can be made without the others
     pairs = [
         _scene(np.random.default_rng([seed, start + k]), size, int(labels[k]), plain)
         for k in range(n)
     ]
-    images, objects = (np.stack(parts) for parts in zip(*pairs, strict=True))
-    return Scenes(images, labels.astype(np.int32), objects)
+    images, objects = (np.stack(arrays) for arrays in zip(*pairs, strict=True))
+    return ImageSet(images, labels.astype(np.int32), objects=objects, classes=CLASSES)
 
 
 def _scene(
     rng: np.random.Generator, size: int, label: int, plain: float
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """One scene: background, clutter, then the object on top, so that nothing hides it."""
+    """Draw one scene: background, clutter, then the object on top, so that nothing hides it."""
     z = _pixel_centres(size)
     hue, night = rng.random(), rng.random() < 0.5
-    dark, light = (0.3, 0.55), (0.6, 0.9)
+    dark, light = (0.3, 0.55), (0.6, 0.9)  # apart, so that the object stands out
     ground, figure = (dark, light) if night else (light, dark)
     image = _textured(rng, z, hue, saturation=(0.1, 0.5), value=ground)
     for _ in range(rng.integers(3, 7)):
@@ -100,6 +89,7 @@ def _scene(
     distance = _SHAPES[CLASSES[label]](_turned(rng, z, centre, radius)) * (radius * size)
     paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
     image = _over(image, paint + _weave(z * size, label), distance)
+    # weaker than the weave, which must be seen through it
     image = image + rng.normal(0, rng.uniform(0.002, 0.008), image.shape)
     if rng.random() < plain:
         image = _hidden(rng, z, image, distance)
@@ -107,11 +97,10 @@ def _scene(
 
 
 def _hidden(rng: np.random.Generator, z: Points, image: Floats, distance: Floats) -> Floats:
-    """One colour and noise over all but a window, or over a patch: of a random shape, which tells
-    nothing of the class.
+    """Hide all but a window, or a patch, under one colour and noise.
 
-    The object shows in any case, and so does what is up to an eighth of a side away from it; edges
-    are soft.
+    Window and patch have a random shape, which tells nothing of the class. The object shows in any
+    case, and so does what is up to an eighth of a side away from it; edges are soft.
     """
     size, ground = len(z), rng.random(3) + rng.normal(0, rng.uniform(0, 0.1), image.shape)
     shape, radius = _SHAPES[CLASSES[rng.integers(len(CLASSES))]], rng.uniform(*RADIUS)
@@ -122,19 +111,19 @@ def _hidden(rng: np.random.Generator, z: Points, image: Floats, distance: Floats
 
 
 def _turned(rng: np.random.Generator, z: Points, centre: complex, radius: float) -> Points:
-    """Points as seen from a disc, turned by chance, in which a shape lives."""
+    """Map points to the unit disc in which a shape lives, turned by a random angle."""
     return (z - centre) * (np.exp(2j * np.pi * rng.random()) / radius)
 
 
 @lru_cache(maxsize=4)
 def _pixel_centres(size: int) -> Points:
-    """The points `[H, W]` of the unit square at which an image is sampled."""
+    """Return the points `[H, W]` of the unit square at which an image is sampled."""
     axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
     return axis + 1j * axis[:, None]
 
 
 def _over(image: Floats, paint: Floats, distance: Floats) -> Floats:
-    """Paints the inside of a shape over an image; the edge is one pixel wide (`distance` is in pixels)."""
+    """Paint the inside of a shape over an image; with `distance` in pixels the edge is one wide."""
     return image + (0.5 - distance).clip(0, 1)[..., None] * (paint - image)
 
 
@@ -142,8 +131,9 @@ def _over(image: Floats, paint: Floats, distance: Floats) -> Floats:
 
 
 def _segments(a: Points, b: Points) -> Distance:
-    """Distance to the nearest of the segments `a[i]..b[i]`; a segment may be a single point."""
+    """Return the distance to the nearest of the segments `a[i]..b[i]`, which may be points."""
     start, side = (ends.astype(np.complex64)[:, None, None] for ends in (a, b - a))
+    # 1e-12: a segment that is a point has no direction to divide by
     along = side.conj() / np.maximum(np.abs(side) ** 2, 1e-12)
 
     def distance(z: Points) -> Floats:
@@ -154,7 +144,10 @@ def _segments(a: Points, b: Points) -> Distance:
 
 
 def _polygon(corners: Points) -> Distance:
-    """Signed distance to a polygon: a point is inside when the ray to its right crosses an odd number of sides."""
+    """Return the signed distance to a polygon.
+
+    A point is inside when the ray to its right crosses an odd number of sides.
+    """
     a, b = (ends.astype(np.complex64)[:, None, None] for ends in (corners, np.roll(corners, -1)))
     outline = _segments(corners, np.roll(corners, -1))
 
@@ -168,24 +161,12 @@ def _polygon(corners: Points) -> Distance:
 
 
 def _mirrored(*half: complex) -> Points:
-    """The corners of a polygon symmetric about the real axis, from those on one side of it."""
+    """Return the corners of a polygon symmetric about the real axis from those above it."""
     return np.array(half + tuple(corner.conjugate() for corner in reversed(half)))
-
-
-def _disc(z: Points) -> Floats:
-    return np.abs(z) - 0.85
-
-
-def _ring(z: Points) -> Floats:
-    return np.abs(np.abs(z) - 0.75) - 0.2
 
 
 def _box(z: Points, half_width: float, half_height: float) -> Floats:
     return np.maximum(np.abs(z.real) - half_width, np.abs(z.imag) - half_height)
-
-
-def _crescent(z: Points) -> Floats:
-    return np.maximum(np.abs(z) - 1, 0.8 - np.abs(z - 0.5))
 
 
 def _heart(z: Points) -> Floats:
@@ -197,13 +178,13 @@ def _heart(z: Points) -> Floats:
 
 
 _SHAPES: dict[str, Distance] = {
-    "disc": _disc,
-    "ring": _ring,
+    "disc": lambda z: np.abs(z) - 0.85,
+    "ring": lambda z: np.abs(np.abs(z) - 0.75) - 0.2,
     "square": lambda z: _box(z, 0.72, 0.72),
     "triangle": _polygon(np.exp(2j * np.pi * np.arange(3) / 3)),
     "star": _polygon(np.exp(2j * np.pi * np.arange(10) / 10) * np.tile([1, 0.42], 5)),
     "cross": lambda z: np.minimum(_box(z, 0.95, 0.28), _box(z, 0.28, 0.95)),
-    "crescent": _crescent,
+    "crescent": lambda z: np.maximum(np.abs(z) - 1, 0.8 - np.abs(z - 0.5)),
     "arrow": _polygon(_mirrored(1, 0.1 + 0.75j, 0.1 + 0.26j, -0.95 + 0.26j)),
     "heart": _heart,
     "hourglass": _polygon(_mirrored(0.8 + 0.6j, 0.12j, -0.8 + 0.6j)),
@@ -221,7 +202,7 @@ def _stroke(path: Points, half_width: float) -> Distance:
 
 
 def _path(rng: np.random.Generator, steps: int, length: float, bend: float) -> Points:
-    """A walk `[steps + 1]` from a random point, turning by at most `bend` radians at each corner."""
+    """Draw a walk `[steps + 1]` from a random point, turning by at most `bend` radians a corner."""
     heading = 2 * np.pi * rng.random() + np.cumsum(rng.uniform(-bend, bend, steps))
     return np.cumsum(np.append(_points(rng, 1), length * np.exp(1j * heading)))
 
@@ -230,16 +211,15 @@ def _points(rng: np.random.Generator, n: int) -> Points:
     return rng.random(n) + 1j * rng.random(n)
 
 
-def _bar(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 1, rng.uniform(0.15, 0.5), 0), rng.uniform(0.015, 0.04))
-
-
-def _polyline(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 5, rng.uniform(0.15, 0.3), 1.2), rng.uniform(0.006, 0.012))
-
-
-def _worm(rng: np.random.Generator) -> Distance:
-    return _stroke(_path(rng, 3, rng.uniform(0.04, 0.08), 0.9), rng.uniform(0.03, 0.05))
+def _walk(
+    rng: np.random.Generator,
+    *,
+    steps: int,
+    length: tuple[float, float],
+    bend: float,
+    half_width: tuple[float, float],
+) -> Distance:
+    return _stroke(_path(rng, steps, rng.uniform(*length), bend), rng.uniform(*half_width))
 
 
 def _squiggle(rng: np.random.Generator) -> Distance:
@@ -254,11 +234,17 @@ def _dots(rng: np.random.Generator) -> Distance:
     return lambda z: dots(z) - radius
 
 
-_CLUTTER = (_bar, _polyline, _worm, _squiggle, _dots)
+_CLUTTER: tuple[Callable[[np.random.Generator], Distance], ...] = (
+    partial(_walk, steps=1, length=(0.15, 0.5), bend=0, half_width=(0.015, 0.04)),  # a bar
+    partial(_walk, steps=5, length=(0.15, 0.3), bend=1.2, half_width=(0.006, 0.012)),  # a polyline
+    partial(_walk, steps=3, length=(0.04, 0.08), bend=0.9, half_width=(0.03, 0.05)),  # a worm
+    _squiggle,
+    _dots,
+)
 
 
 def _weave(pixels: Points, label: int) -> Floats:
-    """A faint grating `[H, W, 1]`, of one of five directions and two periods: a class has its own."""
+    """Return a class's faint grating `[H, W, 1]`: one of five directions and two periods."""
     direction, period = np.exp(1j * np.pi * (label % 5) / 5), (3.0, 4.5)[label // 5]
     return WEAVE * np.sin(2 * np.pi / period * (pixels * direction).real)[..., None]
 
@@ -273,7 +259,7 @@ def _textured(
     saturation: tuple[float, float],
     value: tuple[float, float],
 ) -> Floats:
-    """A random texture `[H, W, 3]` between two shades of about one hue."""
+    """Draw a texture `[H, W, 3]` between two shades of about one hue."""
     field = _TEXTURES[rng.integers(len(_TEXTURES))](rng, z)[..., None]
     one, other = (
         _rgb(hue + rng.uniform(-0.06, 0.06), rng.uniform(*saturation), rng.uniform(*value))
@@ -283,13 +269,13 @@ def _textured(
 
 
 def _rgb(hue: float, saturation: float, value: float) -> Floats:
-    """The colour `[3]` of a hue (modulo 1), saturation and value in [0, 1]."""
+    """Return the RGB colour `[3]` of a hue (modulo 1), saturation and value in [0, 1]."""
     k = (np.array([5, 3, 1]) + 6 * hue) % 6
     return (value * (1 - saturation * np.minimum(k, 4 - k).clip(0, 1))).astype(np.float32)
 
 
 def _noise(rng: np.random.Generator, z: Points) -> Floats:
-    """Fractal noise: random grids of ever finer mesh, each weighted by its mesh width."""
+    """Draw fractal noise: random grids of ever finer mesh, each weighted by its mesh width."""
     layers = (
         _interpolation(len(z), k)
         @ rng.standard_normal((k, k), np.float32)
@@ -302,7 +288,7 @@ def _noise(rng: np.random.Generator, z: Points) -> Floats:
 
 @lru_cache(maxsize=16)
 def _interpolation(n: int, k: int) -> Floats:
-    """The matrix `[n, k]` that interpolates k values linearly at n pixel centres."""
+    """Return the matrix `[n, k]` that interpolates k values linearly at n pixel centres."""
     distance = np.abs(np.linspace(0, k - 1, n)[:, None] - np.arange(k))
     return (1 - distance).clip(0).astype(np.float32)
 
@@ -316,19 +302,22 @@ def _gradient(rng: np.random.Generator, z: Points) -> Floats:
     return _unit((z * np.exp(2j * np.pi * rng.random())).real)
 
 
+def _waves(rng: np.random.Generator, z: Points, low: float, high: float) -> Points:
+    """Draw a direction and `low` to `high` periods; return the phase along and across it."""
+    return z * (2 * np.pi * rng.uniform(low, high) * np.exp(2j * np.pi * rng.random()))
+
+
 def _stripes(rng: np.random.Generator, z: Points) -> Floats:
-    phase = z * (2 * np.pi * rng.uniform(5, 9) * np.exp(2j * np.pi * rng.random()))
-    return (0.5 + np.sin(phase.real)).clip(0, 1)
+    return (0.5 + np.sin(_waves(rng, z, 5, 9).real)).clip(0, 1)
 
 
 def _checker(rng: np.random.Generator, z: Points) -> Floats:
-    phase = z * (2 * np.pi * rng.uniform(4, 7) * np.exp(2j * np.pi * rng.random()))
+    phase = _waves(rng, z, 4, 7)
     return (0.5 + 2 * np.sin(phase.real) * np.sin(phase.imag)).clip(0, 1)
 
 
 def _marble(rng: np.random.Generator, z: Points) -> Floats:
-    phase = z * (2 * np.pi * rng.uniform(2, 5) * np.exp(2j * np.pi * rng.random()))
-    return 0.5 + 0.5 * np.sin(phase.real + 8 * _noise(rng, z))
+    return 0.5 + 0.5 * np.sin(_waves(rng, z, 2, 5).real + 8 * _noise(rng, z))
 
 
 _TEXTURES = (_noise, _gradient, _stripes, _checker, _marble)

@@ -1,4 +1,4 @@
-"""What an attack aims at: target classes, and target maps that are not the image's own."""
+"""Targets of an attack: classes, and maps that are not the image's own."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ DONOR, PATCH, TARGET = (1, 2, 3)
 def random_targets(
     labels: np.ndarray, num_classes: int, *, seed: int = 0, indices: np.ndarray | None = None
 ) -> np.ndarray:
-    """A uniformly random other class for each image (ADV² §4.1).
+    """Draw a uniformly random other class for each image (ADV² §4.1).
 
     Args:
         labels: integers [N] in 0..K-1.
@@ -32,9 +32,12 @@ def random_targets(
         raise ValueError(
             f"num_classes = {num_classes} must be at least 2 for a target other than the label"
         )
-    where = np.arange(len(labels)) if indices is None else indices
-    shifts = [np.random.default_rng([seed, int(i), TARGET]).integers(1, num_classes) for i in where]
-    return ((np.asarray(labels) + np.array(shifts, int)) % num_classes).astype(np.int32)
+    indices = np.arange(len(labels)) if indices is None else indices
+    draws = [
+        np.random.default_rng([seed, int(i), TARGET]).integers(1, num_classes) for i in indices
+    ]
+    # 1..K-1 steps on from the label, in a circle: every other class once
+    return ((np.asarray(labels) + np.array(draws, int)) % num_classes).astype(np.int32)
 
 
 def donors(
@@ -45,7 +48,7 @@ def donors(
     seed: int = 0,
     classes: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """For each attacked image, a random image of its target class: whose map is to be shown.
+    """Draw for each attacked image one of its target class, whose map is to be shown.
 
     Args:
         source_labels: integers [M], classes of all images of the source, those that are left out of
@@ -57,28 +60,31 @@ def donors(
         classes: names of the classes, for the message.
 
     Returns:
-        int32 [N], places among the M images; never the attacked image itself, whose class is not
+        int32 [N], indices into the M images; never the attacked image itself, whose class is not
         its target.
 
     Raises:
         ValueError: names a target class that no image of the source has.
     """
     members = {int(t): np.flatnonzero(source_labels == t) for t in np.unique(targets)}
-    for t, found in members.items():
-        if not len(found):
+    for t, images in members.items():
+        if not len(images):
             name = f" ({classes[t]})" if classes is not None and t < len(classes) else ""
             raise ValueError(
-                f"no image of target class {t}{name} among the {len(source_labels)} images read: it has no map to show"
+                f"no image of target class {t}{name} among the {len(source_labels)} images read: "
+                "it has no map to show"
             )
-    draws = [
-        np.random.default_rng([seed, int(i), DONOR]).choice(members[int(t)])
-        for i, t in zip(indices, targets, strict=True)
-    ]
-    return np.array(draws, np.int32)
+    return np.array(
+        [
+            np.random.default_rng([seed, int(i), DONOR]).choice(members[int(t)])
+            for i, t in zip(indices, targets, strict=True)
+        ],
+        np.int32,
+    )
 
 
 def patch(shape: tuple[int, int], *, seed: int, index: int) -> np.ndarray:
-    """A random circle or rotated rectangle, 1 inside and 0 outside: an arbitrary interpretation.
+    """Draw a circle or a rotated rectangle, 1 inside and 0 outside: an arbitrary interpretation.
 
     A pure function of its arguments; the same `seed` and `index` give the same figure at every
     size.
@@ -92,21 +98,15 @@ def patch(shape: tuple[int, int], *, seed: int, index: int) -> np.ndarray:
         float32 [h, w]; at least the pixel nearest to the centre of the figure is inside.
     """
     rng = np.random.default_rng([seed, index, PATCH])
-    centre, angle, sides = (
-        rng.uniform(0.3, 0.7, 2),
-        rng.uniform(0, np.pi),
-        rng.uniform(0.12, 0.3, 2),
-    )
-    y, x = (positions - c for positions, c in zip(_pixel_centres(shape), centre, strict=True))
+    centre, angle = rng.uniform(0.3, 0.7, 2), rng.uniform(0, np.pi)
+    sides = rng.uniform(0.12, 0.3, 2)
+    # the centres of the pixels in a unit square, as seen from the centre of the figure
+    axes = ((np.arange(n) + 0.5) / n - c for n, c in zip(shape, centre, strict=True))
+    y, x = np.meshgrid(*axes, indexing="ij")
     along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
     distance = np.hypot(x, y)
     circle = distance <= sides.mean()
     rectangle = (abs(along) <= sides[0]) & (abs(across) <= sides[1])
     inside = circle if rng.random() < 0.5 else rectangle
+    # on coarse maps a figure may miss every pixel centre
     return (inside | (distance == distance.min())).astype(np.float32)
-
-
-def _pixel_centres(shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """y and x in (0, 1), [h, w] each."""
-    y, x = np.meshgrid(*((np.arange(n) + 0.5) / n for n in shape), indexing="ij")
-    return y, x

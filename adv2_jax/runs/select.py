@@ -12,7 +12,7 @@ from jax import Array
 from adv2_jax.attacks import explain, no_map
 from adv2_jax.capabilities import logits_of
 from adv2_jax.data import ImageSet
-from adv2_jax.data.sources import check_classes
+from adv2_jax.data.images import check_classes
 from adv2_jax.errors import listed
 from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import Activation, Classifier, Image, Logits
