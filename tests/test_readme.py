@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adv2_jax.cli.main import parser
+from adv2_jax.cli.arguments import parser
+from adv2_jax.cli.main import RUN
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -20,5 +21,4 @@ def test_the_python_examples_run_one_after_the_other(capsys):
 
 @pytest.mark.parametrize("command", re.findall(r"^    adv2 ([^#\n]*)", README, re.MULTILINE))
 def test_the_commands_are_understood(command):
-    arguments = parser().parse_args(command.split())
-    assert callable(arguments.run)
+    assert parser().parse_args(command.split()).run in RUN
