@@ -14,7 +14,8 @@ import pytest
 from flax import nnx
 
 from adv2_jax import cli, interpreters, models
-from adv2_jax.cli.main import parser
+from adv2_jax.cli.arguments import COMMANDS, parser
+from adv2_jax.cli.main import RUN
 from adv2_jax.files import write_arrays, write_summary
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.runs import faithfulness
@@ -144,6 +145,35 @@ def test_attack_writes_the_contract(network, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "report.html" in printed.out
     assert printed.err == ""  # no terminal, no progress bar
+
+
+def test_the_summary_has_every_option(network, tmp_path):
+    """Those that were not given too, with the values that were used in their place."""
+    words = ["attack", "--model", "tiny", "--weights", str(network / "weights.npz")]
+    arguments = parser().parse_args(
+        [*words, "--images", str(network / "images.npz"), "--out", str(tmp_path)]
+    )
+    before = dict(vars(arguments))
+    config = cli.subject.subject_of(arguments).config
+    assert vars(arguments) == before
+    used = {"interpreter": [*INTERPRETERS], "epsilon": 8 / 255, "model": "tiny"}
+    used["interpreter"].remove("rts")  # there is no masker
+    assert config == before | used
+
+
+@pytest.mark.slow
+def test_a_table_tells_the_threat_and_the_target_map_that_it_is_of(coloured, tmp_path):
+    words = ["table", "patch", *coloured, "--steps", "2", "--limit", "2", "--quiet"]
+    assert cli.main([*words, "--out", str(tmp_path)]) == 0
+    for folder in (tmp_path, tmp_path / "linf-patch"):
+        config = json.loads((folder / "summary.json").read_text())["config"]
+        options = vars(parser().parse_args(["table", "patch", "--out", "tables"])).keys()
+        assert config.keys() == options - {"run"} | {"command", "threat", "target_map"}
+        assert (config["threat"], config["target_map"]) == ("linf", "patch")
+
+
+def test_every_command_is_run_by_a_function():
+    assert RUN.keys() == COMMANDS.keys()
 
 
 @pytest.mark.slow
@@ -305,7 +335,7 @@ BAD_WORDS = {
     "invalid choice: 'l1' (choose from": ["--threat", "l1"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
-    "is not below 4294967296": ["--seed", "99999999999999999999"],
+    "is not a whole number, 0 or more and below 2**32": ["--seed", "99999999999999999999"],
     "unrecognized arguments: --stpes": ["--stpes"],
     "neither shapes, shapes:N nor an .npz file": ["--images", "cat.jpg"],
     "after 'shapes:' must be a whole number": ["--images", "shapes:many"],
@@ -318,6 +348,27 @@ def test_bad_words_are_refused(network, tmp_path, capsys, expected):
     refused(
         attack(network, tmp_path / "out", *BAD_WORDS[expected]), capsys, expected, tmp_path / "out"
     )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_empty_path_is_refused(name, capsys, tmp_path, monkeypatch):
+    """It would be the current directory."""
+    monkeypatch.chdir(tmp_path)
+    arguments = COMMANDS[name].arguments
+    words = [
+        "effectiveness" if key == "table" else "some"
+        for key in arguments
+        if not key.startswith("-") and key != "run_directory"
+    ]
+    words += ["--model", "tiny"] if name == "convert" else []
+    path = ["--out", ""] if "--out" in arguments else [""]
+    refused(
+        cli.main([*name.split(), *words, *path]),
+        capsys,
+        "'' names no file or directory",
+        tmp_path / "summary.json",
+    )
+    assert not any(tmp_path.iterdir())
 
 
 def test_model_without_weights_is_refused(tmp_path, capsys):
@@ -620,15 +671,13 @@ def test_a_masker_of_other_classes_is_refused(network, other_classes, tmp_path, 
 
 
 def test_rts_is_among_the_interpreters_only_where_there_is_a_masker(masker):
+    classifier = masker.encoder
     embedded, named = (
         parser().parse_args(["attack", "--out", "run", *words])
         for words in ([], ["--model", "tiny"])
     )
-    assert (
-        isinstance(cli.subject.masker_of(embedded), models.Masker)
-        and cli.subject.masker_of(named) is None
-    )
-    classifier = masker.encoder
+    assert isinstance(cli.subject.with_masker(classifier, embedded).masker, models.Masker)
+    assert cli.subject.with_masker(classifier, named) is classifier
     assert cli.subject._interpreters(None, models.ClassifierWithMasker(classifier, masker)) == list(
         INTERPRETERS
     )
@@ -916,11 +965,12 @@ def test_interrupt_keeps_finished_batches(coloured, tmp_path, capsys, monkeypatc
 
 def test_the_demo_can_be_resumed(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli.commands, "attack", lambda arguments, command: [seen.append(arguments)])
+    monkeypatch.setattr(cli.commands, "attack", lambda arguments: [seen.append(arguments)])
     monkeypatch.setattr(cli.commands, "_show_demo", lambda *shown: None)
     for words in ([], ["--resume"]):
         assert cli.main(["demo", "--out", str(tmp_path), *words]) == 0
     assert [(arguments.resume, arguments.limit) for arguments in seen] == [(False, 3), (True, 3)]
+    assert seen[1].command == f"adv2 demo --out {tmp_path} --resume"
 
 
 @pytest.mark.slow
@@ -1022,6 +1072,8 @@ def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
     capsys.readouterr()
     for other, expected in (
         (["--to-weights", "w.npz"], "--to-model and --to-weights go together"),
+        (["--to-model", "tiny"], "--to-model and --to-weights go together"),
+        (["--to-model", "resnet5"], "model 'resnet5' is not one of"),
         (["--model", "cifar_resnet20"], "--model and --weights go together"),
     ):
         code = cli.main(["transfer", str(tmp_path / "out"), *words, *other])
@@ -1180,7 +1232,7 @@ def test_finished_trainings_and_files_are_not_overwritten_unless_told_to(
 def test_a_demo_may_be_made_anew(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        cli.commands, "attack", lambda arguments, command: [seen.append(arguments.overwrite)]
+        cli.commands, "attack", lambda arguments: [seen.append(arguments.overwrite)]
     )
     monkeypatch.setattr(cli.commands, "_show_demo", lambda *shown: None)
     for command in (None, "adv2 demo --out here", "adv2 attack --out here"):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from adv2_jax.cli.main import parser
+from adv2_jax.cli.arguments import parser
+from adv2_jax.cli.main import RUN
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -94,5 +95,4 @@ def test_the_design_names_every_module():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_are_understood(command):
-    arguments = parser().parse_args(command.split())
-    assert callable(arguments.run)
+    assert parser().parse_args(command.split()).run in RUN

@@ -1,4 +1,4 @@
-"""The command line `adv2`: no logic of its own."""
+"""The command line `adv2`: parse, assemble, call the library, print."""
 
 from adv2_jax.cli.main import main, script
 

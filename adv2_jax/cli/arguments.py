@@ -1,10 +1,11 @@
-"""What each command is told: its options, their forms and defaults."""
+"""The commands as data: options, defaults, examples; and the parser that is made of them."""
 
 import argparse
-from collections.abc import Callable, Collection
-from typing import NoReturn
+import contextlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from adv2_jax import data, models, threats
+from adv2_jax import __version__, data, models, threats
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.presets import PRESETS
@@ -13,412 +14,77 @@ from adv2_jax.training.classifier import ClassifierRecipe
 from adv2_jax.training.loop import Recipe
 from adv2_jax.training.masker import MaskerRecipe
 
-NAMES = f"one of {', '.join(models.MODELS)}"
-WEIGHTS = "state dict under the names of torchvision or timm: .npz, .safetensors, or what torch wrote (.pth, .pth.tar, .ckpt, ...)"
-SOURCES = "shapes, shapes:N, FILE.npz, FILE.npz/SPLIT, a folder, or tfds:name/split"
-TARGET_MAP = (
-    "the map to be shown: of the unchanged image, of another image of the target class, or a random figure; SOURCE's own "
-    "target_maps take the place of benign (default: %(default)s)"
-)
+Number = TypeVar("Number", int, float)
+# name or flag -> keyword arguments of `add_argument`; `parser` adds the default to the help text
+Arguments = dict[str, dict[str, Any]]
+
 EMBEDDED = "the embedded network"
+NAMES = f"one of {', '.join(models.MODELS)}"
+SOURCES = "shapes, shapes:N, FILE.npz, FILE.npz/SPLIT, a folder, or tfds:name/split"
+WEIGHTS = (
+    "state dict under the names of torchvision or timm: .npz, .safetensors, or a file that torch "
+    "wrote (.pth, .pth.tar, .ckpt, ...)"
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses bad arguments in one line."""
+    """A parser that refuses bad arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         """Hand the message to `main`, which prints it and exits with 2."""
         raise ValueError(f"{message} (see {self.prog} --help)")
 
 
-def demo(parser: Parser) -> None:
-    """Add the arguments of `adv2 demo`."""
-    parser.add_argument(
-        "--out", default="demo", metavar="DIR", help="where to write (default: %(default)s)"
-    )
-    _resume_argument(parser)
-    _overwrite_argument(parser)
+class Command(NamedTuple):
+    """What the command line knows of a command.
+
+    Attributes:
+        summary: what it does, one line.
+        arguments: its arguments, in the order in which the help lists them.
+        examples: whole command lines.
+    """
+
+    summary: str
+    arguments: Arguments
+    examples: Sequence[str]
 
 
-def attack(parser: Parser) -> None:
-    """Add the arguments of `adv2 attack`."""
-    _subject_arguments(parser)
-    add = parser.add_argument
-    add(
-        "--threat",
-        default="linf",
-        choices=list(threats.THREATS),
-        help="what may be changed (default: %(default)s)",
-    )
-    add("--target-map", default="benign", choices=data.targets.TARGET_MAPS, help=TARGET_MAP)
-    _effort_arguments(parser)
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="where to write summary.json, results.npz, report.html and log.jsonl",
-    )
-    _overwrite_argument(parser)
+def _number(
+    form: str, read: Callable[[str], Number], in_range: Callable[[Number], bool]
+) -> Callable[[str], Number]:
+    """Return the `type` of a number for argparse; `form` names it in the error message."""
+
+    def number(text: str) -> Number:
+        value: Number | None = None
+        with contextlib.suppress(ValueError, ZeroDivisionError):
+            value = read(text)
+        if value is None or not in_range(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
+        return value
+
+    return number
 
 
-def table(parser: Parser) -> None:
-    """Add the arguments of `adv2 table`."""
-    add = parser.add_argument
-    add("table", choices=list(TABLES), metavar="NAME", help=f"one of {', '.join(TABLES)}")
-    _subject_arguments(parser)
-    _effort_arguments(parser)
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="where to write table.md, summary.json, and the run in a folder of its own",
-    )
-    _overwrite_argument(parser)
+def _fraction(text: str) -> float:
+    """Read a real number, or a fraction of two."""
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if slash else float(numerator)
 
 
-def transfer(parser: Parser) -> None:
-    """Add the arguments of `adv2 transfer`."""
-    add = parser.add_argument
-    add(
-        "run_directory",
-        metavar="DIR",
-        help="a finished run of adv2 attack; its summary.json and report.html are added to",
-    )
-    _network_arguments(parser)
-    add(
-        "--to-model",
-        metavar="NAME",
-        help="another network, which the images are shown to (default: none)",
-    )
-    add("--to-weights", metavar="FILE", help="its weights")
-    _batch_size_argument(parser)
-    _quiet_argument(parser)
-
-
-def train_classifier(parser: Parser) -> None:
-    """Add the arguments of `adv2 train classifier`."""
-    add = parser.add_argument
-    add("--model", default="cifar_resnet20", metavar="NAME", help=f"{NAMES} (default: %(default)s)")
-    add(
-        "--weights",
-        metavar="FILE",
-        help="weights to start from; the head is made anew if it has other classes (default: none)",
-    )
-    _weights_key_argument(parser)
-    _training_arguments(parser, ClassifierRecipe())
-    add("--head-only", action="store_true", help="train the head, keep the features")
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="where to write weights.npz, summary.json and report.html",
-    )
-    _overwrite_argument(parser)
-
-
-def train_rts(parser: Parser) -> None:
-    """Add the arguments of `adv2 train rts`."""
-    add, recipe = parser.add_argument, MaskerRecipe()
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"the network to explain: {NAMES}, or path/to/file.py:name (default: {EMBEDDED})",
-    )
-    add("--weights", metavar="FILE", help="its weights")
-    _weights_key_argument(parser)
-    add(
-        "--encoder",
-        metavar="NAME",
-        help="a ResNet of the same classes, the start of the masker (default: the network itself)",
-    )
-    add("--encoder-weights", metavar="FILE", help="its weights; go with --encoder")
-    add("--tune", action="store_true", help="train the encoder too")
-    _training_arguments(parser, recipe)
-    terms = {
-        "variation": "of the map's total variation",
-        "area": "of the map's mean",
-        "removal": "of the confidence where the map hides",
-        "power": "of that confidence, its exponent",
-    }
-    for i, (name, meaning) in enumerate(terms.items(), 1):
-        default = getattr(recipe, name)
-        add(
-            f"--{name}",
-            type=_weight,
-            default=default,
-            metavar="W",
-            help=f"λ{i} of eq. 8, {meaning} (default: %(default)s)",
-        )
-    add(
-        "--area-power",
-        type=_weight,
-        default=recipe.area_power,
-        metavar="P",
-        help="of the map in its mean (default: %(default)s)",
-    )
-    add(
-        "--absent",
-        type=_number,
-        default=recipe.absent,
-        metavar="P",
-        help="share of maps of another class (default: %(default)s)",
-    )
-    add(
-        "--out",
-        required=True,
-        metavar="DIR",
-        help="where to write masker.npz, summary.json and report.html",
-    )
-    _overwrite_argument(parser)
-
-
-def convert(parser: Parser) -> None:
-    """Add the arguments of `adv2 convert`."""
-    add = parser.add_argument
-    add("file", metavar="FILE", help=WEIGHTS)
-    _weights_key_argument(parser)
-    add("--model", required=True, metavar="NAME", help=NAMES)
-    add("--out", required=True, metavar="FILE", help="what to write: .safetensors or .npz")
-    _overwrite_argument(parser)
-
-
-def _subject_arguments(parser: Parser) -> None:
-    """What is attacked: a network, images, interpreters."""
-    _network_arguments(parser)
-    _source_arguments(parser)
-    add = parser.add_argument
-    add(
-        "--interpreter",
-        nargs="+",
-        type=_choice(INTERPRETERS, "path/to/file.py:name", models.user.is_reference),
-        metavar="NAME",
-        help=f"{', '.join(INTERPRETERS)}, or path/to/file.py:name (default: all that the network has what they need for)",
-    )
-    add(
-        "--encoder-loss",
-        default="head",
-        choices=list(ENCODER_LOSSES),
-        help="what the attack on rts adds (default: %(default)s)",
-    )
-    add(
-        "--encoder-weight",
-        type=_weight,
-        default=0.1,
-        metavar="W",
-        help="its weight; 0 leaves it out (default: %(default)s)",
-    )
-
-
-def _network_arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--model", metavar="NAME", help=f"{NAMES}, or path/to/file.py:name (default: {EMBEDDED})")
-    add("--weights", metavar="FILE", help=f"{WEIGHTS}; with file.py:name handed to name")
-    _weights_key_argument(parser)
-    add(
-        "--masker",
-        metavar="FILE",
-        help="masker of the network, for rts, from adv2 train rts (default: the embedded network's)",
-    )
-    _normalisation_arguments(parser)
-
-
-def _weights_key_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--weights-key",
-        metavar="NAME",
-        help="which weights of a file that holds several, such as state_dict_ema or module.model",
-    )
-
-
-def _normalisation_arguments(parser: Parser) -> None:
-    for name, kind, meaning in (
-        ("--mean", _finite, "subtracted from"),
-        ("--std", _divisor, "that divides"),
-    ):
-        parser.add_argument(
-            name,
-            nargs=3,
-            type=kind,
-            metavar=("R", "G", "B"),
-            help=f"colour {meaning} the [0, 1] image (default: ImageNet's)",
-        )
-
-
-def _source_arguments(parser: Parser) -> None:
-    add = parser.add_argument
-    add("--images", default="shapes", metavar="SOURCE", help=f"{SOURCES} (default: %(default)s)")
-    add(
-        "--size",
-        type=_positive,
-        metavar="N",
-        help="crop images to N x N (default: folders and tfds to what the network wants)",
-    )
-    add(
-        "--labels",
-        metavar="FILE.csv",
-        help="file name, class, and optional target class of the images of a flat folder",
-    )
-    add(
-        "--classes",
-        metavar="FILE.txt",
-        help="one class a line, in the network's order; names of sub-folders, numbers too",
-    )
-    add(
-        "--sample",
-        type=_positive,
-        metavar="N",
-        help="read only N images, drawn from the seed (default: all)",
-    )
-
-
-def _effort_arguments(parser: Parser) -> None:
-    """How much is done, and how."""
-    add = parser.add_argument
-    numbers = f"the attack's numbers: {', '.join(PRESETS)}, or file.json of your own (default: %(default)s)"
-    add(
-        "--preset",
-        default="default",
-        type=_choice(PRESETS, "file.json", lambda name: name.endswith(".json")),
-        metavar="NAME",
-        help=numbers,
-    )
-    add(
-        "--epsilon",
-        type=_number,
-        metavar="E",
-        help="radius of linf (default: 8/255) or l2 (default: 0.5), in units of pixel value",
-    )
-    add(
-        "--flow-penalty",
-        dest="penalty",
-        type=_number,
-        metavar="W",
-        help="weight of a flow's roughness (default: 0.0005)",
-    )
-    add(
-        "--warm-steps",
-        type=_whole,
-        metavar="N",
-        help="steps of plain PGD first (default: the preset's)",
-    )
-    add("--steps", type=_whole, metavar="N", help="joint steps (default: the preset's)")
-    add(
-        "--limit",
-        type=_positive,
-        metavar="N",
-        help="attack at most N images of those the network gets right",
-    )
-    _batch_size_argument(parser)
-    add(
-        "--snapshots",
-        type=_whole,
-        default=16,
-        metavar="N",
-        help="images whose way the report shows (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="N",
-        help="of --sample, target classes and target maps (default: %(default)s)",
-    )
-    _resume_argument(parser)
-    _quiet_argument(parser)
-
-
-def _training_arguments(parser: Parser, recipe: Recipe) -> None:
-    """What every training is told; defaults from the recipe."""
-    add = parser.add_argument
-    _normalisation_arguments(parser)
-    _source_arguments(parser)
-    add(
-        "--held-out",
-        metavar="SOURCE",
-        help="images to measure on (default: other scenes for shapes, else a tenth of --images)",
-    )
-    add(
-        "--epochs",
-        type=_positive,
-        default=recipe.epochs,
-        metavar="N",
-        help="passes over the images (default: %(default)s)",
-    )
-    add(
-        "--batch-size",
-        type=_positive,
-        default=recipe.batch_size,
-        metavar="N",
-        help="images a step (default: %(default)s)",
-    )
-    add(
-        "--learning-rate",
-        type=_number,
-        default=recipe.learning_rate,
-        metavar="R",
-        help="its peak (default: %(default)s)",
-    )
-    add(
-        "--shift",
-        type=_whole,
-        default=recipe.shift,
-        metavar="N",
-        help="largest random shift in pixels (default: %(default)s)",
-    )
-    add(
-        "--no-mirror",
-        dest="mirror",
-        action="store_false",
-        help="do not mirror images at random: for text and digits",
-    )
-    add(
-        "--seed",
-        type=_seed,
-        default=0,
-        metavar="N",
-        help="of --sample, what is held out, weights, order and augmentation (default: %(default)s)",
-    )
-    add(
-        "--checkpoint-every",
-        type=_positive,
-        metavar="N",
-        help="steps between checkpoints (default: an epoch)",
-    )
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
-
-
-def _batch_size_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--batch-size",
-        type=_positive,
-        default=32,
-        metavar="N",
-        help="images at a time (default: %(default)s)",
-    )
-
-
-def _resume_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the unfinished run in --out"
-    )
-
-
-def _overwrite_argument(parser: Parser) -> None:
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace what is finished in --out (default: refuse to)",
-    )
-
-
-def _quiet_argument(parser: Parser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+# the range of a REAL is checked by the function that takes it; NaN fails every comparison
+REAL = _number("a number, such as 0.5 or 8/255", _fraction, lambda x: True)
+FINITE = _number("a finite number", _fraction, lambda x: abs(x) < float("inf"))
+ABOVE_0 = _number("a number above 0", _fraction, lambda x: 0 < x < float("inf"))
+WEIGHT = _number("a number, 0 or more", _fraction, lambda x: 0 <= x < float("inf"))
+COUNT = _number("a whole number, 0 or more and below 2**31", int, lambda n: 0 <= n < 2**31)
+POSITIVE = _number("a whole number above 0 and below 2**31", int, lambda n: 0 < n < 2**31)
+SEED = _number("a whole number, 0 or more and below 2**32", int, lambda n: 0 <= n < 2**32)
 
 
 def _choice(
     known: Collection[str], form: str, has_form: Callable[[str], bool]
 ) -> Callable[[str], str]:
-    """What argparse's `choices` is to names that may have a form instead."""
+    """Return the `type` of a name for argparse: one that is known, or one of a form."""
 
     def name_or_form(name: str) -> str:
         if name not in known and not has_form(name):
@@ -430,48 +96,429 @@ def _choice(
     return name_or_form
 
 
-def _whole(text: str, below: int = 2**31) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
-    if len(text) > 10 or int(text) >= below:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below {below}")
-    return int(text)
+def _path(text: str) -> str:
+    """Refuse the empty path, which the file system takes for the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' names no file or directory")
+    return text
 
 
-def _number(text: str) -> float:
-    """A real number, or a fraction of two."""
-    above, stroke, below = text.partition("/")
-    try:
-        return float(above) / float(below) if stroke else float(above)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a number, such as 0.5 or 8/255"
-        ) from None
+def _out(meaning: str, metavar: str = "DIR") -> Arguments:
+    """Return --out and --overwrite of a command that writes to a path of its own."""
+    out = {"required": True, "type": _path, "metavar": metavar, "help": meaning}
+    return {"--out": out, **OVERWRITE}
 
 
-def _finite(text: str) -> float:
-    if not abs(_number(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number")
-    return _number(text)
+OVERWRITE: Arguments = {
+    "--overwrite": {
+        "action": "store_true",
+        "help": "replace finished results in --out (default: refuse)",
+    },
+}
+RESUME: Arguments = {
+    "--resume": {"action": "store_true", "help": "continue the unfinished run in --out"},
+}
+QUIET: Arguments = {"--quiet": {"action": "store_true", "help": "print nothing but errors"}}
+BATCH_SIZE: Arguments = {
+    "--batch-size": {
+        "type": POSITIVE,
+        "default": 32,
+        "metavar": "N",
+        "help": "images that are computed at a time",
+    },
+}
+WEIGHTS_KEY: Arguments = {
+    "--weights-key": {
+        "metavar": "NAME",
+        "help": "which weights to take from a --weights file that holds several, "
+        "such as state_dict_ema or module.model",
+    },
+}
+NORMALISATION: Arguments = {
+    "--mean": {
+        "nargs": 3,
+        "type": FINITE,
+        "metavar": ("R", "G", "B"),
+        "help": "colour subtracted from the image in [0, 1] (default: ImageNet's)",
+    },
+    "--std": {
+        "nargs": 3,
+        "type": ABOVE_0,
+        "metavar": ("R", "G", "B"),
+        "help": "colour that the difference is divided by (default: ImageNet's)",
+    },
+}
+NETWORK: Arguments = {
+    "--model": {
+        "metavar": "NAME",
+        "help": f"the network: {NAMES}, or path/to/file.py:name (default: {EMBEDDED})",
+    },
+    "--weights": {
+        "metavar": "FILE",
+        "help": f"its weights, a {WEIGHTS}; path/to/file.py:name gets the path as its argument",
+    },
+    **WEIGHTS_KEY,
+    "--masker": {
+        "metavar": "FILE",
+        "help": "masker of the network for rts, made by adv2 train rts "
+        "(default: the embedded network's)",
+    },
+    **NORMALISATION,
+}
+IMAGES: Arguments = {
+    "--images": {
+        "default": "shapes",
+        "metavar": "SOURCE",
+        "help": f"where the images come from: {SOURCES}",
+    },
+    "--size": {
+        "type": POSITIVE,
+        "metavar": "N",
+        "help": "crop images to N x N pixels (default: folders and tfds to the network's size)",
+    },
+    "--labels": {
+        "metavar": "FILE.csv",
+        "help": "for a flat folder: file name, class and optional target class of each image",
+    },
+    "--classes": {
+        "metavar": "FILE.txt",
+        "help": "one class name a line, in the network's order; sub-folders and classes of a data "
+        "set are matched to it by name",
+    },
+    "--sample": {
+        "type": POSITIVE,
+        "metavar": "N",
+        "help": "read only N images, drawn at random (default: all)",
+    },
+}
+INTERPRETER: Arguments = {
+    "--interpreter": {
+        "nargs": "+",
+        "type": _choice(INTERPRETERS, "path/to/file.py:name", models.user.is_reference),
+        "metavar": "NAME",
+        "help": f"interpreters to fool: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
+        "(default: all whose needs the network meets)",
+    },
+    "--encoder-loss": {
+        "default": "head",
+        "choices": list(ENCODER_LOSSES),
+        "help": "loss that the attack on rts adds for the masker's encoder: cross-entropy of its "
+        "head, or distance from the mean features of the target class",
+    },
+    "--encoder-weight": {
+        "type": WEIGHT,
+        "default": 0.1,
+        "metavar": "W",
+        "help": "weight of that loss; 0 leaves it out",
+    },
+}
+EFFORT: Arguments = {
+    "--preset": {
+        "default": "default",
+        "type": _choice(PRESETS, "file.json", lambda name: name.endswith(".json")),
+        "metavar": "NAME",
+        "help": f"the attack's numbers: {', '.join(PRESETS)}, or a file.json of your own",
+    },
+    "--epsilon": {
+        "type": REAL,
+        "metavar": "E",
+        "help": "largest change under linf and l2, for pixel values in [0, 1] "
+        "(default: 8/255, and 0.5 for l2)",
+    },
+    "--flow-penalty": {
+        "dest": "penalty",
+        "type": REAL,
+        "metavar": "W",
+        "help": "weight of a flow's roughness in the loss (default: 0.0005)",
+    },
+    "--warm-steps": {
+        "type": COUNT,
+        "metavar": "N",
+        "help": "steps of plain PGD before the joint steps (default: the preset's)",
+    },
+    "--steps": {
+        "type": COUNT,
+        "metavar": "N",
+        "help": "joint steps, against classifier and interpreter (default: the preset's)",
+    },
+    "--limit": {
+        "type": POSITIVE,
+        "metavar": "N",
+        "help": "attack at most N of the images that the network gets right (default: all)",
+    },
+    **BATCH_SIZE,
+    "--snapshots": {
+        "type": COUNT,
+        "default": 16,
+        "metavar": "N",
+        "help": "number of images that the report shows at several steps of the attack",
+    },
+    "--seed": {
+        "type": SEED,
+        "default": 0,
+        "metavar": "N",
+        "help": "seed of --sample, target classes and target maps",
+    },
+    **RESUME,
+    **QUIET,
+}
 
 
-def _divisor(text: str) -> float:
-    if not 0 < _number(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return _number(text)
+def _training(recipe: Recipe) -> Arguments:
+    """Return the arguments of every training, with the defaults of a recipe."""
+    return {
+        **NORMALISATION,
+        **IMAGES,
+        "--held-out": {
+            "metavar": "SOURCE",
+            "help": "images to evaluate on (default: other scenes for shapes, else a tenth of "
+            "--images)",
+        },
+        "--epochs": {
+            "type": POSITIVE,
+            "default": recipe.epochs,
+            "metavar": "N",
+            "help": "passes over the images",
+        },
+        "--batch-size": {
+            "type": POSITIVE,
+            "default": recipe.batch_size,
+            "metavar": "N",
+            "help": "images a step",
+        },
+        "--learning-rate": {
+            "type": REAL,
+            "default": recipe.learning_rate,
+            "metavar": "R",
+            "help": "its peak; it rises for a twentieth of the steps, then falls to zero",
+        },
+        "--shift": {
+            "type": COUNT,
+            "default": recipe.shift,
+            "metavar": "N",
+            "help": "largest random shift of an image, in pixels",
+        },
+        "--no-mirror": {
+            "dest": "mirror",
+            "action": "store_false",
+            "help": "do not mirror images at random: for text and digits",
+        },
+        "--seed": {
+            "type": SEED,
+            "default": 0,
+            "metavar": "N",
+            "help": "seed of --sample, of the held-out images, of weights, order and augmentation",
+        },
+        "--checkpoint-every": {
+            "type": POSITIVE,
+            "metavar": "N",
+            "help": "steps from one checkpoint to the next (default: an epoch)",
+        },
+        "--resume": {
+            "action": "store_true",
+            "help": "continue from the last checkpoint in --out",
+        },
+    }
 
 
-def _seed(text: str) -> int:
-    return _whole(text, 2**32)
+MASKER = MaskerRecipe()
+TERMS = {
+    "variation": "λ1 of eq. 8, weight of the map's total variation",
+    "area": "λ2 of eq. 8, weight of the map's mean",
+    "removal": "λ3 of eq. 8, weight of the confidence where the map's region is hidden",
+    "power": "λ4 of eq. 8, exponent of that confidence",
+    "area_power": "exponent of the map in its mean",
+}
+COMMANDS = {
+    "demo": Command(
+        "attack three embedded images under every interpreter, in about a minute",
+        {
+            "--out": {"default": "demo", "type": _path, "metavar": "DIR", "help": "where to write"},
+            **RESUME,
+            **OVERWRITE,
+        },
+        ["adv2 demo"],
+    ),
+    "attack": Command(
+        "attack your images and your network",
+        {
+            **NETWORK,
+            **IMAGES,
+            **INTERPRETER,
+            "--threat": {
+                "default": "linf",
+                "choices": list(threats.THREATS),
+                "help": "threat model: what may be changed, pixel values or their places",
+            },
+            "--target-map": {
+                "default": "benign",
+                "choices": data.targets.TARGET_MAPS,
+                "help": "map that the interpreter is to show: that of the unchanged image, that of "
+                "another image of the target class, or a random figure; target_maps of the source "
+                "take the place of benign",
+            },
+            **EFFORT,
+            **_out("where to write summary.json, results.npz, report.html and log.jsonl"),
+        },
+        [
+            "adv2 attack --images shapes:20 --limit 16 --epsilon 16/255 --out run",
+            "adv2 attack --model resnet50 --weights resnet50.pth --images photos/ "
+            "--classes imagenet.txt --out run",
+            "adv2 attack --model my_network.py:network --weights mine.npz --images photos/ "
+            "--size 224 --interpreter grad cam --out run",
+        ],
+    ),
+    "table": Command(
+        "make a table of the paper, on the embedded images or on yours",
+        {
+            "table": {
+                "choices": list(TABLES),
+                "metavar": "NAME",
+                "help": f"one of {', '.join(TABLES)}",
+            },
+            **NETWORK,
+            **IMAGES,
+            **INTERPRETER,
+            **EFFORT,
+            **_out("where to write table.md, summary.json, and the run in a folder of its own"),
+        },
+        [
+            "adv2 table effectiveness --limit 16 --out tables",
+            "adv2 table maps --limit 16 --out tables --resume",
+        ],
+    ),
+    "transfer": Command(
+        "show the images of a finished run to other interpreters, and to another network",
+        {
+            "run_directory": {
+                "type": _path,
+                "metavar": "DIR",
+                "help": "a finished run of adv2 attack; the results are added to its summary.json "
+                "and report.html",
+            },
+            **NETWORK,
+            "--to-model": {
+                "metavar": "NAME",
+                "help": f"another network to show the images to: {NAMES}, or path/to/file.py:name "
+                "(default: none)",
+            },
+            "--to-weights": {
+                "metavar": "FILE",
+                "help": "weights of --to-model; --mean and --std hold for it too, --weights-key "
+                "does not",
+            },
+            **BATCH_SIZE,
+            **QUIET,
+        },
+        [
+            "adv2 transfer run",
+            "adv2 transfer run --to-model cifar_resnet56 --to-weights resnet56.npz",
+        ],
+    ),
+    "train classifier": Command(
+        "train a classifier",
+        {
+            "--model": {"default": "cifar_resnet20", "metavar": "NAME", "help": NAMES},
+            "--weights": {
+                "metavar": "FILE",
+                "help": "weights to start from; where they have other classes, the head is made "
+                "anew (default: none)",
+            },
+            **WEIGHTS_KEY,
+            **_training(ClassifierRecipe()),
+            "--head-only": {
+                "action": "store_true",
+                "help": "train the head only; the features stay as they are",
+            },
+            **_out("where to write weights.npz, summary.json and report.html"),
+        },
+        [
+            "adv2 train classifier --images shapes --out trained",
+            "adv2 train classifier --images tfds:cifar10/train --held-out tfds:cifar10/test "
+            "--epochs 30 --out cifar",
+            "adv2 train classifier --model resnet18 --weights resnet18.safetensors --head-only "
+            "--images photos/ --out tuned",
+        ],
+    ),
+    "train rts": Command(
+        "train the masker of RTS, by eq. 8",
+        {
+            "--model": NETWORK["--model"],
+            "--weights": {"metavar": "FILE", "help": "its weights"},
+            **WEIGHTS_KEY,
+            "--encoder": {
+                "metavar": "NAME",
+                "help": "a ResNet of the same classes that the masker starts from "
+                "(default: the network itself)",
+            },
+            "--encoder-weights": {
+                "metavar": "FILE",
+                "help": "weights of --encoder; --mean and --std hold for it too, --weights-key "
+                "does not",
+            },
+            "--tune": {"action": "store_true", "help": "train the encoder too"},
+            **_training(MASKER),
+            **{
+                f"--{name.replace('_', '-')}": {
+                    "type": WEIGHT,
+                    "default": getattr(MASKER, name),
+                    "metavar": "W",
+                    "help": meaning,
+                }
+                for name, meaning in TERMS.items()
+            },
+            "--absent": {
+                "type": REAL,
+                "default": MASKER.absent,
+                "metavar": "P",
+                "help": "share of the images of which the map of another class is asked",
+            },
+            **_out("where to write masker.npz, summary.json and report.html"),
+        },
+        [
+            "adv2 train rts --images shapes --out masker",
+            "adv2 train rts --model resnet50 --weights resnet50.safetensors --images photos/ "
+            "--out masker",
+        ],
+    ),
+    "convert": Command(
+        "check weights of torchvision or timm, and write them as .npz or .safetensors",
+        {
+            "file": {"metavar": "FILE", "help": WEIGHTS},
+            "--weights-key": {
+                "metavar": "NAME",
+                "help": "which weights to take from a FILE that holds several, "
+                "such as state_dict_ema or module.model",
+            },
+            "--model": {"required": True, "metavar": "NAME", "help": NAMES},
+            **_out("file to write: .safetensors or .npz", "FILE"),
+        },
+        ["adv2 convert resnet50.pth --model resnet50 --out resnet50.safetensors"],
+    ),
+}
 
 
-def _positive(text: str) -> int:
-    if _whole(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _weight(text: str) -> float:
-    if not 0 <= _number(text) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number, 0 or more")
-    return _number(text)
+def parser() -> Parser:
+    """Return the parser of the command line; `run` of what it parses is a key of `COMMANDS`."""
+    top = Parser(
+        prog="adv2",
+        description="Adversarial inputs that fool a classifier and its interpreter at once (ADV²).",
+    )
+    top.add_argument("--version", action="version", version=f"adv2 {__version__}")
+    groups = {"": top.add_subparsers(metavar="COMMAND", required=True)}
+    for name, command in COMMANDS.items():
+        group, _, word = name.rpartition(" ")
+        if group not in groups:
+            subparser = groups[""].add_parser(group, help="train a network")
+            groups[group] = subparser.add_subparsers(metavar="KIND", required=True)
+        subparser = groups[group].add_parser(
+            word,
+            help=command.summary,
+            epilog="\n  ".join(["examples:", *command.examples]),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for argument, options in command.arguments.items():
+            default = " (default: %(default)s)" if "default" in options else ""
+            subparser.add_argument(argument, **options | {"help": options["help"] + default})
+        subparser.set_defaults(run=name)
+    return top

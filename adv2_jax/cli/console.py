@@ -1,4 +1,4 @@
-"""What goes to the terminal: one-line warnings, tables, bars."""
+"""Output on the terminal: one-line warnings, tables, progress bars."""
 
 import contextlib
 import logging
@@ -26,28 +26,31 @@ from adv2_jax.descent import OnStep
 from adv2_jax.errors import first_line
 from adv2_jax.runs.tables import NAMES, Sheet
 
-LONGEST = 2000  # characters of a message
+HALF = 1000  # characters at each end of a message; what lies between is cut
 PLUGIN = re.compile(r"jax[-_](cuda|rocm)\d*[-_]plugin|libtpu", re.IGNORECASE)
 log = logging.getLogger(__name__)
 
 
 def one_line(text: str) -> str:
-    """A text as one line that a terminal can show: names in it may hold anything, and be of any length."""
+    """Return a text as one printable line of some 2 x `HALF` characters at most.
+
+    File names and the errors of other packages may hold any character, and be of any length.
+    """
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
-    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST // 2]} … {shown[-LONGEST // 2 :]}"
+    return shown if len(shown) <= 2 * HALF else f"{shown[:HALF]} … {shown[-HALF:]}"
 
 
 class OneLine(logging.Formatter):
-    """A warning as a line of the command's own."""
+    """Format a warning like an error message of `adv2`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
+        """Return the line."""
         return f"adv2: {one_line(record.getMessage())}"
 
 
 @contextlib.contextmanager
 def warnings_on_stderr(quiet: bool) -> Iterator[None]:
-    """Prints what the package logs."""
+    """Print the warnings of the package; none if `quiet`, only errors."""
     logger, handler = logging.getLogger("adv2_jax"), logging.StreamHandler()
     handler.setFormatter(OneLine())
     handler.setLevel(logging.ERROR if quiet else logging.WARNING)
@@ -61,7 +64,13 @@ def warnings_on_stderr(quiet: bool) -> Iterator[None]:
 
 
 def check_devices() -> None:
-    """Says so when JAX has fallen back to the CPU: a plugin of another version than its own is passed over in silence."""
+    """Warn when JAX has fallen back to the CPU.
+
+    JAX skips a plugin without a word if its version does not fit.
+
+    Raises:
+        ValueError: JAX has no device of the platform that `JAX_PLATFORMS` asks for.
+    """
     wanted = jax.config.jax_platforms or ""  # type: ignore[attr-defined]
     try:
         backend = jax.default_backend()
@@ -72,13 +81,14 @@ def check_devices() -> None:
     if backend != "cpu" or wanted.startswith("cpu"):
         return
     plugins = [
-        f"{found.name} {found.version}"
-        for found in distributions()
-        if PLUGIN.match(found.name or "")
+        f"{package.name} {package.version}"
+        for package in distributions()
+        if PLUGIN.match(package.name or "")
     ]
     if plugins:
         log.warning(
-            "JAX %s runs on the CPU although %s is installed: is there a device, and do the versions fit? (not said if %s)",
+            "JAX %s runs on the CPU although %s is installed: is there a device, and do the "
+            "versions fit? (not said if %s)",
             jax.__version__,
             ", ".join(plugins),
             "JAX_PLATFORMS=cpu",
@@ -87,7 +97,7 @@ def check_devices() -> None:
 
 def print_sheet(sheet: Sheet) -> None:
     """Print a table."""
-    # as narrow as a terminal of 80 columns
+    # the widest table fits a terminal of 80 columns only without padding at the edges
     table = Table(title=sheet.title, box=SIMPLE, pad_edge=False, collapse_padding=True)
     for heading in sheet.headings:
         table.add_column(heading, justify="left" if heading in NAMES else "right")
@@ -97,10 +107,10 @@ def print_sheet(sheet: Sheet) -> None:
 
 
 class Rate(ProgressColumn):
-    """Images a second, from the steps a second of a task that knows its images."""
+    """Column of a progress bar: images a second, where the number of images is known."""
 
     def render(self, task: Task) -> Text:
-        """The column of one bar."""
+        """Return the text of one bar: the share of the steps done, in images."""
         speed, images = task.finished_speed or task.speed, task.fields["images"]
         return Text(
             f"{speed * images / task.total:.2f} images/s" if speed and images and task.total else ""
@@ -109,11 +119,13 @@ class Rate(ProgressColumn):
 
 @contextlib.contextmanager
 def progress_bars(quiet: bool = False) -> Iterator[Any]:
-    """(title, steps) -> function called with the steps newly done; a bar each on a terminal, nothing elsewhere."""
+    """Yield a function that starts a progress bar; bars are drawn on a terminal only.
+
+    Yields:
+        (title, steps, done=0, images=None) -> function called with the steps newly done.
+    """
     console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield lambda title, steps, **more: lambda new: None
-        return
+    console.quiet = quiet or not console.is_terminal
     columns = (
         TextColumn("{task.description:<14}"),
         BarColumn(),
@@ -121,7 +133,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Any]:
         TimeRemainingColumn(),
         Rate(),
     )
-    with Progress(*columns, console=console) as bars:
+    with Progress(*columns, console=console, disable=console.quiet) as bars:
 
         def start(title: str, steps: int, done: int = 0, images: int | None = None) -> OnStep:
             task = bars.add_task(title, total=steps, completed=done, images=images)

@@ -1,4 +1,4 @@
-"""What the command line asks to be attacked, and how: network, images, interpreters, threat, preset."""
+"""Assemble the subject of a run: network, images, interpreters, threat model and preset."""
 
 import argparse
 import inspect
@@ -6,33 +6,53 @@ from typing import Any, NamedTuple
 
 from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
+from adv2_jax.cli.arguments import EMBEDDED
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
-from adv2_jax.presets import PRESETS, Preset
+from adv2_jax.presets import PRESETS
 from adv2_jax.runs.task import Settings, interpreter_of
 from adv2_jax.types import Classifier
 
 
 class Subject(NamedTuple):
-    """What the command line asks to be attacked, and how."""
+    """What is attacked, and how.
+
+    Attributes:
+        model: the network, with its masker if it has one.
+        images: the images of the source.
+        settings: of the run.
+        config: every option of the command line by name, for the summary; options that were not
+            given hold the values that were used in their place.
+    """
 
     model: Classifier
     images: data.ImageSet
     settings: Settings
+    config: dict[str, Any]
 
 
 def subject_of(arguments: argparse.Namespace) -> Subject:
-    """Assemble what the arguments ask to be attacked. Defaults that depend on others are written into them."""
-    threat = _threat(arguments)
-    model, masker = model_of(arguments), masker_of(arguments)
-    subject = model if masker is None else models.ClassifierWithMasker(model, masker)
-    arguments.interpreter = _interpreters(arguments.interpreter, subject)
+    """Assemble what the arguments ask to be attacked.
+
+    Raises:
+        ValueError: one line: what is wrong, the value, and what is allowed.
+    """
+    threat, threat_options = _threat(arguments)
+    network = model_of(arguments)
+    model = with_masker(network, arguments)
+    names = _interpreters(arguments.interpreter, model)
     images = data.load(
-        arguments.images, **source_options(arguments, getattr(model, "image_size", None))
+        arguments.images, **source_options(arguments, getattr(network, "image_size", None))
     )
+    config = config_of(arguments) | threat_options | {"interpreter": names}
+    preset = arguments.preset
+    if preset not in PRESETS:
+        preset = presets.read(preset)
+        # a run is known by its numbers: it is not resumed after its preset file has changed
+        config["numbers"] = {name: presets.to_dict(numbers) for name, numbers in preset.items()}
     settings = Settings(
-        interpreters=[_with_options(name, arguments) for name in arguments.interpreter],
+        interpreters=[_interpreter(name, arguments) for name in names],
         threat=threat,
-        preset=_preset(arguments),
+        preset=preset,
         warm_steps=arguments.warm_steps,
         steps=arguments.steps,
         batch_size=arguments.batch_size,
@@ -40,64 +60,77 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         target_map=arguments.target_map,
         snapshots=arguments.snapshots,
     )
-    return Subject(subject, images, settings)
+    return Subject(model, images, settings, config)
+
+
+def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return every option by name, for the summary."""
+    return vars(arguments) | {"model": arguments.model or EMBEDDED}
 
 
 def model_of(arguments: argparse.Namespace) -> Classifier:
-    """Return the network that the arguments name."""
-    name, weights, options = arguments.model, arguments.weights, weights_options(arguments)
-    if options and (name is None or models.user.is_reference(name)):
+    """Return the network of --model and --weights, the embedded one without both."""
+    options = weights_options(arguments)
+    if options and (arguments.model is None or models.user.is_reference(arguments.model)):
         option = "weights-key" if "key" in options else min(options)
         raise ValueError(
             f"--{option} is for the networks that come with adv2: {', '.join(models.MODELS)}"
         )
+    rule = "--model and --weights go together; without both, the embedded network is used"
+    model = network_of(arguments.model, arguments.weights, rule, options)
+    return models.embedded() if model is None else model
+
+
+def network_of(
+    name: str | None, weights: str | None, rule: str, options: dict[str, Any]
+) -> Classifier | None:
+    """Return the network of a name and its weights, None without both.
+
+    Args:
+        name: key of `models.MODELS`, or `path/to/file.py:name`, which may do without weights.
+        weights: path of the file.
+        rule: the error message where only one of the two is given.
+        options: of `models.load`.
+    """
     if name is None and weights is None:
-        return models.embedded()
+        return None
     if name is not None and models.user.is_reference(name):
         return models.user.load(name, weights)
     if name is not None:
         models.check_name(name)
     if name is None or weights is None:
-        raise ValueError(
-            "--model and --weights go together; without both, the embedded network is used"
-        )
+        raise ValueError(rule)
     return models.load(name, weights, **options)
 
 
-def other_model(arguments: argparse.Namespace) -> Classifier | None:
-    """Return the network that images are shown to, None if there is none."""
-    name, weights = arguments.to_model, arguments.to_weights
-    if name is None and weights is None:
-        return None
-    if name is not None and models.user.is_reference(name):
-        return models.user.load(name, weights)
-    if name is None or weights is None:
-        raise ValueError("--to-model and --to-weights go together")
-    return models.load(name, weights, **normalisation(arguments))
-
-
-def masker_of(arguments: argparse.Namespace) -> models.Masker | None:
-    """Return its masker, None without one."""
-    if arguments.masker is not None:
-        return models.load_masker(arguments.masker)
-    return (
-        models.embedded_masker() if arguments.model is None and arguments.weights is None else None
-    )
+def with_masker(model: Classifier, arguments: argparse.Namespace) -> Classifier:
+    """Return the network with its masker, if it has one: that of --masker, or the embedded one."""
+    file = arguments.masker
+    if file is None and arguments.model is not None:
+        return model
+    masker = models.embedded_masker() if file is None else models.load_masker(file)
+    return models.ClassifierWithMasker(model, masker)
 
 
 def _interpreters(chosen: list[str] | None, model: Classifier) -> list[str]:
-    """Names, each once; unless chosen, all that can be used."""
+    """Return the names, each once; unless chosen, all whose needs the model meets."""
+    lacking = {name: missing(model, make()) for name, make in INTERPRETERS.items()}
     if chosen is None:
-        return [name for name, make in INTERPRETERS.items() if missing(model, make()) is None]
-    if "rts" in chosen and missing(model, INTERPRETERS["rts"]()):
-        raise ValueError(
-            "--interpreter rts needs --masker FILE, the network's own masker; adv2 train rts makes one"
-        )
+        return [name for name, need in lacking.items() if need is None]
+    for name in chosen:
+        if lacking.get(name) == "masker":
+            raise ValueError(
+                f"--interpreter {name} needs --masker FILE, the network's own masker; "
+                "adv2 train rts makes one"
+            )
     return list(dict.fromkeys(chosen))
 
 
-def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter:
-    """An interpreter with the options of the command line, or the name of one that has none: the preset knows its own."""
+def _interpreter(name: str, arguments: argparse.Namespace) -> str | Interpreter:
+    """Return an interpreter; one that the command line has no options for stays a name.
+
+    A preset knows the options of the interpreters that it names.
+    """
     if name == "rts":
         return rts_interpreter(
             encoder_loss=arguments.encoder_loss, encoder_weight=arguments.encoder_weight
@@ -105,47 +138,39 @@ def _with_options(name: str, arguments: argparse.Namespace) -> str | Interpreter
     return interpreter_of(name)
 
 
-def _threat(arguments: argparse.Namespace) -> threats.Threat:
-    """The threat model. Options of it that were not given take their defaults, so that the summary tells them."""
+def _threat(arguments: argparse.Namespace) -> tuple[threats.Threat, dict[str, Any]]:
+    """Return the threat model and its options, defaults included."""
     factory = threats.THREATS[arguments.threat]
     options = {
         key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()
     }
-    for word, key in (("--epsilon", "epsilon"), ("--flow-penalty", "penalty")):
-        if getattr(arguments, key) is None:
-            setattr(arguments, key, options.get(key))
-        elif key not in options:
-            raise ValueError(f"{word} is not for --threat {arguments.threat}")
-    return factory(**{key: getattr(arguments, key) for key in options})
-
-
-def _preset(arguments: argparse.Namespace) -> str | dict[str, Preset]:
-    """A preset's name, or the presets of a file, whose numbers become a part of what was asked for."""
-    if arguments.preset in PRESETS:
-        return str(arguments.preset)
-    known = presets.read(arguments.preset)
-    arguments.numbers = {name: presets.to_dict(preset) for name, preset in known.items()}
-    return known
+    for flag, key in (("--epsilon", "epsilon"), ("--flow-penalty", "penalty")):
+        value = getattr(arguments, key)
+        if value is not None and key not in options:
+            raise ValueError(f"{flag} is not for --threat {arguments.threat}")
+        if value is not None:
+            options[key] = value
+    return factory(**options), options
 
 
 def source_options(arguments: argparse.Namespace, image_size: int | None) -> dict[str, Any]:
-    """Return the options of `data.load`; sources of any size are brought to that of the network."""
-    options = {
-        key: getattr(arguments, key) for key in ("size", "labels", "classes", "sample", "seed")
+    """Return the options of `data.load`; images of varying sizes are cropped to the network's."""
+    cropped = arguments.size is None and data.sizes_vary(arguments.images)
+    names = ("labels", "classes", "sample", "seed")
+    return {
+        "size": image_size if cropped else arguments.size,
+        **{name: getattr(arguments, name) for name in names},
     }
-    if options["size"] is None and data.sizes_vary(arguments.images):
-        options["size"] = image_size
-    return options
 
 
 def normalisation(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the colours that the arguments normalise by."""
+    """Return mean and std of the input, as far as they are given."""
     return {
         key: tuple(getattr(arguments, key)) for key in ("mean", "std") if getattr(arguments, key)
     }
 
 
 def weights_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How the file of weights is read."""
-    key = {} if arguments.weights_key is None else {"key": arguments.weights_key}
-    return normalisation(arguments) | key
+    """Return the options of `models.load` for --weights."""
+    key = arguments.weights_key
+    return normalisation(arguments) | ({} if key is None else {"key": key})
