@@ -19,7 +19,8 @@ from adv2_jax.cli.main import RUN
 from adv2_jax.files import write_arrays, write_summary
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.runs import faithfulness
-from adv2_jax.runs.tables import by_rows
+from adv2_jax.runs.schema import MEASURES
+from adv2_jax.runs.tables import after_a_run
 
 N, K = 6, 3
 
@@ -82,15 +83,10 @@ def test_a_summary_fits_a_terminal_of_80_columns(monkeypatch, capsys):
         "attack": "adv2",
         "threat": "linf",
         "n": 10000,
-    } | dict.fromkeys(cli.commands.COLUMNS, 0.123)
-    cli.console.print_sheet(
-        by_rows(
-            cli.commands.TITLE,
-            cli.commands.COLUMNS,
-            [row | {"gradient_evaluations": 19720, "seconds": 12345.678}],
-            spread=False,
-        )
-    )
+        "gradient_evaluations": 19720,
+        "seconds": 12345.678,
+    } | {one.key: 0.123 for one in MEASURES}
+    cli.console.print_sheet(after_a_run([row]))
     assert "…" not in capsys.readouterr().out
 
 
