@@ -1,12 +1,13 @@
 """Faithfulness of maps: the confidence of a classifier on what they mark, and on the rest."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from adv2_jax import metrics
 from adv2_jax.attacks import batches, explain
@@ -17,9 +18,6 @@ from adv2_jax.interpreters.masker_maps import log_probability
 from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.runs.select import select
 from adv2_jax.types import Classifier, Image, Label, Map
-
-Images = NDArray[np.uint8]
-Labels = NDArray[np.integer[Any]]
 
 
 class Quality(NamedTuple):
@@ -47,10 +45,10 @@ class Quality(NamedTuple):
 
 def quality(
     classifier: Classifier,
-    images: Images,
-    labels: Labels,
+    images: np.ndarray,
+    labels: np.ndarray,
     maps: ArrayLike,
-    objects: NDArray[np.bool_] | None = None,
+    objects: np.ndarray | None = None,
     *,
     seed: int = 0,
     batch_size: int = 64,
@@ -71,9 +69,17 @@ def quality(
         _shares(classifier, x / np.float32(255), *rest)
         for x, *rest in batches((images, labels, m, keys), batch_size)
     ]
-    left, removed = np.concatenate(shares, axis=1)[:, : len(images)].mean(1)
-    measures = () if objects is None else _against_objects(m, objects)
-    return Quality(len(images), float(left), float(removed), *measures)
+    kept, removed = np.concatenate(shares)[: len(images)].mean(0, dtype=float).tolist()
+    measures = Quality(len(images), kept, removed)
+    if objects is None:
+        return measures
+    large = np.asarray(jax.image.resize(m, objects.shape, "bilinear", antialias=False))
+    return measures._replace(
+        inside=float(large[objects].mean()),
+        outside=float(large[~objects].mean()),
+        pointing_game=float(metrics.pointing_game(m, objects).mean()),
+        iou=float(metrics.iou_threshold(large, objects).mean()),
+    )
 
 
 def to_explain(
@@ -112,30 +118,13 @@ def qualities(
 
 
 @jax.jit
-def _shares(
-    classifier: Classifier, images: Array, labels: Array, maps: Array, keys: Array
-) -> Array:
-    """Return `confidence_kept` and `confidence_removed` of each image, [2, B]."""
-
-    def one(x: Image, y: Label, m: Map, key: Array) -> tuple[Array, Array]:
-        other = alternative(key, x)
-        whole, left, removed = (
-            log_probability(classifier, shown, y)
-            for shown in (x, blend(x, m, other), blend(x, 1 - m, other))
-        )
-        # a ratio by its logarithms: f_c(x) may round to 0
-        return jnp.exp(left - whole), jnp.exp(removed)
-
-    return jnp.stack(jax.vmap(one)(images, labels, maps, keys))
-
-
-def _against_objects(maps: NDArray[np.floating[Any]], objects: NDArray[np.bool_]) -> list[float]:
-    """Return `inside`, `outside`, `pointing_game` and `iou` of `Quality`."""
-    m = np.asarray(jax.image.resize(maps, objects.shape, "bilinear", antialias=False))
-    measures = (
-        m[objects],
-        m[~objects],
-        metrics.pointing_game(maps, objects),
-        metrics.iou_threshold(m, objects),
+@partial(jax.vmap, in_axes=(None, 0, 0, 0, 0))
+def _shares(classifier: Classifier, x: Image, label: Label, m: Map, key: Array) -> Array:
+    """Return `confidence_kept` and `confidence_removed` of one image, [2]."""
+    other = alternative(key, x)
+    whole, left, removed = (
+        log_probability(classifier, shown, label)
+        for shown in (x, blend(x, m, other), blend(x, 1 - m, other))
     )
-    return [float(np.mean(values)) for values in measures]
+    # a ratio by its logarithms: f_c(x) may round to 0
+    return jnp.exp(jnp.stack([left - whole, removed]))

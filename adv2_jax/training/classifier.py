@@ -1,5 +1,6 @@
 """Training a classifier: cross-entropy with label smoothing, on any source with labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -16,7 +17,6 @@ from adv2_jax.training.loop import (
     NO_CHECKPOINTS,
     SHARE,
     Checkpointing,
-    Filter,
     Images,
     Labels,
     Losses,
@@ -126,7 +126,7 @@ def _logits(model: Any, image: Array) -> Array:
     return model.head(model.features(image))
 
 
-def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Filter:
+def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Callable[[Any, Any], bool]:
     """Return an NNX filter of the parameters that `head` reads, whatever their names."""
     graph, (params, others) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
     features = jax.eval_shape(model.features, image.astype(np.float32))

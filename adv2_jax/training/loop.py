@@ -29,7 +29,6 @@ Images = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 OnLoss = Callable[[int, float], None]
-Filter = Callable[[Any, Any], bool]
 Loss = Callable[[Any, Any, Array, Array, Array], Array]
 Range = tuple[str, Callable[[float], bool]]  # in words, and as a test
 
@@ -121,10 +120,6 @@ class Recipe:
             if not allows(getattr(self, name)):
                 raise ValueError(f"{name} must {words}, got {getattr(self, name)}")
 
-    def steps(self, n: int) -> int:
-        """Return the number of updates in all for n images."""
-        return self.epochs * (n // self.batch_size)
-
 
 class Checkpointing(NamedTuple):
     """Where to keep checkpoints, and whom to tell the losses.
@@ -191,7 +186,7 @@ def fit(
         raise ValueError("resume needs checkpoints, the folder of the run to go on with")
     trained = nnx.clone(model)
     set_mode(trained)
-    done, losses, store = 0, np.zeros(recipe.steps(len(images)), np.float32), None
+    done, losses, store = 0, np.zeros(recipe.epochs * epoch, np.float32), None
     step, state = _begin(trained, loss, recipe, len(losses), trainable)
     if checkpointing.checkpoints is not None:
         settings = _settings(model, constants, images, labels, recipe)
@@ -203,9 +198,7 @@ def fit(
     batches = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
     while done < len(losses):
         chunk = islice(batches, every)
-        state, new = _advance(
-            partial(step, constants), state, chunk, done, checkpointing.on_loss
-        )
+        state, new = _advance(partial(step, constants), state, chunk, done, checkpointing.on_loss)
         losses[done : done + len(new)] = new
         done += len(new)
         if not np.isfinite(new).all():  # before it is saved: a checkpoint can always be resumed
@@ -341,16 +334,13 @@ def _advance(
     host makes a batch while the device works.
     """
     losses: list[Array] = []
-
-    def tell(count: int) -> None:
-        if on_loss and count:
-            on_loss(done + count, float(losses[count - 1]))
-
     for batch in batches:
         state, loss = step(state, *batch)
+        if on_loss and losses:
+            on_loss(done + len(losses), float(losses[-1]))
         losses.append(loss)
-        tell(len(losses) - 1)
-    tell(len(losses))
+    if on_loss and losses:
+        on_loss(done + len(losses), float(losses[-1]))
     return state, np.array(losses, np.float32)
 
 

@@ -28,7 +28,7 @@ from adv2_jax.training.loop import (
     check_examples,
     fit,
 )
-from adv2_jax.types import Classifier, Image, Label, Map
+from adv2_jax.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,12 +154,11 @@ def batch_loss(
     # 1..K-1 classes further: uniform over all classes but the one shown
     others = (labels + jax.random.randint(class_key, (n,), 1, k)) % k
     maps = masker(images, jnp.where(absent, others, labels))
-
-    def one(x: Image, y: Label, m: Map, key: Array) -> Array:
-        return saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
-
+    keys = jax.random.split(alternative_key, n)
     # eq. 8 for all: which images ask for an absent class is known only at run time
-    shown = jax.vmap(one)(images, labels, maps, jax.random.split(alternative_key, n))
+    shown = jax.vmap(
+        lambda x, y, m, key: saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
+    )(images, labels, maps, keys)
     return jnp.where(absent, jax.vmap(lambda m: size_loss(m, recipe.weights))(maps), shown).mean()
 
 
