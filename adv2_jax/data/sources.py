@@ -11,7 +11,7 @@ from adv2_jax.data import folder, photos, shapes, tfds
 from adv2_jax.data.class_files import ClassList, read_classes, whole
 from adv2_jax.data.images import ImageSet, as_classes, check_classes
 from adv2_jax.errors import first_line
-from adv2_jax.files import array_names, read_some
+from adv2_jax.files import array_names, read_arrays
 
 __all__ = ["ImageSet", "check_classes", "load", "sizes_vary"]
 
@@ -153,7 +153,7 @@ def _npz(source: str) -> ImageSet:
         )
     path, split = named.groups()
     keys = _keys(path, split)
-    held = read_some(path, set(keys.values()).__contains__)
+    held = read_arrays(path, set(keys.values()).__contains__)
     arrays = {key: held[name] for key, name in keys.items()}
     try:
         return _checked(**(arrays if "images" in held else _coloured(**arrays)))

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.files import Stream, atomic, intact, read_some, stored, write_streams
+from adv2_jax.files import Stream, atomic, intact, read_arrays, stored, write_streams
 from adv2_jax.identity import changes
 from adv2_jax.runs.measures import mean
 
@@ -160,7 +160,7 @@ class Store:
 
     def _measures(self, part: Part) -> dict[str, NDArray[Any]]:
         path = self._path(part)
-        found = read_some(path, lambda name: name.startswith(MEASURE))
+        found = read_arrays(path, lambda name: name.startswith(MEASURE))
         with intact(path):
             for name, values in found.items():
                 shape = (1,) if name == SECONDS else found[f"{MEASURE}asr"].shape
@@ -228,4 +228,4 @@ class Store:
 
 def _blocks(paths: Sequence[Path], name: str) -> Iterator[NDArray[Any]]:
     for path in paths:
-        yield read_some(path, name.__eq__)[name]
+        yield read_arrays(path, name.__eq__)[name]

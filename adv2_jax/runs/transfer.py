@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.files import Headers, atomic, intact, read_some, read_summary, stored, write_summary
+from adv2_jax.files import Headers, atomic, intact, read_arrays, read_summary, stored, write_summary
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.names import ATTACKS
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     def array(self, name: str) -> np.ndarray:
         """An array of the results."""
         with intact(path := self.directory / "results.npz"):
-            return read_some(path, name.__eq__)[name]
+            return read_arrays(path, name.__eq__)[name]
 
     def images(self, source: str, interpreter: str) -> np.ndarray:
         """uint8 [N, H, W, 3] of a source; plain PGD as it was set against an interpreter, by its budget."""
@@ -88,7 +88,7 @@ def load_run(directory: Path) -> Run:
         }
     with intact(path := directory / "results.npz"):
         _check_arrays(stored(path), interpreters)
-        classes = read_some(path, {"labels", "targets"}.__contains__)
+        classes = read_arrays(path, {"labels", "targets"}.__contains__)
     return Run(directory, summary, interpreters, classes["labels"], classes["targets"])
 
 
