@@ -18,7 +18,6 @@ from adv2_jax.errors import first_line, listed
 
 SCHEMA = 1  # of summary.json and results.npz
 
-Wanted = Callable[[str], bool]
 Headers = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]  # shapes and types by name
 # of an array in an .npz: its entry, shape, type, whether in Fortran order, and length of its header
 Member = tuple[zipfile.ZipInfo, tuple[int, ...], np.dtype[Any], bool, int]
@@ -134,7 +133,10 @@ def check_schema(summary: Mapping[str, Any], name: object = "summary") -> None:
 
 
 def read_arrays(
-    path: str | os.PathLike[str], wanted: Wanted = lambda name: True, *, pictures: int | None = None
+    path: str | os.PathLike[str],
+    wanted: Callable[[str], bool] = lambda name: True,
+    *,
+    pictures: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Read arrays of an `.npz` by name, without unpickling.
 
@@ -184,9 +186,11 @@ def _archive(path: str | os.PathLike[str]) -> Iterator[zipfile.ZipFile]:
 
 
 def _members(
-    archive: zipfile.ZipFile, path: str | os.PathLike[str], wanted: Wanted = lambda name: True
+    archive: zipfile.ZipFile,
+    path: str | os.PathLike[str],
+    wanted: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, Member]:
-    """Return the headers of arrays by name, which together must not be much larger than the file."""
+    """Return the headers of arrays by name; refuse arrays much larger than the file."""
     names = {entry: entry.filename.removesuffix(".npy") for entry in archive.infolist()}
     entries = [entry for entry, name in names.items() if wanted(name)]
     packed, unpacked = os.path.getsize(path), sum(entry.file_size for entry in entries)

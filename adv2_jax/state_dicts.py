@@ -177,7 +177,7 @@ def _read_torch(path: Path) -> StateDicts:
 def _state_dicts(
     entries: Mapping[Any, Any], path: str = ""
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield the state dicts of a checkpoint with their dotted paths; those of optimisers excepted."""
+    """Yield the state dicts of a checkpoint with their dotted paths, except those of optimisers."""
     named = {key: value for key, value in entries.items() if isinstance(key, str)}
     tensors = {key: value for key, value in named.items() if hasattr(value, "detach")}
     # counters and best scores are tensors too, but make no state dict
@@ -192,7 +192,7 @@ def _choose(state_dicts: StateDicts, key: str | None, path: Path) -> Mapping[str
     """Return the arrays below a name, or without one those of the usual state dict."""
     usual: str = max(
         (name for name in state_dicts if set(name.split(".")) <= set(NESTED)),
-        # compared name by name, and the longer path wins: they may be nested, as in state_dict.model
+        # name by name, and a longer path wins: names may be nested, as in state_dict.model
         key=lambda name: [-NESTED.index(outer) for outer in name.split(".")],
         default=next(iter(state_dicts)) if len(state_dicts) == 1 else "",
     )

@@ -159,6 +159,7 @@ def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network
         raise ValueError(f"num_classes must be 2 or more, got {num_classes}")
     name = model.SIZES["num_classes"].removesuffix(".weight")
     copy = nnx.clone(model)
+    # the head is the one layer whose size is the number of classes
     setattr(
         copy, name, nnx.Linear(getattr(copy, name).in_features, num_classes, rngs=nnx.Rngs(seed))
     )
@@ -175,7 +176,7 @@ def embedded() -> Network:
 
 
 def embedded_masker() -> Masker:
-    """Load the masker that is shipped with the package; it explains the `embedded` network (RTS)."""
+    """Load the masker that is shipped with the package; it explains the `embedded` network."""
     with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_masker.npz") as path:
         return load_masker(path)
 
@@ -230,6 +231,7 @@ def load_masker(path: str | os.PathLike[str]) -> Masker:
             raise ValueError("it does not name its encoder; `adv2 train rts` writes maskers")
         name = str(options.pop("name"))
         check_name(name)
+        # shapes only: no weights are drawn that those of the file replace
         abstract = nnx.eval_shape(
             lambda: Masker(
                 check_encoder(build(name, **_sizes(name, encoder), **options)), rngs=nnx.Rngs(0)
@@ -293,6 +295,7 @@ def _read(
     network: Any = MODELS[name].func
     try:
         sizes = _sizes(name, convert.canonical(arrays, network.SIZES.values()).arrays)
+        # shapes only: no weights are drawn that those of the file replace
         abstract = nnx.eval_shape(lambda: build(name, **{**sizes, **options}))
         expected = convert.shapes(abstract)
         source = convert.canonical(arrays, expected)

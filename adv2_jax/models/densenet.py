@@ -53,7 +53,7 @@ class Transition(nnx.Module):
 
 
 def dense_block(c_in: int, growth: int, depth: int, rngs: nnx.Rngs) -> nnx.Dict[DenseLayer]:
-    """Return the layers of a block by name; each sees the input and all channels appended so far."""
+    """Return the layers of a block by name; each sees all channels appended before it."""
     return nnx.Dict(
         {
             f"denselayer{i + 1}": DenseLayer(c_in + i * growth, growth, rngs=rngs)
@@ -114,13 +114,14 @@ class DenseNet(nnx.Module):
         self.classifier = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def features(self, image: Image, act: Activation = relu) -> Features:
-        """Return the last features, after BatchNorm and ReLU: [..., H, W, 3] -> [..., H/32, W/32, C]."""
+        """Return the last features, a ReLU: [..., H, W, 3] -> [..., H/32, W/32, C]."""
         trunk = self.trunk
         x = stem_pool(act(trunk.norm0(trunk.conv0(normalise(image, self.mean, self.std)))))
         for i, depth in enumerate(self.depths, 1):
             x = trunk[f"transition{i - 1}"](x, act) if i > 1 else x
             for j in range(depth):
                 x = trunk[f"denseblock{i}"][f"denselayer{j + 1}"](x, act)
+        # torchvision applies this ReLU after its `features`; here they are what CAM weighs
         return act(trunk.norm5(x))
 
     def head(self, features: Features) -> Logits:

@@ -44,9 +44,9 @@ class Stage(nnx.Module):
         self.block = Block(joined, inner, 1, expansion=BOTTLENECK, projection=True, rngs=rngs)
 
     def __call__(self, x: Array, skip: Features) -> Features:
-        """Apply the stage: [..., h, w, C_in], [..., H, W, C_skip] -> [..., H, W, C]; H in 2h - 1..2h."""
+        """Apply the stage: [..., h, w, C_in] and [..., H, W, C_skip] -> [..., H, W, C]."""
         up = pixel_shuffle(relu(self.bn(self.conv(x))))
-        # an odd side was rounded up when the encoder halved it
+        # H is 2h - 1 or 2h: an odd side was rounded up when the encoder halved it
         height, width = skip.shape[-3:-1]
         return self.block(jnp.concatenate([up[..., :height, :width, :], skip], axis=-1), relu)
 
@@ -104,7 +104,7 @@ class Masker(nnx.Module):
         return jax.eval_shape(self.skips, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def skips(self, image: Image) -> list[Features]:
-        """Return the scales of the encoder with at most half of the side of the image, finest first."""
+        """Return the scales of the encoder up to half of the side of the image, finest first."""
         scales = self.encoder.scales(image)
         return [scale for scale in scales if 2 * scale.shape[-3] <= image.shape[-3]]
 
@@ -143,7 +143,7 @@ class Masker(nnx.Module):
         k = self.means.shape[0]
         if k != num_classes:
             raise ValueError(f"the masker draws maps of {k} classes, the network has {num_classes}")
-        # small images of odd sides have one scale less: halves are rounded up, above half of the side
+        # small images of odd sides have one scale less: halves are rounded up, and are too large
         if len(self._abstract_skips(shape)) != len(self.stages) + 1:
             side = self.encoder.image_size
             raise ValueError(

@@ -56,6 +56,7 @@ class Block(nnx.Module):
             return self.downsample[1](self.downsample[0](x))
         # the identity where stride is 1 and no channels are added
         x = x[..., :: self.stride, :: self.stride, :]
+        # zeros on both sides of the channels, as in the PyTorch implementation whose weights are read
         before = self.widening // 2
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, self.widening - before)])
 
@@ -64,6 +65,7 @@ class Block(nnx.Module):
         y = self.bn2(self.conv2(act(self.bn1(self.conv1(x)))))
         if self.bottleneck:
             y = self.bn3(self.conv3(act(y)))
+        # the ReLU comes after the sum, so that features are never negative
         return act(y + self.shortcut(x))
 
 
@@ -186,7 +188,7 @@ class ImageNetResNet(nnx.Module):
         self.fc = nnx.Linear(8 * out, num_classes, rngs=rngs)
 
     def scales(self, image: Image, act: Activation = relu) -> list[Features]:
-        """Return the output of each stage, [..., H/s, W/s, s/4 width expansion], s = 4, 8, 16, 32."""
+        """Return the output of each stage, [..., H/s, W/s, s/4 width expansion], s = 4..32."""
         x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
         return run_all((self.layer1, self.layer2, self.layer3, self.layer4), x, act)
 

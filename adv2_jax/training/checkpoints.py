@@ -30,14 +30,16 @@ class Checkpoints:
 
         self._folder, self._settings = Path(folder).absolute(), dict(settings)
         self._args = orbax.checkpoint.args
-        options = orbax.checkpoint.CheckpointManagerOptions(
-            max_to_keep=1,
-            create=False,
-            cleanup_tmp_directories=True,
-            # steps donate the state, which an asynchronous writer would still read
-            enable_async_checkpointing=False,
+        self._manager = orbax.checkpoint.CheckpointManager(
+            self._folder,
+            options=orbax.checkpoint.CheckpointManagerOptions(
+                max_to_keep=1,
+                create=False,
+                cleanup_tmp_directories=True,
+                # steps donate the state, which an asynchronous writer would still read
+                enable_async_checkpointing=False,
+            ),
         )
-        self._manager = orbax.checkpoint.CheckpointManager(self._folder, options=options)
 
     def begin(self, state: Tree, *, resume: bool) -> tuple[int, Tree]:
         """Return the number of steps done and the state to continue from.

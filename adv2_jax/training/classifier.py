@@ -117,7 +117,7 @@ def accuracy(model: Any, images: Images, labels: Labels, *, batch_size: int = 25
     Raises:
         ValueError: as `explain`.
     """
-    logits, _ = explain(model, images, labels, interpreter=no_map, batch_size=batch_size)
+    logits = explain(model, images, labels, interpreter=no_map, batch_size=batch_size)[0]
     return float((logits.argmax(-1) == labels).mean())
 
 
@@ -130,7 +130,7 @@ def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Callable[[Any, Any], 
     """Return an NNX filter of the parameters that `head` reads, whatever their names."""
     graph, (params, others) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
     features = jax.eval_shape(model.features, image.astype(np.float32))
-    # each parameter is an input of the traced head; those that no equation reads are of the features
+    # every parameter is an input of the traced program; no equation reads those of the features
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(
         params, features
     ).jaxpr

@@ -73,8 +73,6 @@ UpdateStep = Callable[..., tuple[TrainState, Array]]
 
 NOT_NEGATIVE: Range = ("be finite and not negative", lambda value: 0 <= value < np.inf)
 SHARE: Range = ("lie in [0, 1)", lambda value: 0 <= value < 1)
-AT_LEAST_0: Range = ("be at least 0", lambda value: value >= 0)
-AT_LEAST_1: Range = ("be at least 1", lambda value: value >= 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,10 +97,8 @@ class Recipe:
     """
 
     RANGES: ClassVar[dict[str, Range]] = {
-        "seed": AT_LEAST_0,
-        "epochs": AT_LEAST_1,
-        "batch_size": AT_LEAST_1,
-        "shift": AT_LEAST_0,
+        **dict.fromkeys(("seed", "shift"), ("be at least 0", lambda value: value >= 0)),
+        **dict.fromkeys(("epochs", "batch_size"), ("be at least 1", lambda value: value >= 1)),
         "learning_rate": ("be positive and finite", lambda value: 0 < value < np.inf),
         "weight_decay": NOT_NEGATIVE,
     }
@@ -189,16 +185,18 @@ def fit(
     done, losses, store = 0, np.zeros(recipe.epochs * epoch, np.float32), None
     step, state = _begin(trained, loss, recipe, len(losses), trainable)
     if checkpointing.checkpoints is not None:
-        settings = _settings(model, constants, images, labels, recipe)
-        store = Checkpoints(checkpointing.checkpoints, settings)
+        store = Checkpoints(
+            checkpointing.checkpoints, _settings(model, constants, images, labels, recipe)
+        )
         done, (state, losses) = store.begin(Checkpoint(state, losses), resume=checkpointing.resume)
 
     # drawn from the first step on, done or not: the generator must pass over what it drew before
     draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
     batches = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
     while done < len(losses):
-        chunk = islice(batches, every)
-        state, new = _advance(partial(step, constants), state, chunk, done, checkpointing.on_loss)
+        state, new = _advance(
+            partial(step, constants), state, islice(batches, every), done, checkpointing.on_loss
+        )
         losses[done : done + len(new)] = new
         done += len(new)
         if not np.isfinite(new).all():  # before it is saved: a checkpoint can always be resumed
@@ -279,8 +277,9 @@ def _optimiser(
 ) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
     # kernels only, as usual: biases and BatchNorm parameters (vectors) are not decayed
-    is_kernel = partial(jax.tree.map, lambda x: x.ndim > 1)
-    return optax.adamw(schedule, weight_decay=weight_decay, mask=is_kernel)
+    return optax.adamw(
+        schedule, weight_decay=weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1)
+    )
 
 
 def _make_step(

@@ -154,11 +154,10 @@ def batch_loss(
     # 1..K-1 classes further: uniform over all classes but the one shown
     others = (labels + jax.random.randint(class_key, (n,), 1, k)) % k
     maps = masker(images, jnp.where(absent, others, labels))
-    keys = jax.random.split(alternative_key, n)
     # eq. 8 for all: which images ask for an absent class is known only at run time
     shown = jax.vmap(
         lambda x, y, m, key: saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
-    )(images, labels, maps, keys)
+    )(images, labels, maps, jax.random.split(alternative_key, n))
     return jnp.where(absent, jax.vmap(lambda m: size_loss(m, recipe.weights))(maps), shown).mean()
 
 
@@ -174,11 +173,14 @@ def class_means(masker: Masker, images: Images, labels: Labels, *, batch_size: i
     Returns:
         [K, C]. A class without images has the mean of all images.
     """
-    parts = [_pooled(masker.encoder, x / np.float32(255)) for x in batches(images, batch_size)]
-    # float64: sums over many images lose digits in float32
-    pooled = np.concatenate(parts)[: len(images)].astype(float)
-    classes = [labels == c for c in range(len(masker.means[...]))]
-    means = [pooled[shown if shown.any() else slice(None)].mean(0) for shown in classes]
+    pooled = np.concatenate(
+        [_pooled(masker.encoder, x / np.float32(255)) for x in batches(images, batch_size)],
+        dtype=float,  # sums over many images lose digits in float32
+    )[: len(images)]
+    means = [
+        pooled[shown if shown.any() else slice(None)].mean(0)
+        for shown in (labels == c for c in range(len(masker.means[...])))
+    ]
     return jnp.asarray(np.stack(means), jnp.float32)
 
 
