@@ -37,14 +37,14 @@ def run(
     resume=False,
     **options,
 ):
-    """`fit` with what a run is kept by and the recipe as words."""
-    kept = Checkpointing(
+    """`fit` with checkpointing and recipe as words."""
+    checkpointing = Checkpointing(
         resume=resume,
         **{name: options.pop(name) for name in Checkpointing._fields if name in options},
     )
     recipe = Recipe(**{**OPTIONS, **options})
     return fit.fit(
-        model, loss, images, labels, recipe, kept, constants=constants, trainable=trainable
+        model, loss, images, labels, recipe, checkpointing, constants=constants, trainable=trainable
     )
 
 

@@ -135,7 +135,7 @@ def test_another_network_than_that_of_the_run_is_refused(finished, model, make_s
     check_network(load_run(finished), model)
     with pytest.raises(
         ValueError,
-        match=r"^the network holds \d+ numbers \w{8}, that of .* held \d+ numbers \w{8}: it was made with",
+        match=r"^the network holds \d+ numbers \w{16}, that of .* held \d+ numbers \w{16}: it was made with",
     ):
         check_network(load_run(finished), make_small(1))
 

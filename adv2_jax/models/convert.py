@@ -198,8 +198,8 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     """
     graph, state = nnx.split(model)
     expected = shapes(model)
-    found = canonical(arrays, expected)
-    every = found.arrays | {key: np.asarray(arrays[key]) for key in found.left_out}
+    source = canonical(arrays, expected)
+    every = source.arrays | {key: np.asarray(arrays[key]) for key in source.left_out}
     wrong = mismatches(expected, {key: array.shape for key, array in every.items()})
     if wrong:
         raise ValueError(
@@ -207,14 +207,14 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
         )
     not_finite = [
         k
-        for k, v in found.arrays.items()
+        for k, v in source.arrays.items()
         if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())
     ]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
     weights = {
         key: jnp.asarray(array.astype(np.float32).transpose(np.argsort(TO_TORCH[array.ndim])))
-        for key, array in found.arrays.items()
+        for key, array in source.arrays.items()
     }
     flat = [
         (path, variable.replace(weights[_torch_key(path)]))
