@@ -253,7 +253,7 @@ def test_resuming_must_be_said_and_settings_stay(tmp_path):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 1, "limit": 5}, resume=True)
     with pytest.raises(
         ValueError,
-        match=r"with other settings: image set was .* numbers [0-9a-f]{8}, is .* numbers [0-9a-f]{8}$",
+        match=r"with other settings: image set was .* numbers [0-9a-f]{16}, is .* numbers [0-9a-f]{16}$",
     ):
         run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
     assert sorted(tmp_path.rglob("*")) == kept
