@@ -1,9 +1,9 @@
-"""What makes a run or a training the one it is: fingerprints of its arrays, its settings, and the machine it ran on."""
+"""The identity of a run: fingerprints of its arrays, changes of its settings, and its machine."""
 
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,36 +12,36 @@ import numpy as np
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, in words; empty if nothing does."""
+    """Return the differences between two settings in words; empty if there are none."""
     names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     return "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
 
 
-def fingerprint(arrays: Iterable[Any]) -> str:
-    """Return how many numbers some arrays hold, and a hash of them, their types and shapes."""
-    count, digest = 0, hashlib.blake2b(digest_size=8)
-    for array in map(np.ascontiguousarray, arrays):
-        count += array.size
+def tree_fingerprint(tree: Any) -> str:
+    """Return the count of all numbers in a pytree, and a 64-bit hash of its arrays.
+
+    Types, shapes, values and order of the arrays count; leaves that are no arrays and the structure
+    of the tree do not.
+    """
+    arrays = [_plain(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+    digest = hashlib.blake2b(digest_size=8)
+    for array in arrays:
+        # type and shape in front tell how many bytes follow: no two lists of arrays read the same
         digest.update(f"{array.dtype}{array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return f"{count} numbers {digest.hexdigest()}"
-
-
-def tree_fingerprint(tree: Any) -> str:
-    """The fingerprint of the arrays in a network or an image set."""
-    return fingerprint(
-        map(_plain, (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
-    )
+    return f"{sum(array.size for array in arrays)} numbers {digest.hexdigest()}"
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as an array of NumPy, which knows no random keys (a network with dropout holds some)."""
+    """Return a leaf as a contiguous array of NumPy; of a random key its data."""
+    # NumPy knows no random keys, and a network with dropout holds some
     is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-    return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
+    # not `ascontiguousarray`, which makes a vector of a single number
+    return np.asarray(jax.random.key_data(leaf) if is_key else leaf, order="C")
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the summary."""
+    """Return the versions of packages and the machine, for the summary."""
     packages = ("adv2_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "python": platform.python_version(),

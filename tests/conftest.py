@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -82,7 +83,7 @@ def tiny(randomised):
 def tiny_by_name():
     """A network that compiles in seconds, known by the name "tiny"."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
+        patch.setitem(models.MODELS, "tiny", partial(models.CifarResNet, 1))
         yield
 
 

@@ -13,7 +13,7 @@ ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
     {"types", "options", "errors", "precision", "cost"},
     {"activations", "maps", "losses", "files", "identity"},
-    {"capabilities", "blending"},
+    {"capabilities", "blending", "state_dicts"},
     {"interpreters", "threats", "models", "data", "metrics"},
     {"descent"},
     {"presets"},

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from adv2_jax import files
+from adv2_jax.state_dicts import read_weights
 
 ARRAYS = {
     "a": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -47,13 +48,13 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("kind", [str, lambda path: path])
 def test_arrays_come_back_under_their_names(archive, kind):
-    assert_same(files.read_arrays(kind(archive)), ARRAYS)
+    assert_same(read_weights(kind(archive)), ARRAYS)
 
 
 def test_safetensors_are_read(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     safetensors.save_file(ARRAYS, tmp_path / "arrays.safetensors")
-    assert_same(files.read_arrays(tmp_path / "arrays.safetensors"), ARRAYS)
+    assert_same(read_weights(tmp_path / "arrays.safetensors"), ARRAYS)
 
 
 def damaged(path, archive):
@@ -121,7 +122,7 @@ def test_unreadable_files_are_one_line_with_the_path_and_the_reason(tmp_path, ar
     path = tmp_path / name
     spoil(path, archive)
     with pytest.raises(ValueError, match=reason) as caught:
-        files.read_arrays(path)
+        read_weights(path)
     assert str(caught.value).startswith(f"cannot read {path}: ")
     assert "\n" not in str(caught.value)
 
@@ -161,7 +162,7 @@ def test_unreadable_files_of_torch_are_one_line_with_the_path_and_the_reason(tmp
     spoil, reason = TORCH_BROKEN[name]
     spoil(tmp_path / name, pytest.importorskip("torch"))
     with pytest.raises(ValueError, match=reason) as caught:
-        files.read_arrays(tmp_path / name)
+        read_weights(tmp_path / name)
     assert str(caught.value).startswith(f"cannot read {tmp_path / name}: ")
     assert "\n" not in str(caught.value)
 
@@ -196,7 +197,7 @@ def test_tensors_are_read_and_the_rest_is_passed_over(tmp_path, nesting):
         "half": np.full(1, 0.5, single),
         "bfloat": np.ones(1, single),
     }
-    assert_same(files.read_arrays(tmp_path / "arrays.pth"), expected)
+    assert_same(read_weights(tmp_path / "arrays.pth"), expected)
 
 
 # Contents decide, not names: these are the names under which training checkpoints are distributed.
@@ -222,24 +223,24 @@ def test_files_of_torch_are_read_under_any_name(tmp_path, name, zipped):
         tmp_path / name,
         _use_new_zipfile_serialization=zipped,
     )
-    assert_same(files.read_arrays(tmp_path / name), {"a": np.ones(2, np.float32)})
+    assert_same(read_weights(tmp_path / name), {"a": np.ones(2, np.float32)})
 
 
 @pytest.mark.parametrize("name", ["ARRAYS.NPZ", "arrays.bin", "arrays"])
 def test_archives_are_read_under_any_name(tmp_path, archive, name):
     archive.rename(tmp_path / name)
-    assert_same(files.read_arrays(tmp_path / name), ARRAYS)
+    assert_same(read_weights(tmp_path / name), ARRAYS)
 
 
 @pytest.mark.parametrize("name", ["ARRAYS.SAFETENSORS", "pytorch_model.bin", "arrays"])
 def test_safetensors_are_read_under_any_name(tmp_path, name):
     pytest.importorskip("safetensors.numpy").save_file(ARRAYS, tmp_path / name)
-    assert_same(files.read_arrays(tmp_path / name), ARRAYS)
+    assert_same(read_weights(tmp_path / name), ARRAYS)
 
 
 def test_upper_case_suffixes_are_written(tmp_path):
     files.write_arrays(tmp_path / "arrays.NPZ", ARRAYS)
-    assert_same(files.read_arrays(tmp_path / "arrays.NPZ"), ARRAYS)
+    assert_same(read_weights(tmp_path / "arrays.NPZ"), ARRAYS)
 
 
 def test_programs_of_torch_are_refused(tmp_path):
@@ -249,7 +250,7 @@ def test_programs_of_torch_are_refused(tmp_path):
     with pytest.raises(
         ValueError, match=r"it is a TorchScript program, only a state dict is read: torch\.save"
     ):
-        files.read_arrays(tmp_path / "net.pt")
+        read_weights(tmp_path / "net.pt")
 
 
 class Settings(argparse.Namespace):
@@ -303,7 +304,7 @@ def test_harmless_objects_beside_the_tensors_are_passed_over(tmp_path, beside, z
         "state_dict": {"a": torch.ones(2), "args": BESIDE[beside]},
     }
     torch.save(checkpoint, tmp_path / "arrays.pth", _use_new_zipfile_serialization=zipped)
-    assert_same(files.read_arrays(tmp_path / "arrays.pth"), {"a": np.ones(2, np.float32)})
+    assert_same(read_weights(tmp_path / "arrays.pth"), {"a": np.ones(2, np.float32)})
 
 
 @pytest.mark.parametrize(
@@ -324,7 +325,7 @@ def test_settings_of_trainers_need_not_be_installed(tmp_path, monkeypatch, base,
         torch.save(
             {"hyper_parameters": kind(), "state_dict": {"a": torch.ones(2)}}, tmp_path / "last.ckpt"
         )
-    assert_same(files.read_arrays(tmp_path / "last.ckpt"), {"a": np.ones(2, np.float32)})
+    assert_same(read_weights(tmp_path / "last.ckpt"), {"a": np.ones(2, np.float32)})
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -347,7 +348,7 @@ def test_other_objects_are_named(tmp_path, value, name, zipped):
         ValueError,
         match=r"holds other objects than tensors \(.*, only a state dict is read: .*state_dict",
     ) as caught:
-        files.read_arrays(tmp_path / "a.pth")
+        read_weights(tmp_path / "a.pth")
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -382,7 +383,7 @@ def test_one_of_several_state_dicts(tmp_path, caplog, names, key, read, others):
     torch = pytest.importorskip("torch")
     path = tmp_path / "arrays.pth"
     torch.save(checkpoint(torch, *names) | {"epoch": 3, "best": torch.tensor(0.9)}, path)
-    assert files.read_arrays(path, key)["w"] == read
+    assert read_weights(path, key)["w"] == read
     said = (
         [
             f"{path}: {names[read]} is read; there is also {others} (--weights-key NAME, or key= in Python)"
@@ -400,31 +401,31 @@ def test_several_state_dicts_without_a_usual_name_must_be_chosen_from(tmp_path):
         ValueError,
         match=r"it holds several state dicts, student, teacher: choose one \(--weights-key NAME",
     ):
-        files.read_arrays(tmp_path / "a.pth")
-    assert files.read_arrays(tmp_path / "a.pth", "teacher")["w"] == 1
+        read_weights(tmp_path / "a.pth")
+    assert read_weights(tmp_path / "a.pth", "teacher")["w"] == 1
     with pytest.raises(ValueError, match="it holds no weights called 'ema', but student, teacher"):
-        files.read_arrays(tmp_path / "a.pth", "ema")
+        read_weights(tmp_path / "a.pth", "ema")
 
 
 def test_key_is_the_beginning_of_names_too(tmp_path):
     write = {"model.a": np.zeros(1), "model_ema.module.a": np.ones(1), "model_ema.n": np.ones(1)}
     files.write_arrays(tmp_path / "a.npz", write)
     assert_same(
-        files.read_arrays(tmp_path / "a.npz", "model_ema"),
+        read_weights(tmp_path / "a.npz", "model_ema"),
         {"module.a": np.ones(1), "n": np.ones(1)},
     )
-    assert_same(files.read_arrays(tmp_path / "a.npz", "model_ema.module"), {"a": np.ones(1)})
+    assert_same(read_weights(tmp_path / "a.npz", "model_ema.module"), {"a": np.ones(1)})
     with pytest.raises(
         ValueError, match=r"it holds no weights called 'ema', but model, model_ema$"
     ):
-        files.read_arrays(tmp_path / "a.npz", "ema")
+        read_weights(tmp_path / "a.npz", "ema")
     torch = pytest.importorskip("torch")
     torch.save(
         {"state_dict": {key: torch.tensor(value) for key, value in write.items()}},
         tmp_path / "a.ckpt",
     )
-    assert_same(files.read_arrays(tmp_path / "a.ckpt", "model_ema.module"), {"a": np.ones(1)})
-    assert_same(files.read_arrays(tmp_path / "a.ckpt", "state_dict.model"), {"a": np.zeros(1)})
+    assert_same(read_weights(tmp_path / "a.ckpt", "model_ema.module"), {"a": np.ones(1)})
+    assert_same(read_weights(tmp_path / "a.ckpt", "state_dict.model"), {"a": np.zeros(1)})
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".th", ".ckpt"])
@@ -433,7 +434,7 @@ def test_without_torch_its_files_are_refused(tmp_path, monkeypatch, suffix):
     path = tmp_path / f"weights{suffix}"
     path.touch()
     with pytest.raises(ValueError) as caught:
-        files.read_arrays(path)
+        read_weights(path)
     assert (
         str(caught.value)
         == f"cannot read {path}: reading {suffix} needs torch: pip install torch, or convert the file elsewhere"
@@ -444,7 +445,7 @@ def test_safetensors_are_written_whatever_their_strides(tmp_path):
     pytest.importorskip("safetensors")
     arrays = ARRAYS | {"transposed": ARRAYS["a"].T}
     files.write_arrays(tmp_path / "arrays.safetensors", arrays)
-    assert_same(files.read_arrays(tmp_path / "arrays.safetensors"), arrays)
+    assert_same(read_weights(tmp_path / "arrays.safetensors"), arrays)
     assert os.listdir(tmp_path) == ["arrays.safetensors"]
 
 
@@ -535,7 +536,9 @@ def test_streams_are_the_arrays_whatever_their_blocks(tmp_path):
     assert files.stored(tmp_path / "1.npz") == {
         name: (values.shape, values.dtype) for name, values in arrays.items()
     }
-    assert files.read_some(tmp_path / "1.npz", {"flags", "other"}.__contains__).keys() == {"flags"}
+    assert files.read_arrays(tmp_path / "1.npz", {"flags", "other"}.__contains__).keys() == {
+        "flags"
+    }
 
 
 def test_streams_are_never_whole_in_memory(tmp_path):
@@ -561,18 +564,18 @@ def test_pictures_are_cut_and_numbers_are_not(tmp_path):
     }
     files.write_streams(tmp_path / "a.npz", streamed(arrays, 2))
     assert_same(
-        files.read_pictures(tmp_path / "a.npz", 3), arrays | {"images": arrays["images"][:3]}
+        files.read_arrays(tmp_path / "a.npz", pictures=3), arrays | {"images": arrays["images"][:3]}
     )
     np.savez(tmp_path / "other_order.npz", a=np.asfortranarray(arrays["images"]))
     np.testing.assert_array_equal(
-        files.read_pictures(tmp_path / "other_order.npz", 3)["a"], arrays["images"][:3]
+        files.read_arrays(tmp_path / "other_order.npz", pictures=3)["a"], arrays["images"][:3]
     )
     np.savez(tmp_path / "bad.npz", a=np.array([None], object))
     with pytest.raises(
         ValueError,
         match=r"^cannot read .*bad\.npz: it holds pickled objects, only plain arrays are read$",
     ):
-        files.read_pictures(tmp_path / "bad.npz", 3)
+        files.read_arrays(tmp_path / "bad.npz", pictures=3)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +599,13 @@ def member(shape, data=b"", kind="|u1"):
 
 
 @pytest.mark.parametrize(
-    "read", [files.read_arrays, files.stored, lambda path: files.read_pictures(path, 1)]
+    "read",
+    [
+        read_weights,
+        files.read_arrays,
+        files.stored,
+        lambda path: files.read_arrays(path, pictures=1),
+    ],
 )
 @pytest.mark.parametrize(
     ("entry", "data", "compression", "message"),

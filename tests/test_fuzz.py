@@ -17,6 +17,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +107,7 @@ class Case(NamedTuple):
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.MODELS, "tiny", models.resnet.cifar(1))
+        patch.setitem(models.MODELS, "tiny", partial(models.CifarResNet, 1))
         (folder / "fuzzed_network.py").write_text(NETWORK)
         (folder / "net.py").write_text(NET)
         images = np.random.default_rng(0).integers(80, 120, (N, SIZE, SIZE, 3), np.uint8)

@@ -37,14 +37,14 @@ def run(
     resume=False,
     **options,
 ):
-    """`fit` with what a run is kept by and the recipe as words."""
-    kept = Checkpointing(
+    """`fit` with checkpointing and recipe as words."""
+    checkpointing = Checkpointing(
         resume=resume,
         **{name: options.pop(name) for name in Checkpointing._fields if name in options},
     )
     recipe = Recipe(**{**OPTIONS, **options})
     return fit.fit(
-        model, loss, images, labels, recipe, kept, constants=constants, trainable=trainable
+        model, loss, images, labels, recipe, checkpointing, constants=constants, trainable=trainable
     )
 
 
@@ -117,7 +117,7 @@ def test_same_arguments_give_the_same_weights(model, coloured):
 
 def test_progress_is_reported_after_every_step(model, coloured):
     seen = []
-    _, losses = run(model, *coloured, on_step=lambda step, loss: seen.append((step, loss)))
+    _, losses = run(model, *coloured, on_loss=lambda step, loss: seen.append((step, loss)))
     assert seen == [(k + 1, loss) for k, loss in enumerate(losses)]
 
 
@@ -137,10 +137,10 @@ recipe = partial(Recipe, learning_rate=0.1, weight_decay=0.1)
 @pytest.mark.parametrize("mirror", [True, False])
 def test_augmented_images_are_shifts_and_mirror_images(mirror):
     images = np.random.default_rng(0).integers(0, 256, (40, 5, 6, 3), np.uint8)
-    (draw,) = fit._draws(40, recipe(epochs=1, batch_size=40, shift=1, mirror=mirror))
+    (draw,) = fit._augmentations(40, recipe(epochs=1, batch_size=40, shift=1, mirror=mirror))
     augmented = fit._augment(images, draw)
     kinds = set()
-    for image, result in zip(images[draw.chosen], augmented, strict=True):
+    for image, result in zip(images[draw.indices], augmented, strict=True):
         for rows in (-1, 0, 1):
             for columns in (-1, 0, 1):
                 shifted = image[np.clip(np.arange(5) + rows, 0, 4)][
@@ -154,9 +154,9 @@ def test_augmented_images_are_shifts_and_mirror_images(mirror):
 
 
 def test_an_epoch_shows_every_image_once():
-    draws = list(fit._draws(14, recipe(epochs=2, batch_size=4)))
+    draws = list(fit._augmentations(14, recipe(epochs=2, batch_size=4)))
     assert len(draws) == 6
-    epochs = [np.concatenate([draw.chosen for draw in epoch]) for epoch in (draws[:3], draws[3:])]
+    epochs = [np.concatenate([draw.indices for draw in epoch]) for epoch in (draws[:3], draws[3:])]
     assert all(len(set(epoch)) == 12 and set(epoch) < set(range(14)) for epoch in epochs)
     assert list(epochs[0]) != list(epochs[1]) and sorted(epochs[0]) != list(epochs[0])
 
@@ -175,9 +175,9 @@ def test_a_batch_has_the_labels_of_its_images(model, monkeypatch):
 
 
 def test_random_numbers_are_those_of_the_shipped_weights():
-    _, draw, *_ = fit._draws(6, recipe(epochs=2, batch_size=3))
+    _, draw, *_ = fit._augmentations(6, recipe(epochs=2, batch_size=3))
     expected = {
-        "chosen": [4, 0, 1],
+        "indices": [4, 0, 1],
         "down": [1, -2, 3],
         "right": [2, -4, -1],
         "mirrored": [True, False, True],
@@ -250,18 +250,18 @@ class Stop(Exception):
 
 
 def stop_at(k):
-    def on_step(step, loss):
+    def on_loss(step, loss):
         if step == k:
             raise Stop
 
-    return on_step
+    return on_loss
 
 
 @pytest.fixture
 def stopped(model, coloured, tmp_path):
     """The folder of a run of 8 steps that was stopped at the sixth."""
     with pytest.raises(Stop):
-        run(model, *coloured, checkpoints=tmp_path / "run", on_step=stop_at(6))
+        run(model, *coloured, checkpoints=tmp_path / "run", on_loss=stop_at(6))
     return tmp_path / "run"
 
 
@@ -278,10 +278,10 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
     network, losses = trained
     kept = {"checkpoints": tmp_path / "run", "checkpoint_every": every}
     with pytest.raises(Stop):
-        run(model, *coloured, on_step=stop_at(6), **kept)
+        run(model, *coloured, on_loss=stop_at(6), **kept)
     seen = []
     resumed, again = run(
-        model, *coloured, resume=True, on_step=lambda *step: seen.append(step), **kept
+        model, *coloured, resume=True, on_loss=lambda *step: seen.append(step), **kept
     )
     assert same(resumed, network) and again.tobytes() == losses.tobytes()
     done = {1: 5, 3: 3, 5: 5}[every]
@@ -291,7 +291,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(
 def test_a_finished_run_resumes_to_its_result(model, coloured, tmp_path):
     kept = {"checkpoints": tmp_path / "run"}
     network, losses = run(model, *coloured, **kept)
-    resumed, again = run(model, *coloured, resume=True, on_step=stop_at(8), **kept)
+    resumed, again = run(model, *coloured, resume=True, on_loss=stop_at(8), **kept)
     assert same(resumed, network) and (again == losses).all()
 
 
@@ -314,7 +314,7 @@ from conftest import Normed, colours
 from flax import nnx
 from test_loop import run
 kill = lambda step, loss: os.kill(os.getpid(), signal.SIGKILL) if step == 6 else None
-run(Normed(nnx.Rngs(0)), *colours(), checkpoints=sys.argv[1], on_step=kill)
+run(Normed(nnx.Rngs(0)), *colours(), checkpoints=sys.argv[1], on_loss=kill)
 """
 
 
@@ -349,14 +349,14 @@ def test_a_run_on_something_else_does_not_resume(stopped, model, coloured, part)
         "images": (model, images.swapaxes(1, 2), labels),
         "labels": (model, images, labels[::-1]),
     }
-    message = rf"other settings: {part} was (\d+) numbers ([0-9a-f]{{8}}), is \1 numbers (?!\2)[0-9a-f]{{8}}$"
+    message = rf"other settings: {part} was (\d+) numbers ([0-9a-f]{{16}}), is \1 numbers (?!\2)[0-9a-f]{{16}}$"
     with pytest.raises(ValueError, match=message):
         run(*other[part], checkpoints=stopped, resume=True)
 
 
 def test_a_run_with_other_constants_does_not_resume(stopped, model, coloured):
     with pytest.raises(
-        ValueError, match=r"other settings: constants was None, is 2 numbers [0-9a-f]{8}$"
+        ValueError, match=r"other settings: constants was None, is 2 numbers [0-9a-f]{16}$"
     ):
         run(model, *coloured, constants=jnp.ones(2), checkpoints=stopped, resume=True)
 
@@ -386,7 +386,7 @@ def test_divergence_ends_a_run_early_and_is_not_kept(model, coloured, tmp_path):
     with pytest.raises(
         ValueError, match="training diverged by step 4; a lower learning rate than 1e\\+38 may help"
     ):
-        run(model, *coloured, on_step=lambda *step: seen.append(step), **options)
+        run(model, *coloured, on_loss=lambda *step: seen.append(step), **options)
     assert len(seen) == 4 and not (tmp_path / "run").exists()
 
 

@@ -1,5 +1,6 @@
 """The masker: its parts against plain NumPy, what it is made from, and its files."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -136,7 +137,7 @@ def test_a_batch_is_drawn_as_its_images_alone(masker, x):
 
 # What it is made from.
 
-CIFAR, IMAGENET = models.resnet.cifar(1), models.resnet.imagenet((1, 1, 1, 1), 4)
+CIFAR, IMAGENET = partial(models.CifarResNet, 1), partial(models.ImageNetResNet, (1, 1, 1, 1), 4)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ CIFAR, IMAGENET = models.resnet.cifar(1), models.resnet.imagenet((1, 1, 1, 1), 4
         (CIFAR, 32, 16, 1),
         (CIFAR, 64, 32, 1),
         (IMAGENET, 224, 56, 3),
-        (models.resnet.imagenet((1, 1, 1, 1), 1), 224, 56, 3),
+        (partial(models.ImageNetResNet, (1, 1, 1, 1), 1), 224, 56, 3),
         (IMAGENET, 75, 19, 3),
     ],
 )

@@ -1,6 +1,6 @@
 """Networks against plain NumPy in float64, their sizes against the published ones, and weights on their way in and out."""
 
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -658,7 +658,7 @@ def test_long_lists_are_cut(cifar20, densenet):
 @pytest.fixture
 def tiny_densenet(monkeypatch):
     """The name under which the tiny DenseNet is known."""
-    monkeypatch.setitem(models.MODELS, "tiny_densenet", models.densenet.imagenet((2, 1, 1, 3)))
+    monkeypatch.setitem(models.MODELS, "tiny_densenet", partial(DenseNet, (2, 1, 1, 3)))
     return "tiny_densenet"
 
 

@@ -232,7 +232,7 @@ def test_a_resumed_run_ends_like_one_that_was_never_stopped(run, trained, tmp_pa
     masker, losses = trained
     kept = Checkpointing(tmp_path / "run", checkpoint_every=2)
     with pytest.raises(Stop):
-        run(checkpointing=kept._replace(on_step=stop_at(3)))
+        run(checkpointing=kept._replace(on_loss=stop_at(3)))
     resumed, again = run(checkpointing=kept._replace(resume=True))
     assert same(resumed, masker) and again.tobytes() == losses.tobytes()
     with pytest.raises(ValueError, match=r"other settings: area was 2\.0, is 3\.0$"):

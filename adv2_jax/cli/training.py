@@ -149,9 +149,11 @@ def _train(
         checkpoints = directory / CHECKPOINTS
         try:
             with progress_bars() as start:
-                on_step = _advance(start("train", recipe(**options).steps(len(images))))
+                chosen = recipe(**options)
+                steps = chosen.epochs * (len(images) // chosen.batch_size)
+                on_loss = _advance(start("train", steps))
                 checkpointing = Checkpointing(
-                    checkpoints, arguments.checkpoint_every, arguments.resume, on_step
+                    checkpoints, arguments.checkpoint_every, arguments.resume, on_loss
                 )
                 trained, losses = train(images, labels, checkpointing=checkpointing, **options)
             summary = {

@@ -10,7 +10,7 @@ from adv2_jax.data import folder, photos, shapes, tfds
 from adv2_jax.data.class_files import ClassList, read_classes, whole
 from adv2_jax.data.images import Draw, ImageSet, as_classes
 from adv2_jax.errors import first_line
-from adv2_jax.files import array_names, read_some
+from adv2_jax.files import array_names, read_arrays
 
 LARGEST = 4096  # side in pixels that images are brought to
 MOST = 100_000  # embedded scenes at a time, in 1.6 GB
@@ -148,7 +148,7 @@ def _npz(source: str) -> ImageSet:
         )
     path, split = match.groups()
     keys = _keys(path, split)
-    stored = read_some(path, set(keys.values()).__contains__)
+    stored = read_arrays(path, set(keys.values()).__contains__)
     arrays = {key: stored[name] for key, name in keys.items()}
     try:
         return _checked(**(arrays if "images" in stored else _in_colour(**arrays)))

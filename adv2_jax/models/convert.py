@@ -1,7 +1,7 @@
-"""Torch-style state dicts to Flax NNX modules and back.
+"""Conversion of torch-style state dicts to Flax NNX modules and back.
 
-A module whose attributes carry the PyTorch names needs no table: `layer1.0.conv1.kernel` is
-`layer1.0.conv1.weight` with its axes moved. Only the names of the parameters themselves and the
+A module whose attributes have the PyTorch names needs no table: `layer1.0.conv1.kernel` is
+`layer1.0.conv1.weight` with its axes permuted. Only the names of the parameters themselves and the
 layouts differ, and one attribute that cannot have the name of a method.
 """
 
@@ -15,10 +15,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 from adv2_jax.errors import listed
-from adv2_jax.files import CHOICE, write_arrays
+from adv2_jax.files import write_arrays
+from adv2_jax.state_dicts import CHOICE
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -30,23 +30,23 @@ TORCH_NAME = {
     "var": "running_var",
 }
 TORCH_ATTRIBUTE = {"trunk": "features"}
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}  # convolution HWIO -> OIHW, linear IO -> OI
-FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,), 0: ()}
+# axes by rank: convolution HWIO -> OIHW, linear IO -> OI
+TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
 # torchvision's files say norm.1, its module norm1
 OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
 
 
 class Canonical(NamedTuple):
-    """A state dict under the names of torchvision, and what was done to get there.
+    """A state dict under the names of torchvision, and the changes that led to it.
 
     Attributes:
-        arrays: by name, as they were.
-        prefix: taken off every key, with its last dot; empty for none.
-        passed_over: counters, under their old names.
+        arrays: by name, unchanged.
+        prefix: removed from every key, with its last dot; empty for none.
+        passed_over: old names of counters.
         renamed: old -> new name, both without the prefix.
-        left_out: keys that are not of the network, under their old names.
-        others: prefixes under which the file holds as many keys of the network.
+        left_out: old names of arrays that the network does not have.
+        others: further prefixes under which the file holds as many keys of the network.
     """
 
     arrays: dict[str, np.ndarray]
@@ -57,7 +57,7 @@ class Canonical(NamedTuple):
     others: list[str]
 
     def changes(self) -> list[str]:
-        """One line for each thing that was done."""
+        """Describe the changes, a line each."""
         renamed = [f"{old} -> {new}" for old, new in self.renamed.items()]
         prefix = [f"taken off every key: {self.prefix}"] if self.prefix else []
         return [
@@ -68,7 +68,7 @@ class Canonical(NamedTuple):
         ]
 
     def losses(self) -> list[str]:
-        """One line on the keys left out, if there are any."""
+        """Describe the keys left out in one line, if there are any."""
         names = [prefix.removesuffix(".") for prefix in self.others]
         others = f"; as many keys fit under {listed(names, ', ')} ({CHOICE})" if names else ""
         return [line + others for line in _counted("left out", self.left_out)]
@@ -79,17 +79,16 @@ def _counted(what: str, keys: Sequence[str]) -> list[str]:
 
 
 def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) -> Canonical:
-    """A state dict under the names of torchvision, which are those of timm.
+    """Bring a state dict under the names of torchvision, which are those of timm.
 
-    Counters are passed over; names that stand before the network's keys (`module.`, `model.`,
-    `backbone.`, …) are taken off; what is not under these names, or is of no module of the network
-    (a normaliser in front, a second copy of the weights), is left out; the layers of old DenseNet
-    files are renamed.
+    Counters are passed over. A prefix of the network's keys (`module.`, `model.`, `backbone.`, …)
+    is removed. Arrays without it, or of no module of the network (a normaliser in front, a second
+    copy of the weights), are left out. The layers of old DenseNet files are renamed.
 
     Args:
         arrays: by name.
-        expected: keys of the network, by which the names before them are known; unless given, those
-            before every key are.
+        expected: keys of the network, which tell the prefix; unless given, it is the one that all
+            keys have.
 
     Raises:
         ValueError: two keys become one.
@@ -101,15 +100,15 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
         if key.rpartition(".")[2] not in COUNTERS
     }
     fits = _fits(new.values(), expected)
-    first = {key.partition(".")[0] for key in expected}
-    prefix = fits[0] if fits else _common(list(new.values()), first or TORCH_ATTRIBUTE.values())
-    own = {
-        key
-        for key in new
+    modules = {key.partition(".")[0] for key in expected}
+    prefix = fits[0] if fits else _common(list(new.values()), modules or TORCH_ATTRIBUTE.values())
+    # where no prefix fits well nothing is left out, so that an error can show what the file holds
+    bare = {
+        key: name.removeprefix(prefix)
+        for key, name in new.items()
         if not fits
-        or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in first)
+        or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in modules)
     }
-    bare = {key: name.removeprefix(prefix) for key, name in new.items() if key in own}
     twice = [name for name, times in Counter(bare.values()).items() if times > 1]
     if twice:
         raise ValueError(f"found under two names: {listed(twice)}")
@@ -118,31 +117,31 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
         prefix=prefix,
         passed_over=passed_over,
         renamed={key.removeprefix(prefix): name for key, name in bare.items() if key != new[key]},
-        left_out=[key for key in new if key not in own],
+        left_out=[key for key in new if key not in bare],
         others=fits[1:],
     )
 
 
 def _fits(names: Iterable[str], expected: Collection[str]) -> list[str]:
-    """The prefixes under which most of the expected keys are found, and more than half; the shortest of several copies first."""
-    dots = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in names)
-    found = Counter(
-        name[:start] for name, starts in dots for start in starts if name[start:] in expected
+    """Return the prefixes with the most expected keys, if more than half; the shallowest first."""
+    ends = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in names)
+    counts = Counter(
+        name[:end] for name, name_ends in ends for end in name_ends if name[end:] in expected
     )
-    most = max(found.values(), default=0)
+    most = max(counts.values(), default=0)
     fits = [
-        prefix for prefix, count in found.items() if count == most and 2 * count > len(expected)
+        prefix for prefix, count in counts.items() if count == most and 2 * count > len(expected)
     ]
     return sorted(fits, key=lambda prefix: prefix.count("."))
 
 
-def _common(keys: Sequence[str], own: Collection[str]) -> str:
-    """All the names, each with its dot, that every key starts with; at least one name remains, and none of `own` is taken."""
+def _common(keys: Sequence[str], modules: Collection[str]) -> str:
+    """Return the longest prefix of whole names that all keys share, without names of `modules`."""
     first = {key.partition(".")[0] for key in keys}
-    if len(first) != 1 or first & set(own) or not all("." in key for key in keys):
+    if len(first) != 1 or first & set(modules) or not all("." in key for key in keys):
         return ""
     name = f"{first.pop()}."
-    return name + _common([key.removeprefix(name) for key in keys], own)
+    return name + _common([key.removeprefix(name) for key in keys], modules)
 
 
 def _torch_key(path: tuple[Any, ...]) -> str:
@@ -150,15 +149,13 @@ def _torch_key(path: tuple[Any, ...]) -> str:
     return ".".join(map(str, (*names, TORCH_NAME.get(path[-1], path[-1]))))
 
 
-def _torch_shape(variable: nnx.Variable[Any]) -> tuple[int, ...]:
-    shape = variable.shape
-    return tuple(shape[axis] for axis in TO_TORCH[len(shape)])
-
-
 def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
-    """Key -> shape of the torch-style state dict of a module, whose leaves may be abstract (`nnx.eval_shape`)."""
+    """Return the shapes in the torch-style state dict of a module, by key.
+
+    The leaves of the module may be abstract (`nnx.eval_shape`).
+    """
     return {
-        _torch_key(path): _torch_shape(variable)
+        _torch_key(path): tuple(variable.shape[axis] for axis in TO_TORCH[len(variable.shape)])
         for path, variable in nnx.to_flat_state(nnx.state(model))
     }
 
@@ -166,7 +163,7 @@ def shapes(model: nnx.Module) -> dict[str, tuple[int, ...]]:
 def mismatches(
     expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """One phrase for every key that is missing, of another shape, or unexpected, these three in turn."""
+    """Describe every key that is missing, of another shape, or unexpected, a phrase each."""
     missing = [f"{k} expected {s} found nothing" for k, s in expected.items() if k not in found]
     shapes = [
         f"{k} expected {s} found {found[k]}"
@@ -174,6 +171,7 @@ def mismatches(
         if k in found and found[k] != s
     ]
     extra = [f"{k} expected nothing found {s}" for k, s in found.items() if k not in expected]
+    # in turn, so that the first few, which are all that a message shows, are of every kind
     return [
         phrase
         for phrases in zip_longest(missing, shapes, extra)
@@ -183,7 +181,7 @@ def mismatches(
 
 
 def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
-    """A module with the weights of a torch-style state dict.
+    """Return a module with the weights of a torch-style state dict.
 
     Args:
         model: any NNX module whose attribute names are those of the state dict; its leaves may be
@@ -195,43 +193,43 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
         A new module of the same structure with float32 leaves.
 
     Raises:
-        ValueError: says which keys do not match, with the expected and the found shape, or hold
-            non-finite numbers.
+        ValueError: lists the keys that do not match, with the expected and the found shape, or that
+            hold numbers that are not finite.
     """
     graph, state = nnx.split(model)
     expected = shapes(model)
-    found = canonical(arrays, expected)
-    every = found.arrays | {key: np.asarray(arrays[key]) for key in found.left_out}
+    source = canonical(arrays, expected)
+    every = source.arrays | {key: np.asarray(arrays[key]) for key in source.left_out}
     wrong = mismatches(expected, {key: array.shape for key, array in every.items()})
     if wrong:
         raise ValueError(
             f"{len(wrong)} of {len(expected.keys() | every.keys())} keys do not match: {listed(wrong)}"
         )
-    arrays = found.arrays
     not_finite = [
         k
-        for k, v in arrays.items()
+        for k, v in source.arrays.items()
         if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())
     ]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
-
-    def filled(path: tuple[Any, ...], variable: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        value = arrays[_torch_key(path)].astype(np.float32)
-        return variable.replace(jnp.asarray(value.transpose(FROM_TORCH[value.ndim])))
-
-    flat = [(path, filled(path, variable)) for path, variable in nnx.to_flat_state(state)]
+    weights = {
+        key: jnp.asarray(array.astype(np.float32).transpose(np.argsort(TO_TORCH[array.ndim])))
+        for key, array in source.arrays.items()
+    }
+    flat = [
+        (path, variable.replace(weights[_torch_key(path)]))
+        for path, variable in nnx.to_flat_state(state)
+    ]
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
-    """The torch-style state dict of a module: inverse of `from_state_dict`."""
-
-    def array(value: Array) -> np.ndarray:
-        return np.asarray(np.asarray(value).transpose(TO_TORCH[value.ndim]), order="C")
-
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {_torch_key(path): array(variable[...]) for path, variable in flat}
+    """Return the torch-style state dict of a module: the inverse of `from_state_dict`."""
+    flat = [(path, np.asarray(leaf[...])) for path, leaf in nnx.to_flat_state(nnx.state(model))]
+    return {
+        _torch_key(path): np.asarray(array.transpose(TO_TORCH[array.ndim]), order="C")
+        for path, array in flat
+    }
 
 
 def save(model: nnx.Module, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Densely connected networks in Flax NNX (Huang et al. 2017, the DenseNet-BC for ImageNet).
+"""Densely connected networks in Flax NNX: DenseNet-BC for ImageNet (Huang et al. 2017).
 
 Attribute names are those of torchvision but for `trunk`, which is called `features` there
 (`adv2_jax.models.convert`). Every method takes `[..., H, W, C]`: one image in the library, a batch
@@ -6,7 +6,6 @@ in training.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -26,32 +25,35 @@ from adv2_jax.types import Activation, Features, Image, Logits
 
 
 class DenseLayer(nnx.Module):
-    """Appends `growth` channels to its input: 1x1 convolution to 4 growth channels, then 3x3, BatchNorm and ReLU before each."""
+    """A layer that appends `growth` channels to its input.
+
+    A 1x1 convolution to 4 growth channels, then a 3x3; BatchNorm and ReLU before each.
+    """
 
     def __init__(self, c_in: int, growth: int, *, rngs: nnx.Rngs):
         self.norm1, self.conv1 = batch_norm(c_in, rngs), conv(c_in, 4 * growth, 1, 1, rngs)
         self.norm2, self.conv2 = batch_norm(4 * growth, rngs), conv(4 * growth, growth, 3, 1, rngs)
 
     def __call__(self, x: Array, act: Activation) -> Array:
-        """[..., H, W, C_in] -> [..., H, W, C_in + growth]."""
+        """Apply the layer: [..., H, W, C_in] -> [..., H, W, C_in + growth]."""
         y = self.conv1(act(self.norm1(x)))
         y = self.conv2(act(self.norm2(y)))
         return jnp.concatenate([x, y], axis=-1)
 
 
 class Transition(nnx.Module):
-    """Between two blocks: half of the channels and half of the side."""
+    """The layer between two blocks, which halves the channels and the side."""
 
     def __init__(self, c_in: int, *, rngs: nnx.Rngs):
         self.norm, self.conv = batch_norm(c_in, rngs), conv(c_in, c_in // 2, 1, 1, rngs)
 
     def __call__(self, x: Array, act: Activation) -> Array:
-        """[..., H, W, C_in] -> [..., floor(H/2), floor(W/2), C_in / 2]."""
+        """Apply the layer: [..., H, W, C_in] -> [..., floor(H/2), floor(W/2), C_in / 2]."""
         return nnx.avg_pool(self.conv(act(self.norm(x))), (2, 2), (2, 2))
 
 
 def dense_block(c_in: int, growth: int, depth: int, rngs: nnx.Rngs) -> nnx.Dict[DenseLayer]:
-    """`denselayer1`, `denselayer2`, …: each sees the input of the block and what all before it appended."""
+    """Return the layers of a block by name; each sees all channels appended before it."""
     return nnx.Dict(
         {
             f"denselayer{i + 1}": DenseLayer(c_in + i * growth, growth, rngs=rngs)
@@ -61,17 +63,18 @@ def dense_block(c_in: int, growth: int, depth: int, rngs: nnx.Rngs) -> nnx.Dict[
 
 
 class DenseNet(nnx.Module):
-    """DenseNet-121/161/169/201: 7x7 stem and max pooling, four dense blocks, features at 1/32 of
-    the image.
+    """DenseNet-121/161/169/201.
+
+    A 7x7 stem with max pooling and four dense blocks; features have 1/32 of the side of the image.
 
     Args:
         depths: layers of the blocks.
         num_classes: K.
         growth: channels that a layer appends (32; 48 in DenseNet-161).
         width: channels of the stem (2 growth in the paper).
-        mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped
-            to.
+        mean, std: normalisation of the [0, 1] image, one number a channel.
+        image_size: side in pixels of the images it was trained on, and to which photographs are
+            cropped.
         rngs: initialisation.
     """
 
@@ -95,6 +98,7 @@ class DenseNet(nnx.Module):
     ):
         self.depths = tuple(depths)
         self.mean, self.std, self.image_size = mean, std, image_size
+        # named by torchvision, whose `features` is a method here
         trunk: dict[str, Any] = {
             "conv0": conv(3, width, 7, 2, rngs),
             "norm0": batch_norm(width, rngs),
@@ -110,20 +114,16 @@ class DenseNet(nnx.Module):
         self.classifier = nnx.Linear(channels, num_classes, rngs=rngs)
 
     def features(self, image: Image, act: Activation = relu) -> Features:
-        """[..., H, W, 3] -> [..., H/32, W/32, C], after the last BatchNorm and ReLU."""
+        """Return the last features, a ReLU: [..., H, W, 3] -> [..., H/32, W/32, C]."""
         trunk = self.trunk
         x = stem_pool(act(trunk.norm0(trunk.conv0(normalise(image, self.mean, self.std)))))
         for i, depth in enumerate(self.depths, 1):
             x = trunk[f"transition{i - 1}"](x, act) if i > 1 else x
             for j in range(depth):
                 x = trunk[f"denseblock{i}"][f"denselayer{j + 1}"](x, act)
+        # torchvision applies this ReLU after its `features`; here they are what CAM weighs
         return act(trunk.norm5(x))
 
     def head(self, features: Features) -> Logits:
-        """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
+        """Apply global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
         return self.classifier(features.mean(axis=(-3, -2)))
-
-
-def imagenet(depths: Sequence[int], growth: int = 32) -> partial[DenseNet]:
-    """Builder of an ImageNet-style network."""
-    return partial(DenseNet, depths, growth=growth, width=2 * growth)

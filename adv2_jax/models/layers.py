@@ -1,4 +1,4 @@
-"""What the networks share: layers that behave as torch's do, and the normalisation of the image."""
+"""Layers that behave as those of torch, and the normalisation of the image."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,14 @@ from adv2_jax.types import Image
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# One object for all layers: in flax 0.12.0, networks whose layers hold others are not of one
-# structure.
+# one object for all layers: in flax 0.12.0, two networks with an initialiser each differ in their
+# pytree structure, and `jit` would compile for both
 KERNEL_INIT = nnx.initializers.variance_scaling(2.0, "fan_out", "truncated_normal")
 
 
 def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
-    """Square convolution without bias; pads size // 2 on every side, as torch does (`SAME` differs at stride 2)."""
+    """Return a square convolution without bias that pads size // 2 pixels on every side."""
+    # as torch pads; at stride 2 `SAME` pads fewer on the left and top, and shifts the features
     return nnx.Conv(
         c_in,
         c_out,
@@ -31,12 +32,13 @@ def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.C
 
 
 def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
-    """BatchNorm that uses its running statistics unless training says otherwise (NNX defaults to batch statistics)."""
+    """Return a BatchNorm that uses its running statistics until set to training."""
+    # NNX defaults to batch statistics, by which images of a batch would see each other
     return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
 def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """(image - mean) / std a channel."""
+    """Return (image - mean) / std, channel by channel: [..., H, W, 3] -> [..., H, W, 3]."""
     shift, scale = (
         jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,))
         for values in (mean, std)
@@ -45,5 +47,5 @@ def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Arra
 
 
 def stem_pool(x: Array) -> Array:
-    """3x3 maximum at stride 2, one pixel beyond every side: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C]."""
+    """Return 3x3 maxima at stride 2: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C]."""
     return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

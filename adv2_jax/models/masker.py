@@ -1,7 +1,7 @@
-"""The model of RTS: a network that draws the map itself (ADV² §3.4; Dabkowski & Gal, NIPS 2017).
+"""The masker of RTS: a network that draws the map itself (ADV² §3.4; Dabkowski & Gal, NIPS 2017).
 
-An encoder sees the image at several scales, a selector asks its last features where the class is,
-and a U-Net decoder makes a map of the answer.
+An encoder sees the image at several scales, a selector gates its last features by their similarity
+to the class, and a U-Net decoder turns them into a map.
 """
 
 import dataclasses
@@ -20,16 +20,22 @@ from adv2_jax.types import Classifier, Features, Image, Label, Map
 
 Encoder = CifarResNet | ImageNetResNet
 
-BOTTLENECK = 4  # inputs an inner channel of the residual block of a stage
-LIMIT = 6.0  # of the scores that a map is the sigmoid of: they never reach it, so a map has one peak, not a plateau of ones
-# Standard deviation of the blur of the scores, in sides of the map. Eq. 8 marks what the classifier
-# needs of an object, which may be no more than its outline: of sharp maps every third peak lay a
-# pixel beside the object
+BOTTLENECK = 4  # input channels for one inner channel in the residual block of a stage
+# Bound of the logits of a map. Without it sigmoids round to 1 on large objects, and a map has a
+# plateau in place of a peak.
+LIMIT = 6.0
+# Standard deviation of the blur of the logits, in sides of the map. Eq. 8 marks what the classifier
+# needs of an object, which may be no more than its outline: a third of the peaks of sharp maps lay
+# one pixel beside the object.
 SMOOTHING = 1 / 16
 
 
 class Stage(nnx.Module):
-    """One step up the U-Net: 3x3 convolution, twice the size by pixel shuffle, the skip connection beside it, a residual block."""
+    """One step up the U-Net.
+
+    A 3x3 convolution, pixel shuffle to twice the size, concatenation with the skip connection, and
+    a residual block.
+    """
 
     def __init__(self, c_in: int, c_skip: int, c: int, *, rngs: nnx.Rngs):
         joined = c + c_skip
@@ -38,29 +44,32 @@ class Stage(nnx.Module):
         self.block = Block(joined, inner, 1, expansion=BOTTLENECK, projection=True, rngs=rngs)
 
     def __call__(self, x: Array, skip: Features) -> Features:
-        """[..., h, w, C_in] and [..., H, W, C_skip], H in 2h - 1..2h -> [..., H, W, C]."""
+        """Apply the stage: [..., h, w, C_in] and [..., H, W, C_skip] -> [..., H, W, C]."""
         up = pixel_shuffle(relu(self.bn(self.conv(x))))
+        # H is 2h - 1 or 2h: an odd side was rounded up when the encoder halved it
         height, width = skip.shape[-3:-1]
         return self.block(jnp.concatenate([up[..., :height, :width, :], skip], axis=-1), relu)
 
 
 def pixel_shuffle(x: Array) -> Array:
-    """Four channels become 2 x 2 pixels: [..., h, w, 4 C] -> [..., 2h, 2w, C]."""
+    """Turn each four channels into 2 x 2 pixels: [..., h, w, 4 C] -> [..., 2h, 2w, C]."""
     *batch, h, w, c = x.shape
     blocks = jnp.moveaxis(x.reshape(*batch, h, w, 2, 2, c // 4), -3, -4)
     return blocks.reshape(*batch, 2 * h, 2 * w, c // 4)
 
 
-def smoothed(scores: Array) -> Array:
-    """A Gaussian blur of `SMOOTHING`: [..., h, w] -> [..., h, w]."""
+def smoothed(logits: Array) -> Array:
+    """Return a Gaussian blur of width `SMOOTHING`: [..., h, w] -> [..., h, w]."""
     return jnp.vectorize(
         lambda one: blur(one, SMOOTHING * min(one.shape)), signature="(h,w)->(h,w)"
-    )(scores)
+    )(logits)
 
 
 class Masker(nnx.Module):
-    """(image, class) -> map. The map has 1/4 of the side of large images (56² at 224²), 1/2 of
-    small ones (32² at 64²).
+    """The network (image, class) -> map.
+
+    With a CIFAR-style encoder the map has 1/2 of the side of the image (32² at 64²), with an
+    ImageNet-style one 1/4 (56² at 224²).
 
     Args:
         encoder: a ResNet of this package; its present weights are the start, its head becomes the
@@ -69,16 +78,16 @@ class Masker(nnx.Module):
 
     Attributes:
         encoder: a copy.
-        means: [K, C], the last features of each class averaged over positions and images; zeros
+        means: [K, C], the last features of each class, averaged over positions and images; zeros
             until measured.
     """
 
     def __init__(self, encoder: Encoder, *, rngs: nnx.Rngs):
         self.encoder = nnx.clone(encoder)
-        shapes = [scale.shape for scale in self._abstract_skips()]
+        size = self.encoder.image_size
+        shapes = [scale.shape for scale in self._abstract_skips((size, size, 3))]
         deepest = shapes[-1][-1]
-        # with global average pooling and a linear head these are its weights, and the selector
-        # starts as CAM
+        # the weights of a linear head after global average pooling: the selector starts as CAM
         embedding = jax.jacobian(encoder.head)(jnp.zeros((1, 1, deepest)))
         self.embedding = nnx.Param(embedding.reshape(-1, deepest))
         self.threshold = nnx.Param(jnp.zeros(()))
@@ -87,49 +96,55 @@ class Masker(nnx.Module):
         for *_, c_skip in reversed(shapes[:-1]):
             c = max(c_skip // 4, 64)
             stages.append(Stage(c_in, c_skip, c, rngs=rngs))
-            c_in = (c + c_skip) // BOTTLENECK * BOTTLENECK
+            c_in = (c + c_skip) // BOTTLENECK * BOTTLENECK  # what the block of the stage gives
         self.stages = nnx.List(stages)
         self.out = nnx.Conv(c_in, 1, (1, 1), rngs=rngs)
 
-    def _abstract_skips(self) -> list[Any]:
-        size = self.encoder.image_size
-        return jax.eval_shape(self.skips, jax.ShapeDtypeStruct((size, size, 3), jnp.float32))
+    def _abstract_skips(self, shape: tuple[int, ...]) -> list[Any]:
+        return jax.eval_shape(self.skips, jax.ShapeDtypeStruct(shape, jnp.float32))
 
     def skips(self, image: Image) -> list[Features]:
-        """The scales of the encoder that are not finer than the map, finest first."""
+        """Return the scales of the encoder up to half of the side of the image, finest first."""
         scales = self.encoder.scales(image)
         return [scale for scale in scales if 2 * scale.shape[-3] <= image.shape[-3]]
 
     def gate(self, features: Features, label: Label) -> Array:
-        """Where the class is: σ(features · embedding_c - threshold), [..., h, w, C] and [...] -> [..., h, w] in (0, 1)."""
-        embedding = self.embedding[...][label]
-        return nnx.sigmoid(
-            jnp.einsum("...hwc,...c->...hw", features, embedding) - self.threshold[...]
-        )
+        """Return the selector σ(features · embedding_c - threshold), near 1 where class c is.
+
+        Args:
+            features: [..., h, w, C].
+            label: [...] the class c.
+
+        Returns:
+            [..., h, w] in (0, 1).
+        """
+        similarity = jnp.einsum("...hwc,...c->...hw", features, self.embedding[...][label])
+        return nnx.sigmoid(similarity - self.threshold[...])
 
     def __call__(self, image: Image, label: Label) -> Map:
-        """[..., H, W, 3] in [0, 1] and [...] -> [..., h, w] in [0, 1]."""
+        """Draw maps: [..., H, W, 3] in [0, 1] and [...] -> [..., h, w] in [0, 1]."""
         *skips, deepest = self.skips(image)
         x = deepest * self.gate(deepest, label)[..., None]
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = stage(x, skip)
-        scores = LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT)
-        return nnx.sigmoid(smoothed(scores))
+        logits = LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT)
+        return nnx.sigmoid(smoothed(logits))
 
     def check(self, num_classes: int, shape: tuple[int, ...]) -> None:
-        """Refuse a classifier with `num_classes` classes, or images of `shape` [H, W, 3], that the
-        masker was not made for.
+        """Refuse classes or images that the masker was not made for.
+
+        Args:
+            num_classes: K of the classifier to be explained.
+            shape: of the images, [H, W, 3].
 
         Raises:
-            ValueError: says what it was made for.
+            ValueError: gives the number of classes, or the size, that it was made for.
         """
-        own = self.means.shape[0]
-        if own != num_classes:
-            raise ValueError(
-                f"the masker draws maps of {own} classes, the network has {num_classes}"
-            )
-        image = jax.ShapeDtypeStruct(shape, jnp.float32)
-        if len(jax.eval_shape(self.skips, image)) != len(self.stages) + 1:
+        k = self.means.shape[0]
+        if k != num_classes:
+            raise ValueError(f"the masker draws maps of {k} classes, the network has {num_classes}")
+        # small images of odd sides have one scale less: halves are rounded up, and are too large
+        if len(self._abstract_skips(shape)) != len(self.stages) + 1:
             side = self.encoder.image_size
             raise ValueError(
                 f"the masker cannot take images of {list(shape)}; it was made for {side} x {side}"
@@ -139,7 +154,7 @@ class Masker(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierWithMasker:
-    """A classifier and the masker that explains it: what the interpreter `rts` takes for its model.
+    """A classifier and the masker that explains it: the model of the interpreter `rts`.
 
     Attributes:
         classifier: any `types.Classifier`; its methods are those of this object too.
@@ -150,6 +165,7 @@ class ClassifierWithMasker:
     masker: Masker
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("logits", "features", "head"):  # what the classifier can do, and no more
+        # its capabilities and no more: `classifier` itself is missing while a copy is made
+        if name in ("logits", "features", "head"):
             return getattr(self.classifier, name)
         raise AttributeError(f"{type(self).__name__} has no {name}")

@@ -1,5 +1,4 @@
-"""Residual networks in Flax NNX: CIFAR style (He et al. 2016 §4.2, option-A shortcuts) and ImageNet
-style (v1.5).
+"""Residual networks in Flax NNX (He et al. 2016): CIFAR style (§4.2), and ImageNet style (v1.5).
 
 Attribute names are those of the widespread PyTorch implementations, so a state dict maps key by key
 (`adv2_jax.models.convert`). Every method takes `[..., H, W, C]`: one image in the library, a batch
@@ -7,7 +6,6 @@ in training.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -27,7 +25,7 @@ from adv2_jax.types import Activation, Features, Image, Logits
 
 
 class Block(nnx.Module):
-    """Residual block: two 3x3 convolutions, or 1x1, 3x3, 1x1 when `expansion` > 1 (stride on the 3x3: v1.5)."""
+    """Residual block: two 3x3 convolutions, or a bottleneck (1x1, 3x3, 1x1) if `expansion` > 1."""
 
     def __init__(
         self, c_in: int, c: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
@@ -37,6 +35,7 @@ class Block(nnx.Module):
             self.conv1, self.bn1 = conv(c_in, c, 3, stride, rngs), batch_norm(c, rngs)
             self.conv2, self.bn2 = conv(c, c, 3, 1, rngs), batch_norm(c, rngs)
         else:
+            # v1.5: the stride is on the 3x3, where the paper has it on the first 1x1
             self.conv1, self.bn1 = conv(c_in, c, 1, 1, rngs), batch_norm(c, rngs)
             self.conv2, self.bn2 = conv(c, c, 3, stride, rngs), batch_norm(c, rngs)
             self.conv3, self.bn3 = conv(c, c_out, 1, 1, rngs), batch_norm(c_out, rngs)
@@ -49,25 +48,31 @@ class Block(nnx.Module):
             )
 
     def shortcut(self, x: Array) -> Array:
-        """Identity; else a 1x1 projection, or option A: every stride-th pixel and zero channels on both sides."""
+        """Return the input, projected by a 1x1 convolution or by option A where shapes change.
+
+        Option A takes every stride-th pixel and pads channels with zeros on both sides.
+        """
         if self.projects:
             return self.downsample[1](self.downsample[0](x))
+        # the identity where stride is 1 and no channels are added
         x = x[..., :: self.stride, :: self.stride, :]
+        # zeros on both sides of the channels, as in the PyTorch implementation whose weights are read
         before = self.widening // 2
         return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(before, self.widening - before)])
 
     def __call__(self, x: Array, act: Activation) -> Array:
-        """[..., H, W, C_in] -> [..., H/stride, W/stride, C_out]."""
+        """Apply the block: [..., H, W, C_in] -> [..., H/stride, W/stride, C_out]."""
         y = self.bn2(self.conv2(act(self.bn1(self.conv1(x)))))
         if self.bottleneck:
             y = self.bn3(self.conv3(act(y)))
+        # the ReLU comes after the sum, so that features are never negative
         return act(y + self.shortcut(x))
 
 
 def stage(
     c_in: int, c: int, depth: int, stride: int, *, expansion: int, projection: bool, rngs: nnx.Rngs
 ) -> nnx.List[Block]:
-    """`depth` blocks, the first with the stride and the change of width."""
+    """Return a stage of `depth` blocks; the first has the stride and changes the width."""
     widths = [c_in] + [c * expansion] * (depth - 1)
     strides = [stride] + [1] * (depth - 1)
     return nnx.List(
@@ -79,7 +84,7 @@ def stage(
 
 
 def run_all(stages: Sequence[nnx.List[Block]], x: Array, act: Activation) -> list[Array]:
-    """The stages one after the other; what each of them gives."""
+    """Apply stages one after the other; return the output of each."""
     outputs = []
     for blocks in stages:
         for block in blocks:
@@ -89,16 +94,17 @@ def run_all(stages: Sequence[nnx.List[Block]], x: Array, act: Activation) -> lis
 
 
 class CifarResNet(nnx.Module):
-    """ResNet-20/32/44/56/110 for small images: 3x3 stem, three stages of widths w, 2w, 4w, features
-    at 1/4 of the image.
+    """ResNet-20/32/44/56/110 for small images.
+
+    A 3x3 stem and three stages of widths w, 2w and 4w; features have 1/4 of the side of the image.
 
     Args:
         depth: blocks a stage (3, 5, 7, 9, 18).
         num_classes: K.
         width: channels of the first stage (16 in the paper).
-        mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped
-            to.
+        mean, std: normalisation of the [0, 1] image, one number a channel.
+        image_size: side in pixels of the images it was trained on, and to which photographs are
+            cropped.
         rngs: initialisation.
     """
 
@@ -126,31 +132,32 @@ class CifarResNet(nnx.Module):
         self.linear = nnx.Linear(4 * width, num_classes, rngs=rngs)
 
     def scales(self, image: Image, act: Activation = relu) -> list[Features]:
-        """What each stage gives, [..., H/s, W/s, s width] for s = 1, 2, 4."""
+        """Return the output of each stage, [..., H/s, W/s, s width] for s = 1, 2, 4."""
         x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
         return run_all((self.layer1, self.layer2, self.layer3), x, act)
 
     def features(self, image: Image, act: Activation = relu) -> Features:
-        """[..., H, W, 3] -> [..., H/4, W/4, 4 width]."""
+        """Return the last features: [..., H, W, 3] -> [..., H/4, W/4, 4 width]."""
         return self.scales(image, act)[-1]
 
     def head(self, features: Features) -> Logits:
-        """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
+        """Apply global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
         return self.linear(features.mean(axis=(-3, -2)))
 
 
 class ImageNetResNet(nnx.Module):
-    """ResNet-18/34/50/101/152 v1.5: 7x7 stem and max pooling, four stages, features at 1/32 of the
-    image.
+    """ResNet-18/34/50/101/152 v1.5.
+
+    A 7x7 stem with max pooling and four stages; features have 1/32 of the side of the image.
 
     Args:
         depths: blocks of the four stages.
         expansion: 1 for basic blocks (18, 34), 4 for bottlenecks.
         num_classes: K.
         width: channels of the first stage (64 in the paper).
-        mean, std: normalisation of the [0, 1] image, a channel.
-        image_size: side of the images it was trained on; what a folder of photographs is cropped
-            to.
+        mean, std: normalisation of the [0, 1] image, one number a channel.
+        image_size: side in pixels of the images it was trained on, and to which photographs are
+            cropped.
         rngs: initialisation.
     """
 
@@ -181,24 +188,14 @@ class ImageNetResNet(nnx.Module):
         self.fc = nnx.Linear(8 * out, num_classes, rngs=rngs)
 
     def scales(self, image: Image, act: Activation = relu) -> list[Features]:
-        """What each stage gives, [..., H/s, W/s, s/4 width expansion] for s = 4, 8, 16, 32."""
+        """Return the output of each stage, [..., H/s, W/s, s/4 width expansion], s = 4..32."""
         x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
         return run_all((self.layer1, self.layer2, self.layer3, self.layer4), x, act)
 
     def features(self, image: Image, act: Activation = relu) -> Features:
-        """[..., H, W, 3] -> [..., H/32, W/32, 8 width expansion]."""
+        """Return the last features: [..., H, W, 3] -> [..., H/32, W/32, 8 width expansion]."""
         return self.scales(image, act)[-1]
 
     def head(self, features: Features) -> Logits:
-        """Global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
+        """Apply global average pooling and the linear layer: [..., h, w, C] -> [..., K]."""
         return self.fc(features.mean(axis=(-3, -2)))
-
-
-def cifar(depth: int) -> partial[CifarResNet]:
-    """Builder of a CIFAR-style network with `depth` blocks a stage."""
-    return partial(CifarResNet, depth)
-
-
-def imagenet(depths: Sequence[int], expansion: int) -> partial[ImageNetResNet]:
-    """Builder of an ImageNet-style network."""
-    return partial(ImageNetResNet, depths, expansion)

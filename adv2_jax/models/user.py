@@ -1,4 +1,4 @@
-"""A user's own network, by the file it is written in: `path/to/file.py:name`."""
+"""Networks from a user's Python file, named `path/to/file.py:name`."""
 
 import importlib.util
 import inspect
@@ -16,21 +16,21 @@ T = TypeVar("T")
 
 
 def is_reference(name: str) -> bool:
-    """Whether a model name is of the form `file.py:name`."""
+    """Return whether a name has the form `file.py:name`."""
     return ".py:" in name or name.endswith(".py")
 
 
 def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Classifier:
-    """The network `name` of a Python file; the file is run as it is imported.
+    """Load the network `name` of a Python file; importing runs the file.
 
     Args:
         reference: `path/to/file.py:name`. The name is a network, or a function (or class) that
             makes one.
-        weights: handed to the function, `name(weights)`; without, `name()` is called.
+        weights: passed to the function, `name(weights)`; without, `name()` is called.
 
     Raises:
-        ValueError: if there is no such file or name, the file or the function fails (says how), or
-            weights are given to a network.
+        ValueError: there is no such file or name, the file or the function fails (gives its error),
+            or weights are given with a network.
     """
     made = named("model", reference)
     path, _, name = reference.rpartition(":")
@@ -54,29 +54,36 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
 
 
 def named(kind: str, reference: str) -> Any:
-    """What has a name in a Python file; the file is run as it is imported.
+    """Return the object of a name in a Python file; importing runs the file.
+
+    Args:
+        kind: of the object, for the message.
+        reference: `path/to/file.py:name`.
 
     Raises:
-        ValueError: if there is no such file or name, or the file fails (says how).
+        ValueError: there is no such file or name, or the file fails (gives its error).
     """
     path, _, name = reference.rpartition(":")
     if not path.endswith(".py") or not name.isidentifier():
         raise ValueError(f"{kind} {reference!r} must be path/to/file.py:name")
     module = attempt(f"cannot import {path}", _import, path)
     if not attempt(f"cannot import {name} from {path}", hasattr, module, name):
+        # what the file defines itself, not what it imports
+        names = [
+            name
+            for name, value in vars(module).items()
+            if getattr(value, "__module__", None) == module.__name__
+        ]
         raise ValueError(
-            f"{path} has no {name!r}; it has {', '.join(_public(module)) or 'nothing of its own'}"
+            f"{path} has no {name!r}; it has {', '.join(names) or 'nothing of its own'}"
         )
     return getattr(module, name)
 
 
 def _is_network(made: Any) -> bool:
-    def answers(method: str) -> bool:
-        return attempt(
-            f"a {type(made).__name__} cannot be asked for its {method}", hasattr, made, method
-        )
-
-    return answers("features") or answers("logits")
+    # `hasattr` runs a user's `__getattr__`, which may fail
+    failure = f"a {type(made).__name__} cannot be asked for its"
+    return any(attempt(f"{failure} {name}", hasattr, made, name) for name in ("features", "logits"))
 
 
 def _import(path: str) -> ModuleType:
@@ -88,27 +95,19 @@ def _import(path: str) -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     folder = str(Path(path).resolve().parent)
     if sys.path[:1] != [folder]:
-        # as `python file.py` would; stays, for what its functions import when they are called
+        # as `python file.py` does; left there, since functions may import when they are called
         sys.path.insert(0, folder)
     spec.loader.exec_module(module)
     return module
 
 
 def attempt(failure: str, f: Callable[..., T], *arguments: Any) -> T:
-    """f(*arguments); whatever goes wrong is told in one line."""
+    """Return f(*arguments); raise any error of it as a ValueError of one line."""
     try:
         return f(*arguments)
     except KeyboardInterrupt:
         raise
-    except BaseException as error:
+    except BaseException as error:  # SystemExit too, by which scripts end
         reason, kind = first_line(error), type(error).__name__
         known = isinstance(error, ValueError) or reason == kind
         raise ValueError(f"{failure}: {reason if known else f'{kind}: {reason}'}") from error
-
-
-def _public(module: ModuleType) -> list[str]:
-    return [
-        name
-        for name, value in vars(module).items()
-        if getattr(value, "__module__", None) == module.__name__
-    ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.files import atomic, check_schema, read_pictures, read_summary
+from adv2_jax.files import atomic, check_schema, read_arrays, read_summary
 from adv2_jax.report import cards, tables, words
 from adv2_jax.report.pictures import INFERNO, Pixels
 from adv2_jax.runs.schema import Arrays, Results
@@ -29,7 +29,7 @@ def write(directory: Path | str) -> Path:
     """
     folder = Path(directory)
     summary = read_summary(folder)
-    return write_page(folder, render(summary, read_pictures(folder / "results.npz", LIMIT)))
+    return write_page(folder, render(summary, read_arrays(folder / "results.npz", pictures=LIMIT)))
 
 
 def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) -> str:

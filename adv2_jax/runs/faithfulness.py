@@ -1,15 +1,16 @@
-"""Whether maps explain a classifier: what it makes of what they show and of what they hide."""
+"""Faithfulness of maps: the confidence of a classifier on what they mark, and on the rest."""
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from adv2_jax import metrics
-from adv2_jax.attacks import explain
+from adv2_jax.attacks import batches, explain
 from adv2_jax.blending import alternative, blend
 from adv2_jax.data import ImageSet
 from adv2_jax.interpreters import INTERPRETERS
@@ -18,22 +19,19 @@ from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.runs.select import select
 from adv2_jax.types import Classifier, Image, Label, Map
 
-Images = NDArray[np.uint8]
-Labels = NDArray[np.integer[Any]]
-
 
 class Quality(NamedTuple):
-    """Do maps explain? Means over N images; `inside` and `outside` over all their pixels there.
+    """Measures of how well maps explain, means over N images.
 
     Attributes:
         n: images.
-        confidence_kept: f_c(φ(x; m)) / f_c(x), what is left of the confidence where only what the
-            map marks is shown.
-        confidence_removed: f_c(φ(x; 1 - m)), the confidence where what it marks is hidden.
-        inside, outside: the map on the object and beside it; None where the object is not known,
-            like the next two.
+        confidence_kept: f_c(φ(x; m)) / f_c(x), the share of the confidence that is left where only
+            the marked region is shown.
+        confidence_removed: f_c(φ(x; 1 - m)), the confidence where the marked region is hidden.
+        inside, outside: mean of the map over all pixels on the objects, and over all beside them;
+            None where the objects are not known, like the next two.
         pointing_game: share of maps whose largest value lies on the object.
-        iou: of the map at .5 and the object.
+        iou: intersection over union of the map, cut at 0.5, and the object.
     """
 
     n: int
@@ -47,44 +45,47 @@ class Quality(NamedTuple):
 
 def quality(
     classifier: Classifier,
-    images: Images,
-    labels: Labels,
+    images: np.ndarray,
+    labels: np.ndarray,
     maps: ArrayLike,
-    objects: NDArray[np.bool_] | None = None,
+    objects: np.ndarray | None = None,
     *,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Quality:
-    """Whether maps explain a classifier.
+    """Measure how well maps explain a classifier.
 
     Args:
         classifier: f.
         images: uint8 [N, H, W, 3].
-        labels: [N] the classes c the maps explain.
+        labels: [N] the classes c that the maps explain.
         maps: [N, h, w] in [0, 1], of any interpreter.
-        objects: [N, H, W], where the objects are, if known.
-        seed: of what φ blends in.
+        objects: bool [N, H, W], True on the objects, if known.
+        seed: of the images that φ blends in.
         batch_size: images at a time; changes memory and speed, not the result.
     """
     m, keys = np.asarray(maps, np.float32), jax.random.split(jax.random.key(seed), len(images))
-    parts = []
-    for i in range(0, len(images), batch_size):
-        batch = slice(i, i + batch_size)
-        parts.append(
-            _shares(
-                classifier, images[batch] / np.float32(255), labels[batch], m[batch], keys[batch]
-            )
-        )
-    kept, removed = (float(np.concatenate(part).mean()) for part in zip(*parts, strict=True))
-    return Quality(
-        len(images), kept, removed, *(() if objects is None else _against_objects(m, objects))
+    shares = [
+        _shares(classifier, x / np.float32(255), *rest)
+        for x, *rest in batches((images, labels, m, keys), batch_size)
+    ]
+    kept, removed = np.concatenate(shares)[: len(images)].mean(0, dtype=float).tolist()
+    measures = Quality(len(images), kept, removed)
+    if objects is None:
+        return measures
+    large = np.asarray(jax.image.resize(m, objects.shape, "bilinear", antialias=False))
+    return measures._replace(
+        inside=float(large[objects].mean()),
+        outside=float(large[~objects].mean()),
+        pointing_game=float(metrics.pointing_game(m, objects).mean()),
+        iou=float(metrics.iou_threshold(large, objects).mean()),
     )
 
 
 def to_explain(
     classifier: Classifier, held_out: ImageSet, *, limit: int = 200, batch_size: int = 64
 ) -> ImageSet:
-    """The first held-out images that the classifier gets right: what `qualities` are measured on.
+    """Return the first held-out images that the classifier gets right, for `qualities`.
 
     Raises:
         ValueError: as `select`.
@@ -95,53 +96,35 @@ def to_explain(
 def qualities(
     model: ClassifierWithMasker, images: ImageSet, *, batch_size: int = 64
 ) -> dict[str, Quality]:
-    """Every interpreter on the same images, RTS first.
+    """Measure every interpreter on the same images, RTS first.
 
     Args:
         model: a classifier and its masker.
         images: with labels that the classifier predicts, and objects if known (`to_explain`).
         batch_size: images at a time.
+
+    Returns:
+        The measures of each interpreter, by its name.
     """
     assert images.labels is not None
-    found = {}
+    measures = {}
     for name in sorted(INTERPRETERS, key=lambda name: name != "rts"):
-        _, maps = explain(
-            model, images.images, images.labels, interpreter=name, batch_size=batch_size
+        x, y = images.images, images.labels
+        _, maps = explain(model, x, y, interpreter=name, batch_size=batch_size)
+        measures[name] = quality(
+            model.classifier, x, y, maps, images.objects, batch_size=batch_size
         )
-        found[name] = quality(
-            model.classifier,
-            images.images,
-            images.labels,
-            maps,
-            images.objects,
-            batch_size=batch_size,
-        )
-    return found
+    return measures
 
 
 @jax.jit
-def _shares(
-    classifier: Classifier, images: Array, labels: Array, maps: Array, keys: Array
-) -> tuple[Array, Array]:
-    def one(x: Image, y: Label, m: Map, key: Array) -> tuple[Array, Array]:
-        other = alternative(key, x)
-        whole, kept, removed = (
-            log_probability(classifier, shown, y)
-            for shown in (x, blend(x, m, other), blend(x, 1 - m, other))
-        )
-        return jnp.exp(kept - whole), jnp.exp(removed)
-
-    return jax.vmap(one)(images, labels, maps, keys)
-
-
-def _against_objects(maps: NDArray[np.floating[Any]], objects: NDArray[np.bool_]) -> list[float]:
-    """`inside`, `outside`, `pointing_game` and `iou` of `Quality`."""
-    shape = (len(objects), *objects.shape[1:])
-    m = np.asarray(jax.image.resize(maps, shape, "bilinear", antialias=False))
-    measures = (
-        m[objects],
-        m[~objects],
-        metrics.pointing_game(maps, objects),
-        metrics.iou_threshold(m, objects),
+@partial(jax.vmap, in_axes=(None, 0, 0, 0, 0))
+def _shares(classifier: Classifier, x: Image, label: Label, m: Map, key: Array) -> Array:
+    """Return `confidence_kept` and `confidence_removed` of one image, [2]."""
+    other = alternative(key, x)
+    whole, left, removed = (
+        log_probability(classifier, shown, label)
+        for shown in (x, blend(x, m, other), blend(x, 1 - m, other))
     )
-    return [float(np.mean(values)) for values in measures]
+    # a ratio by its logarithms: f_c(x) may round to 0
+    return jnp.exp(jnp.stack([left - whole, removed]))

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
 from adv2_jax.attacks import finite
-from adv2_jax.files import read_some, stored
+from adv2_jax.files import read_arrays, stored
 from adv2_jax.threats import flow_penalty
 
 Row = dict[str, Any]
@@ -302,7 +302,7 @@ class Stored(Mapping[str, NDArray[Any]]):
     def __getitem__(self, name: str) -> NDArray[Any]:
         if name not in self.headers:
             raise KeyError(name)
-        return read_some(self._path, name.__eq__)[name]
+        return read_arrays(self._path, name.__eq__)[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.files import Headers, Stream, atomic, intact, read_some, stored, write_streams
+from adv2_jax.files import Headers, Stream, atomic, intact, read_arrays, stored, write_streams
 from adv2_jax.identity import changes
 from adv2_jax.runs import schema
 from adv2_jax.runs.schema import SHARED, Arrays
@@ -152,7 +152,7 @@ class Store:
 
     def _measures(self, part: Part) -> dict[str, NDArray[Any]]:
         path = self._path(part)
-        measures = read_some(path, lambda name: name.startswith(MEASURE))
+        measures = read_arrays(path, lambda name: name.startswith(MEASURE))
         with intact(path):
             for name, values in measures.items():
                 shape = (1,) if name == SECONDS else measures[f"{MEASURE}asr"].shape
@@ -203,5 +203,5 @@ def _joined(name: str, headers: Mapping[Path, Headers]) -> Stream:
             message = f"{name} is {kind} {list(own)}, before {dtype} {list(shape)}"
             raise ValueError(f"cannot read {path}: {message}")
         n += own[0]
-    blocks = (read_some(path, name.__eq__)[name] for path in paths)
+    blocks = (read_arrays(path, name.__eq__)[name] for path in paths)
     return Stream((n, *shape[1:]), dtype, blocks)

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: its latest state in a folder, and the settings it was made with.
+"""Checkpoints of a run: its latest state and its settings, in a folder.
 
-Orbax writes arrays and JSON, under a name of its own until all of it is there: a kill leaves the
-checkpoint before, and reading one never unpickles.
+Orbax writes arrays and JSON under a temporary name and renames the folder at the end, so a killed
+run leaves the previous checkpoint. Reading never unpickles.
 """
 
 import os
@@ -20,38 +20,42 @@ class Checkpoints:
     """The latest state of one run, in a folder of its own.
 
     Args:
-        folder: where it is kept; made when it is first saved.
-        settings: numbers, booleans and strings by name; a run goes on from a checkpoint of equal
-            settings only.
+        folder: where checkpoints are written; made when the first is saved.
+        settings: numbers, booleans and strings by name; a run resumes only from a checkpoint with
+            equal settings.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]):
-        import orbax.checkpoint  # takes a second: only where it is used
+        import orbax.checkpoint  # here, since it takes a second that other commands need not wait
 
         self._folder, self._settings = Path(folder).absolute(), dict(settings)
         self._args = orbax.checkpoint.args
-        options = orbax.checkpoint.CheckpointManagerOptions(
-            max_to_keep=1,
-            create=False,
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=False,
+        self._manager = orbax.checkpoint.CheckpointManager(
+            self._folder,
+            options=orbax.checkpoint.CheckpointManagerOptions(
+                max_to_keep=1,
+                create=False,
+                cleanup_tmp_directories=True,
+                # steps donate the state, which an asynchronous writer would still read
+                enable_async_checkpointing=False,
+            ),
         )
-        self._manager = orbax.checkpoint.CheckpointManager(self._folder, options=options)
 
     def begin(self, state: Tree, *, resume: bool) -> tuple[int, Tree]:
-        """The number of steps done and the state to go on from: 0 and `state`, or those of the
-        checkpoint.
+        """Return the number of steps done and the state to continue from.
+
+        These are 0 and `state` for a new run, else those of the checkpoint.
 
         Args:
-            state: pytree of arrays at step 0; says the structure, shapes and types of the
+            state: pytree of arrays at step 0; gives the structure, shapes and types of the
                 checkpoint.
-            resume: whether to go on. Both ways must be said, so that a forgotten word neither
-                continues a run nor costs one.
+            resume: whether to continue. Starting and resuming are both explicit, so that a
+                forgotten flag can neither overwrite a run nor continue one.
 
         Raises:
             ValueError: names the folder: there is a checkpoint although `resume` is False, none
-                although it is True, one made with other settings (each is named with what it was
-                and is), or one that cannot be read.
+                although it is True, one with other settings (lists the changes), or one that cannot
+                be read.
         """
         step = self._manager.latest_step()
         if resume and step is None:
@@ -62,30 +66,31 @@ class Checkpoints:
             )
         if step is None:
             return 0, state
-        self._check(self._read(step, settings=self._args.JsonRestore())["settings"])
+        # before the state, which cannot be restored where its shapes changed with a setting
+        was = self._read(step, settings=self._args.JsonRestore())["settings"]
+        if changed := changes(was, self._settings):
+            raise ValueError(f"cannot resume {self._folder} with other settings: {changed}")
         return step, self._read(step, state=self._args.StandardRestore(state))["state"]
 
     def save(self, step: int, state: Any) -> None:
-        """Write the state after `step` steps, then remove the one before; Ctrl-C waits until that is done."""
-        parts = {
+        """Write the state after `step` steps, then remove the checkpoint before.
+
+        Ctrl-C waits until that is done.
+        """
+        items = {
             "state": self._args.StandardSave(state),
             "settings": self._args.JsonSave(self._settings),
         }
-        # Ctrl-C strikes the main thread only; in orbax it would leave a trail of tracebacks
+        # Ctrl-C interrupts the main thread only; inside orbax it would end in many tracebacks
         with ThreadPoolExecutor(1) as thread:
-            thread.submit(self._manager.save, step, args=self._args.Composite(**parts)).result()
+            thread.submit(self._manager.save, step, args=self._args.Composite(**items)).result()
 
-    def _read(self, step: int, **parts: Any) -> Any:
+    def _read(self, step: int, **items: Any) -> Any:
         try:
-            return self._manager.restore(step, args=self._args.Composite(**parts))
-        except (
-            Exception
-        ) as error:  # orbax, tensorstore and json each raise their own on a damaged checkpoint
+            return self._manager.restore(step, args=self._args.Composite(**items))
+        # orbax, tensorstore and json each raise their own errors for a damaged checkpoint
+        except Exception as error:
             reason = first_line(error).partition(" [tensorstore_spec")[0]
             raise ValueError(
                 f"cannot read checkpoint {self._folder / str(step)}: {reason}"
             ) from None
-
-    def _check(self, was: Mapping[str, Any]) -> None:
-        if changed := changes(was, self._settings):
-            raise ValueError(f"cannot resume {self._folder} with other settings: {changed}")

@@ -1,8 +1,9 @@
 """Training a classifier: cross-entropy with label smoothing, on any source with labels."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -10,15 +11,17 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from adv2_jax.attacks import explain, no_map
 from adv2_jax.losses import cross_entropy
 from adv2_jax.training.loop import (
     NO_CHECKPOINTS,
+    SHARE,
     Checkpointing,
-    Filter,
     Images,
     Labels,
     Losses,
     Model,
+    Range,
     Recipe,
     check_examples,
     fit,
@@ -27,16 +30,18 @@ from adv2_jax.training.loop import (
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRecipe(Recipe):
-    """How a classifier is trained.
+    """The hyper-parameters of a training of a classifier.
 
     Attributes:
         smoothing: mass that label smoothing takes from the true class, in [0, 1).
-        head_only: whether to train only what `head` reads; the features stay as they are, BatchNorm
-            statistics included.
+        head_only: whether to train only the parameters that `head` reads; the features stay as they
+            are, BatchNorm statistics included.
 
     Raises:
         ValueError: names the option that is out of its range.
     """
+
+    RANGES: ClassVar[dict[str, Range]] = {**Recipe.RANGES, "smoothing": SHARE}
 
     epochs: int = 4
     batch_size: int = 32
@@ -44,11 +49,6 @@ class ClassifierRecipe(Recipe):
     weight_decay: float = 0.05
     smoothing: float = 0.05
     head_only: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.smoothing < 1:
-            raise ValueError(f"smoothing must lie in [0, 1), got {self.smoothing}")
 
 
 def train_classifier(
@@ -59,15 +59,16 @@ def train_classifier(
     checkpointing: Checkpointing = NO_CHECKPOINTS,
     **options: Any,
 ) -> tuple[Model, Losses]:
-    """Trains a copy of a classifier; the same arguments give the same weights, interrupted and
-    resumed or not.
+    """Train a copy of a classifier.
+
+    The same arguments give the same weights, whether the run was interrupted and resumed or not.
 
     Args:
         model: an NNX module whose `features` and `head` also take batches; its present weights are
             the start.
         images: uint8 `[N, H, W, 3]`, N >= `batch_size`.
         labels: integers `[N]` in 0..K-1.
-        checkpointing: where the run is kept and how it is followed.
+        checkpointing: where to keep checkpoints, and whom to tell the losses.
         **options: the attributes of `ClassifierRecipe`.
 
     Returns:
@@ -76,7 +77,7 @@ def train_classifier(
 
     Raises:
         ValueError: an option is out of its range; images and labels do not fit each other, the
-            classifier or `batch_size`; or as for `loop.fit`.
+            classifier or `batch_size`; or as `loop.fit`.
     """
     recipe = ClassifierRecipe(**options)
     check_examples(
@@ -99,38 +100,37 @@ def train_classifier(
         recipe,
         checkpointing,
         trainable=_read_by_head(model, images[0]) if recipe.head_only else nnx.Param,
-        prepare=lambda trainee: trainee.eval() if recipe.head_only else trainee.train(),
+        # a head alone is trained on the features that it will see, those of running statistics
+        set_mode=lambda trainee: trainee.eval() if recipe.head_only else trainee.train(),
     )
 
 
-def accuracy(model: nnx.Module, images: Images, labels: Labels, *, batch_size: int = 256) -> float:
-    """The share of images that a classifier gets right, in [0, 1].
+def accuracy(model: Any, images: Images, labels: Labels, *, batch_size: int = 256) -> float:
+    """Return the share of images that a classifier gets right, in [0, 1].
 
     Args:
         model: classifier, its BatchNorm set to running statistics.
         images: uint8 `[N, H, W, 3]`, N >= 1.
-        labels: integers `[N]`.
+        labels: integers `[N]` in 0..K-1.
         batch_size: images at a time; changes memory and speed, not the result.
+
+    Raises:
+        ValueError: as `explain`.
     """
-    starts = range(0, len(images), batch_size)
-    predictions = [
-        _predict(model, images[i : i + batch_size] / np.float32(255)).argmax(-1) for i in starts
-    ]
-    return float(np.mean(np.concatenate(predictions) == labels))
+    logits = explain(model, images, labels, interpreter=no_map, batch_size=batch_size)[0]
+    return float((logits.argmax(-1) == labels).mean())
 
 
 def _logits(model: Any, image: Array) -> Array:
-    """`[..., H, W, 3]` in [0, 1] -> `[..., K]`."""
+    """Return the logits of one image or a batch: [..., H, W, 3] in [0, 1] -> [..., K]."""
     return model.head(model.features(image))
 
 
-_predict = jax.jit(jax.vmap(_logits, (None, 0)))
-
-
-def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Filter:
-    """Selects the parameters that `head` reads, whatever they are called."""
+def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Callable[[Any, Any], bool]:
+    """Return an NNX filter of the parameters that `head` reads, whatever their names."""
     graph, (params, others) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
     features = jax.eval_shape(model.features, image.astype(np.float32))
+    # every parameter is an input of the traced program; no equation reads those of the features
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(
         params, features
     ).jaxpr

@@ -1,9 +1,9 @@
-"""Training: AdamW with warm-up and cosine decay on mirrored and shifted images, whatever the loss
-is.
+"""Training: AdamW with warm-up and cosine decay on mirrored and shifted images, for any loss.
 
-The only place where BatchNorm uses batch statistics. The update step is pure and jitted, and the
-host feeds it batches: XLA:CPU compiles convolutions inside loops to slow code. What is random is
-drawn apart from the work it is for, so a resumed run passes over the steps it has done.
+This is the only place where BatchNorm uses batch statistics. The update step is pure and jitted,
+and the host feeds it batches, because XLA:CPU compiles convolutions inside loops to slow code
+(jax issue 12868). All augmentations are drawn from one generator before the work that needs them,
+so a resumed run skips the draws of finished steps and meets the same random numbers.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,70 +21,87 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from adv2_jax.identity import fingerprint
+from adv2_jax.identity import tree_fingerprint
 from adv2_jax.training.checkpoints import Checkpoints
 
 Model = TypeVar("Model", bound=nnx.Module)
 Images = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
-OnStep = Callable[[int, float], None]
-Filter = Callable[[Any, Any], bool]
+OnLoss = Callable[[int, float], None]
 Loss = Callable[[Any, Any, Array, Array, Array], Array]
+Range = tuple[str, Callable[[float], bool]]  # in words, and as a test
 
 
-class State(NamedTuple):
-    """What an update step carries: trained variables, the others (BatchNorm statistics), and the optimiser's memory."""
+class TrainState(NamedTuple):
+    """The state that an update step carries.
+
+    Attributes:
+        params: the variables that are trained.
+        others: all other variables, such as BatchNorm statistics.
+        memory: the state of the optimiser.
+    """
 
     params: Any
     others: Any
     memory: optax.OptState
 
 
-class Progress(NamedTuple):
-    """What a checkpoint keeps: the state, and the loss of every step `[steps]`, 0 for those to come."""
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint: the state, and the losses `[steps]`, 0 for steps to come."""
 
-    state: State
+    state: TrainState
     losses: Losses
 
 
-class Draw(NamedTuple):
-    """What is random about a batch of B images.
+class Augmentation(NamedTuple):
+    """The random choices for a batch of B images.
 
     Attributes:
-        chosen: `[B]` positions of the images.
-        down, right: `[B]` how far the part that is seen is shifted, in -`shift`..`shift`.
+        indices: `[B]` into the images of the training set.
+        down, right: `[B]` shifts of the window in pixels, in -`shift`..`shift`.
         mirrored: bool `[B]`.
     """
 
-    chosen: NDArray[np.integer[Any]]
+    indices: NDArray[np.integer[Any]]
     down: NDArray[np.integer[Any]]
     right: NDArray[np.integer[Any]]
     mirrored: NDArray[np.bool_]
 
 
-Step = Callable[..., tuple[State, Array]]
+UpdateStep = Callable[..., tuple[TrainState, Array]]
+
+NOT_NEGATIVE: Range = ("be finite and not negative", lambda value: 0 <= value < np.inf)
+SHARE: Range = ("lie in [0, 1)", lambda value: 0 <= value < 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a network is trained.
+    """The hyper-parameters of a training.
 
     Attributes:
-        seed: of the order of the images, of their augmentation and of what is random in the loss,
+        seed: of the order of the images, of their augmentation and of random numbers in the loss,
             in 0..2³² - 1.
         epochs: passes over the images, at least 1.
-        batch_size: images a step, at least 1; the rest of an epoch that does not fill a batch is
-            left out.
-        learning_rate: peak, reached after a twentieth of the steps; then it falls to zero along a
-            cosine.
-        weight_decay: decoupled, times the learning rate; of kernels, not of biases and BatchNorm.
+        batch_size: images a step, at least 1; the last images of an epoch that do not fill a batch
+            are left out.
+        learning_rate: its peak, reached after a twentieth of the steps; then it falls to zero along
+            a cosine.
+        weight_decay: decoupled, multiplied with the learning rate; applies to kernels, not to
+            biases and BatchNorm.
         shift: largest random shift in pixels, in each direction.
-        mirror: whether to mirror every second image, by chance; not for text, digits and the like.
+        mirror: whether to mirror images with probability 1/2; not for text, digits and the like.
 
     Raises:
         ValueError: names the option that is out of its range.
     """
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        **dict.fromkeys(("seed", "shift"), ("be at least 0", lambda value: value >= 0)),
+        **dict.fromkeys(("epochs", "batch_size"), ("be at least 1", lambda value: value >= 1)),
+        "learning_rate": ("be positive and finite", lambda value: 0 < value < np.inf),
+        "weight_decay": NOT_NEGATIVE,
+    }
 
     seed: int = 0
     epochs: int
@@ -95,38 +112,28 @@ class Recipe:
     mirror: bool = True
 
     def __post_init__(self) -> None:
-        for name, least in (("seed", 0), ("epochs", 1), ("batch_size", 1), ("shift", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be positive and finite, got {self.learning_rate}")
-        if not 0 <= self.weight_decay < float("inf"):
-            raise ValueError(
-                f"weight_decay must be finite and not negative, got {self.weight_decay}"
-            )
-
-    def steps(self, n: int) -> int:
-        """Updates in all for n images."""
-        return self.epochs * (n // self.batch_size)
+        for name, (words, allows) in self.RANGES.items():
+            if not allows(getattr(self, name)):
+                raise ValueError(f"{name} must {words}, got {getattr(self, name)}")
 
 
 class Checkpointing(NamedTuple):
-    """Where a run is kept and how it is followed.
+    """Where to keep checkpoints, and whom to tell the losses.
 
     Attributes:
-        checkpoints: folder in which the latest checkpoint is kept; None keeps none.
-        checkpoint_every: steps from one checkpoint, and one look at whether the loss is finite, to
-            the next; an epoch unless given. The last step is followed by one in any case.
-        resume: whether to go on from the checkpoint; it must have been made with the same
+        checkpoints: folder of the latest checkpoint; None writes none.
+        checkpoint_every: steps between two checkpoints, and between two tests whether the loss is
+            finite; an epoch unless given. The last step is always followed by one.
+        resume: whether to continue from the checkpoint; it must have been written with the same
             arguments.
-        on_step: called with the number of steps done and the loss of the last one, once the next is
-            under way; not for steps done before resuming.
+        on_loss: called with the number of steps done and the loss of the last one, once the next
+            step is under way; not for steps done before resuming.
     """
 
     checkpoints: str | os.PathLike[str] | None = None
     checkpoint_every: int | None = None
     resume: bool = False
-    on_step: OnStep | None = None
+    on_loss: OnLoss | None = None
 
 
 NO_CHECKPOINTS = Checkpointing()
@@ -142,10 +149,11 @@ def fit(
     *,
     constants: Any = None,
     trainable: Any = nnx.Param,
-    prepare: Callable[[Any], None] = lambda model: model.train(),
+    set_mode: Callable[[Any], None] = lambda model: model.train(),
 ) -> tuple[Model, Losses]:
-    """Trains a copy of a network; the same arguments give the same weights, interrupted and resumed
-    or not.
+    """Train a copy of a network.
+
+    The same arguments give the same weights, whether the run was interrupted and resumed or not.
 
     Args:
         model: its present weights are the start.
@@ -153,46 +161,53 @@ def fit(
             over a batch; `key` is another one at each step.
         images: uint8 `[N, H, W, 3]`, checked (`check_examples`).
         labels: integers `[N]`.
-        recipe: how; part of what must be the same when resuming.
-        checkpointing: where it is kept and how it is followed.
+        recipe: the hyper-parameters; must be equal when resuming.
+        checkpointing: where to keep checkpoints, and whom to tell the losses.
         constants: pytree that the loss needs and does not train.
-        trainable: filter of the variables that are trained; NNX's.
-        prepare: sets the copy to training, all of it unless told otherwise.
+        trainable: NNX filter of the variables that are trained.
+        set_mode: sets the copy to training; all of it unless given.
 
     Returns:
         The trained network, set to inference, and the loss of every step `[steps]`.
 
     Raises:
-        ValueError: the loss stops being finite, or the folder does not hold what `resume` says (see
-            `Checkpoints.begin`).
+        ValueError: the loss is no longer finite, `checkpoint_every` is below 1, or the folder does
+            not hold what `resume` says (see `Checkpoints.begin`).
     """
-    every = (
-        len(images) // recipe.batch_size
-        if checkpointing.checkpoint_every is None
-        else checkpointing.checkpoint_every
-    )
-    _check_checkpointing(checkpointing, every)
-    done, losses, store = 0, np.zeros(recipe.steps(len(images)), np.float32), None
-    step, state = _prepare(model, loss, constants, recipe, len(losses), trainable, prepare)
+    epoch = len(images) // recipe.batch_size
+    every = epoch if checkpointing.checkpoint_every is None else checkpointing.checkpoint_every
+    if every < 1:
+        raise ValueError(f"checkpoint_every must be at least 1, got {every}")
+    if checkpointing.resume and checkpointing.checkpoints is None:
+        raise ValueError("resume needs checkpoints, the folder of the run to go on with")
+    trained = nnx.clone(model)
+    set_mode(trained)
+    done, losses, store = 0, np.zeros(recipe.epochs * epoch, np.float32), None
+    step, state = _begin(trained, loss, recipe, len(losses), trainable)
     if checkpointing.checkpoints is not None:
         store = Checkpoints(
             checkpointing.checkpoints, _settings(model, constants, images, labels, recipe)
         )
-        done, (state, losses) = store.begin(Progress(state, losses), resume=checkpointing.resume)
+        done, (state, losses) = store.begin(Checkpoint(state, losses), resume=checkpointing.resume)
 
-    draws = islice(enumerate(_draws(len(images), recipe)), done, None)
-    batches = ((np.uint32(i), _augment(images, draw), labels[draw.chosen]) for i, draw in draws)
+    # drawn from the first step on, done or not: the generator must pass over what it drew before
+    draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
+    batches = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
     while done < len(losses):
-        state, new = _advance(step, state, islice(batches, every), done, checkpointing.on_step)
+        state, new = _advance(
+            partial(step, constants), state, islice(batches, every), done, checkpointing.on_loss
+        )
         losses[done : done + len(new)] = new
         done += len(new)
-        if not np.isfinite(new).all():
+        if not np.isfinite(new).all():  # before it is saved: a checkpoint can always be resumed
             raise ValueError(
                 f"training diverged by step {done}; a lower learning rate than {recipe.learning_rate} may help"
             )
         if store:
-            store.save(done, Progress(state, losses))
-    return _finished(model, state), losses
+            store.save(done, Checkpoint(state, losses))
+    nnx.update(trained, state.params, state.others)
+    trained.eval()
+    return trained, losses
 
 
 def check_examples(
@@ -207,7 +222,7 @@ def check_examples(
         images: to be uint8 `[N, H, W, 3]`, N >= `batch_size`.
         labels: to be integers `[N]` in 0..K-1.
         batch_size: images a step.
-        count: image [H, W, 3] in [0, 1] -> K, the classes of the network.
+        count: image [H, W, 3] in [0, 1] -> K, the number of classes of the network.
 
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
@@ -232,62 +247,36 @@ def check_examples(
         )
 
 
-def _check_checkpointing(checkpointing: Checkpointing, every: int) -> None:
-    if every < 1:
-        raise ValueError(f"checkpoint_every must be at least 1, got {every}")
-    if checkpointing.resume and checkpointing.checkpoints is None:
-        raise ValueError("resume needs checkpoints, the folder of the run to go on with")
-
-
 def _settings(
     model: nnx.Module, constants: Any, images: Images, labels: Labels, recipe: Recipe
 ) -> dict[str, Any]:
-    """What a run is made of, in words and numbers: two runs with the same have the same result."""
-    weights = nnx.state(model, (nnx.Param, nnx.BatchStat))
-    found = asdict(recipe) | {
+    """Return all that determines the result of a run, in words and numbers."""
+    return asdict(recipe) | {
         "model": type(model).__name__,
-        "initial weights": fingerprint(jax.tree.leaves(weights)),
-        "images": fingerprint([images]),
-        "labels": fingerprint([labels]),
+        "initial weights": tree_fingerprint(nnx.state(model, (nnx.Param, nnx.BatchStat))),
+        "images": tree_fingerprint(images),
+        "labels": tree_fingerprint(labels),
+        "constants": None if constants is None else tree_fingerprint(constants),
     }
-    return (
-        found
-        if constants is None
-        else found | {"constants": fingerprint(jax.tree.leaves(constants))}
-    )
 
 
-def _prepare(
-    model: nnx.Module,
-    loss: Loss,
-    constants: Any,
-    recipe: Recipe,
-    steps: int,
-    trainable: Any,
-    prepare: Callable[[Any], None],
-) -> tuple[Step, State]:
-    """The update step, and the state before the first one."""
-    trainee = nnx.clone(model)
-    prepare(trainee)
+def _begin(
+    trainee: nnx.Module, loss: Loss, recipe: Recipe, steps: int, trainable: Any
+) -> tuple[UpdateStep, TrainState]:
+    """Return the update step of a network set to training, and the state before the first one."""
     params, others = nnx.state(trainee, trainable, ...)
     optimiser = _optimiser(recipe.learning_rate, recipe.weight_decay, steps)
     step = _make_step(nnx.graphdef(trainee), trainable, optimiser, loss, recipe.seed)
-    # each step overwrites the state it is given
-    start = jax.tree.map(jnp.copy, State(params, others, optimiser.init(params)))
-    return partial(step, constants), start
-
-
-def _finished(model: Model, state: State) -> Model:
-    trained = nnx.clone(model)
-    nnx.update(trained, state.params, state.others)
-    trained.eval()
-    return trained
+    # a copy: each step donates the memory of the state it is given, and the caller keeps its model
+    start = TrainState(params, others, optimiser.init(params))
+    return step, jax.tree.map(jnp.copy, start)
 
 
 def _optimiser(
     learning_rate: float, weight_decay: float, steps: int
 ) -> optax.GradientTransformation:
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    # kernels only, as usual: biases and BatchNorm parameters (vectors) are not decayed
     return optax.adamw(
         schedule, weight_decay=weight_decay, mask=partial(jax.tree.map, lambda x: x.ndim > 1)
     )
@@ -299,71 +288,79 @@ def _make_step(
     optimiser: optax.GradientTransformation,
     loss: Loss,
     seed: int,
-) -> Callable[..., tuple[State, Array]]:
-    """The jitted update step of one architecture: (constants, state, number of the step, images, labels) -> (state, loss)."""
+) -> UpdateStep:
+    """Return the jitted update step of one architecture.
+
+    It takes (constants, state, number of the step [], images uint8 [B, H, W, 3], labels [B]) and
+    returns (state, loss []).
+    """
 
     def loss_of(
         params: Any, others: Any, constants: Any, key: Array, images: Array, labels: Array
     ) -> tuple[Array, Any]:
-        # a copy: variables must not be written from inside another trace
+        # a copy: NNX forbids to write variables from inside another trace
         model = nnx.merge(graph, params, others, copy=True)
         value = loss(model, constants, key, images.astype(jnp.float32) / 255, labels)
         return value, nnx.state(model, nnx.Not(trainable))
 
+    # donated: the new state overwrites the old one in memory
     @partial(jax.jit, donate_argnames="state")
     def step(
-        constants: Any, state: State, i: Array, images: Array, labels: Array
-    ) -> tuple[State, Array]:
+        constants: Any, state: TrainState, i: Array, images: Array, labels: Array
+    ) -> tuple[TrainState, Array]:
+        # by the number of the step, so that a resumed run has the keys of one never stopped
         key = jax.random.fold_in(jax.random.key(seed), i)
         value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
         (value, others), grads = value_and_grad(
             state.params, state.others, constants, key, images, labels
         )
         updates, memory = optimiser.update(grads, state.memory, state.params)
-        return State(optax.apply_updates(state.params, updates), others, memory), value
+        return TrainState(optax.apply_updates(state.params, updates), others, memory), value
 
     return step
 
 
 def _advance(
-    step: Step,
-    state: State,
+    step: UpdateStep,
+    state: TrainState,
     batches: Iterable[tuple[Any, Images, Labels]],
     done: int,
-    on_step: OnStep | None,
-) -> tuple[State, Losses]:
-    """The state after some more batches, and their losses. The host is a step ahead: it makes a batch while the device works."""
+    on_loss: OnLoss | None,
+) -> tuple[TrainState, Losses]:
+    """Return the state after some more batches, and their losses.
+
+    A loss is read only once the next step is handed over: JAX runs steps asynchronously, so the
+    host makes a batch while the device works.
+    """
     losses: list[Array] = []
-
-    def tell(count: int) -> None:
-        if on_step and count:
-            on_step(done + count, float(losses[count - 1]))
-
     for batch in batches:
         state, loss = step(state, *batch)
+        if on_loss and losses:
+            on_loss(done + len(losses), float(losses[-1]))
         losses.append(loss)
-        tell(len(losses) - 1)
-    tell(len(losses))
+    if on_loss and losses:
+        on_loss(done + len(losses), float(losses[-1]))
     return state, np.array(losses, np.float32)
 
 
-def _draws(n: int, recipe: Recipe) -> Iterator[Draw]:
-    """What is random about every batch; n images come in a new order each epoch."""
+def _augmentations(n: int, recipe: Recipe) -> Iterator[Augmentation]:
+    """Draw the augmentation of every batch; n images come in a new order each epoch."""
     rng = np.random.default_rng(recipe.seed)
     size, shift = recipe.batch_size, recipe.shift
     for _ in range(recipe.epochs):
         order = rng.permutation(n)
         for i in range(0, n - size + 1, size):
             down, right = rng.integers(0, 2 * shift + 1, (2, size)) - shift
-            yield Draw(
-                order[i : i + size], down, right, rng.random(size) < (0.5 if recipe.mirror else 0)
-            )
+            # drawn even where nothing is mirrored: the other choices stay those of the seed
+            mirrored = rng.random(size) < (0.5 if recipe.mirror else 0)
+            yield Augmentation(order[i : i + size], down, right, mirrored)
 
 
-def _augment(images: Images, draw: Draw) -> Images:
-    """The images of a batch, shifted (edges are repeated) and mirrored: `[N, H, W, 3]` -> `[B, H, W, 3]`."""
+def _augment(images: Images, draw: Augmentation) -> Images:
+    """Return a batch, shifted (edges are repeated) and mirrored: [N, H, W, 3] -> [B, H, W, 3]."""
     height, width = images.shape[1:3]
     rows = np.clip(np.arange(height) + draw.down[:, None], 0, height - 1)
     columns = np.clip(np.arange(width) + draw.right[:, None], 0, width - 1)
     columns = np.where(draw.mirrored[:, None], columns[:, ::-1], columns)
-    return images[draw.chosen[:, None, None], rows[:, :, None], columns[:, None]]
+    # one gather: the shifted and mirrored images are never made one by one
+    return images[draw.indices[:, None, None], rows[:, :, None], columns[:, None]]

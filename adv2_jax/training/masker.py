@@ -1,8 +1,8 @@
-"""Training the masker of RTS by eq. 8."""
+"""Training the masker of RTS by eq. 8 of ADV² (Dabkowski & Gal 2017)."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -10,37 +10,47 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from adv2_jax.attacks import batches
 from adv2_jax.blending import alternative
 from adv2_jax.capabilities import num_classes
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, saliency_loss, size_loss
 from adv2_jax.models import Masker
 from adv2_jax.training.loop import (
     NO_CHECKPOINTS,
+    NOT_NEGATIVE,
+    SHARE,
     Checkpointing,
     Images,
     Labels,
     Losses,
+    Range,
     Recipe,
     check_examples,
     fit,
 )
-from adv2_jax.types import Classifier, Image, Label, Map
+from adv2_jax.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
 class MaskerRecipe(Recipe):
-    """How a masker is trained.
+    """The hyper-parameters of a training of a masker.
 
     Attributes:
         variation, area, removal, power, area_power: of eq. 8, 0 or more (see `SaliencyWeights`).
-        absent: share of the images, by chance, of which the map of another class is asked, in [0,
-            1); it should be empty.
+        absent: probability, in [0, 1), that the map of an image is asked for a class that it does
+            not show; such a map should be empty.
         tune: whether to train the encoder too; its BatchNorm statistics stay as they are in any
             case.
 
     Raises:
         ValueError: names the option that is out of its range.
     """
+
+    RANGES: ClassVar[dict[str, Range]] = {
+        **Recipe.RANGES,
+        **dict.fromkeys(SaliencyWeights._fields, NOT_NEGATIVE),
+        "absent": SHARE,
+    }
 
     epochs: int = 3
     batch_size: int = 16
@@ -54,19 +64,9 @@ class MaskerRecipe(Recipe):
     absent: float = 0.3
     tune: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in SaliencyWeights._fields:
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"{name} must be finite and not negative, got {getattr(self, name)}"
-                )
-        if not 0 <= self.absent < 1:
-            raise ValueError(f"absent must lie in [0, 1), got {self.absent}")
-
     @property
     def weights(self) -> SaliencyWeights:
-        """λ1 to λ4."""
+        """The weights of eq. 8."""
         return SaliencyWeights(**{name: getattr(self, name) for name in SaliencyWeights._fields})
 
 
@@ -79,17 +79,16 @@ def train_masker(
     checkpointing: Checkpointing = NO_CHECKPOINTS,
     **options: Any,
 ) -> tuple[Masker, Losses]:
-    """Trains a copy of a masker to explain a classifier (eq. 8), then measures the mean features of
-    each class.
+    """Train a copy of a masker to explain a classifier (eq. 8), then measure its class means.
 
-    The same arguments give the same weights, interrupted and resumed or not.
+    The same arguments give the same weights, whether the run was interrupted and resumed or not.
 
     Args:
         masker: its present weights are the start.
         classifier: f of eq. 8; stays as it is. Need not be the encoder.
         images: uint8 `[N, H, W, 3]`, N >= `batch_size`.
         labels: integers `[N]` in 0..K-1.
-        checkpointing: where the run is kept and how it is followed.
+        checkpointing: where to keep checkpoints, and whom to tell the losses.
         **options: the attributes of `MaskerRecipe`.
 
     Returns:
@@ -97,7 +96,7 @@ def train_masker(
 
     Raises:
         ValueError: an option is out of its range; images, labels, classifier and masker do not fit
-            each other or `batch_size`; or as for `loop.fit`.
+            each other or `batch_size`; or as `loop.fit`.
     """
     recipe = MaskerRecipe(**options)
     check_examples(
@@ -115,14 +114,15 @@ def train_masker(
         trainable=nnx.Param
         if recipe.tune
         else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("encoder"))),
-        prepare=_prepare,
+        set_mode=_set_mode,
     )
     trained.means[...] = class_means(trained, images, labels)
     return trained, losses
 
 
-def _prepare(masker: Masker) -> None:
+def _set_mode(masker: Masker) -> None:
     masker.train()
+    # statistics of the encoder stay those that its weights were trained with, tuned or not
     masker.encoder.eval()
 
 
@@ -135,15 +135,14 @@ def batch_loss(
     *,
     recipe: MaskerRecipe,
 ) -> Array:
-    """Mean over a batch of eq. 8, or of its first two terms where a class is asked for that is not
-    shown.
+    """Return the mean over a batch of eq. 8, of its first two terms for classes not shown.
 
     Args:
         masker: sees the batch as a whole, for BatchNorm.
         classifier: f of eq. 8.
-        key: of the classes asked for and of what φ blends in.
+        key: of the classes asked for, and of the images that φ blends in.
         images: [B, H, W, 3] in [0, 1].
-        labels: [B].
+        labels: [B], the classes shown.
         recipe: weights and the share of absent classes.
 
     Returns:
@@ -152,32 +151,37 @@ def batch_loss(
     absent_key, class_key, alternative_key = jax.random.split(key, 3)
     n, k = len(labels), len(masker.embedding[...])
     absent = jax.random.bernoulli(absent_key, recipe.absent, (n,))
+    # 1..K-1 classes further: uniform over all classes but the one shown
     others = (labels + jax.random.randint(class_key, (n,), 1, k)) % k
     maps = masker(images, jnp.where(absent, others, labels))
-
-    def one(x: Image, y: Label, m: Map, key: Array) -> Array:
-        return saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
-
-    shown = jax.vmap(one)(images, labels, maps, jax.random.split(alternative_key, n))
+    # eq. 8 for all: which images ask for an absent class is known only at run time
+    shown = jax.vmap(
+        lambda x, y, m, key: saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
+    )(images, labels, maps, jax.random.split(alternative_key, n))
     return jnp.where(absent, jax.vmap(lambda m: size_loss(m, recipe.weights))(maps), shown).mean()
 
 
 def class_means(masker: Masker, images: Images, labels: Labels, *, batch_size: int = 64) -> Array:
-    """Mean over images and positions of the encoder's last features, a class each: [N, H, W, 3],
-    [N] -> [K, C].
+    """Return the mean of the encoder's last features over images and positions, for each class.
 
-    A class without images has the mean of all images.
+    Args:
+        masker: its encoder is measured.
+        images: uint8 [N, H, W, 3].
+        labels: [N].
+        batch_size: images at a time; changes memory and speed, not the result.
+
+    Returns:
+        [K, C]. A class without images has the mean of all images.
     """
-    starts = range(0, len(images), batch_size)
     pooled = np.concatenate(
-        [_pooled(masker.encoder, images[i : i + batch_size] / np.float32(255)) for i in starts]
-    )
-    sums = np.zeros(masker.means.shape)
-    np.add.at(sums, labels, pooled)
-    counts = np.bincount(labels, minlength=len(sums))[:, None]
-    return jnp.asarray(
-        np.where(counts > 0, sums / np.maximum(counts, 1), pooled.mean(0)), jnp.float32
-    )
+        [_pooled(masker.encoder, x / np.float32(255)) for x in batches(images, batch_size)],
+        dtype=float,  # sums over many images lose digits in float32
+    )[: len(images)]
+    means = [
+        pooled[shown if shown.any() else slice(None)].mean(0)
+        for shown in (labels == c for c in range(len(masker.means[...])))
+    ]
+    return jnp.asarray(np.stack(means), jnp.float32)
 
 
 @jax.jit
