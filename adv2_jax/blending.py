@@ -35,7 +35,7 @@ def blurred(image: Image) -> Image:
 
 
 def coloured(key: Array, image: Image) -> Image:
-    """Return a random constant colour with Gaussian noise, clipped to [0, 1], as large as the image."""
+    """Draw a constant colour with Gaussian noise, clipped to [0, 1], as large as the image."""
     colour_key, noise_key = jax.random.split(key)
     noise = NOISE * jax.random.normal(noise_key, image.shape, image.dtype)
     return jnp.clip(jax.random.uniform(colour_key, (3,), image.dtype) + noise, 0, 1)

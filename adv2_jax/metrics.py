@@ -106,8 +106,8 @@ def _change(images: ArrayLike, benign: ArrayLike) -> np.ndarray:
             raise ValueError(
                 f"images must be uint8, or floating point in [0, 1], got {array.dtype}"
             )
-    # in levels first, where 8-bit images are whole numbers: a change by 8 levels is 8/255 to the last
-    # digit, and an ε of 8/255 is kept or not
+    # in levels first, where 8-bit images are whole numbers: a change by 8 levels is then 8/255 to
+    # the last digit, and can be compared with an ε of 8/255
     x, x0 = (array.astype(np.float64) * (1 if array.dtype == np.uint8 else 255) for array in arrays)
     return (x - x0) / 255
 

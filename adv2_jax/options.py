@@ -50,7 +50,10 @@ class Bound:
         return self.function(*args, **dict(self.options), **kwargs)
 
     def __repr__(self) -> str:
-        return f"{shown(self.function)}({', '.join(f'{name}={shown(value)}' for name, value in self.options)})"
+        return (
+            f"{shown(self.function)}("
+            f"{', '.join(f'{name}={shown(value)}' for name, value in self.options)})"
+        )
 
     def __reduce__(self) -> Any:
         names, values = [name for name, _ in self.options], [value for _, value in self.options]

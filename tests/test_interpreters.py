@@ -329,7 +329,6 @@ def test_softplus_has_the_derivatives_that_it_claims(network, slope):
 
 
 def test_curved_relu_has_the_true_gradient_and_an_invented_hessian(network, slope):
-    model, x, v = network
     first, by_value, second, by_gradient = differences(network, CURVED["relu_curved"][0], slope)
     true, _, true_second, _ = differences(network, relu, slope)
     assert first == true and close(first, by_value)

@@ -86,7 +86,7 @@ def _weighted_features(
 
 
 def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
-    """Refuse a head for which CAM is not defined: all but global average pooling and a linear layer.
+    """Refuse heads without a CAM: all but global average pooling followed by a linear layer.
 
     The gradient of such a head is the same for all features and all positions; it is compared for
     three random features.
@@ -110,8 +110,9 @@ def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
     # both sides: 3e-4 in float32, .09 in bfloat16.
     if departure > float(jnp.finfo(features.dtype).eps) ** 0.5:
         raise ValueError(
-            f"cam needs a head of global average pooling and a linear layer: the gradient of {type(model).__name__}.head "
-            "depends on the position or on the features; grad_cam takes any head"
+            "cam needs a head of global average pooling and a linear layer: "
+            f"the gradient of {type(model).__name__}.head depends on the position "
+            "or on the features; grad_cam takes any head"
         )
 
 

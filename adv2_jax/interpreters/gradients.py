@@ -57,8 +57,8 @@ def grad_with_logits(
 
     The gradient of any function of both costs about four forward passes.
     """
-    # one pass for both: written as two terms, ℓ_prd and the map would each linearise the network,
-    # and a joint step of a ResNet-50 takes 1.3 to 1.5 times as long
+    # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
+    # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long.
     gradient, logits = input_gradient(model, image, label, act=act, score=score)
     return logits, maps.min_max(maps.pool(maps.channel_max(gradient), pool))
 

@@ -268,7 +268,7 @@ def mask_loss(
 
 
 def variation(a: Map, beta: float) -> Array:
-    """Return TV_β, the sum of |difference of neighbours|^β per entry of the map: [h, w] -> [] >= 0."""
+    """Return TV_β, the sum of |difference of neighbours|^β over h w: [h, w] -> [] >= 0."""
     vertical, horizontal = (jnp.abs(jnp.diff(a, axis=axis)) ** beta for axis in (0, 1))
     return (vertical.sum() + horizontal.sum()) / a.size
 
@@ -426,8 +426,7 @@ def _mask_ahead(
     memory: Memory = context.memory
     for _ in range(free):
         memory = step_mask(model, image, label, memory, descent)
-    # first-order: what the free steps did with the image is not differentiated (nor is what earlier
-    # outer steps did), which saves their second derivatives
+    # truncated: the free steps, of this outer step and of all before it, are not differentiated
     memory = jax.lax.stop_gradient(memory)
     act = partial(relu_curved, tau=context.tau)
     if hypergradient == "unrolled":

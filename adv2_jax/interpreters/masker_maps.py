@@ -33,8 +33,8 @@ class SaliencyWeights(NamedTuple):
             their share, which gives maps with edges; Dabkowski & Gal use .3, the paper says 1.
     """
 
-    # λ1 and λ2 are Dabkowski & Gal's; the others were found by training on the embedded set, and are
-    # those of the shipped masker, whose quality the README states
+    # λ1 and λ2 are Dabkowski & Gal's. The others were found by training on the embedded set; the
+    # shipped masker has them, and the README its quality
     variation: float = 0.5
     area: float = 8.0
     removal: float = 3.0
@@ -133,7 +133,8 @@ def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = Fals
     # means of zeros are those of a masker before training; `mean_loss` would divide by zero
     if needs_means and not np.any(jax.device_get(model.masker.means[...]), axis=-1).all():
         raise ValueError(
-            "the masker has no mean features of some classes, which encoder_loss 'mean' needs: train it, or use 'head'"
+            "the masker has no mean features of some classes, which encoder_loss 'mean' needs: "
+            "train it, or use 'head'"
         )
 
 
