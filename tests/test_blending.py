@@ -68,9 +68,9 @@ def test_blend_is_differentiable_in_all_three(double, slope, x, m, other, argume
             factor * blending.blend(*arguments[:argument], changed, *arguments[argument + 1 :]) ** 2
         )
 
-    found = jnp.vdot(jax.grad(f)(arguments[argument]), v)
-    np.testing.assert_allclose(found, slope(f, arguments[argument], v), rtol=1e-7)
-    assert abs(found) > 1e-3
+    actual = jnp.vdot(jax.grad(f)(arguments[argument]), v)
+    np.testing.assert_allclose(actual, slope(f, arguments[argument], v), rtol=1e-7)
+    assert abs(actual) > 1e-3
 
 
 def test_blurred_is_a_blur_by_parts_of_the_shorter_side(x):

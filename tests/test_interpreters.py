@@ -122,8 +122,8 @@ def test_input_gradient_is_that_of_the_score(linear, pixels, closed, score):
 def test_grad_map(linear, pixels, closed, score, pool):
     raw = np.abs(SLOPES[score](closed)).max(-1)
     pooled = raw.reshape(4 // pool, pool, 4 // pool, pool).mean((1, 3))
-    found = interpreters.grad(linear, pixels, LABEL, pool=pool, score=score)
-    np.testing.assert_allclose(found, scaled(pooled), atol=1e-5)
+    actual = interpreters.grad(linear, pixels, LABEL, pool=pool, score=score)
+    np.testing.assert_allclose(actual, scaled(pooled), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cam", "grad_cam"])
@@ -131,8 +131,8 @@ def test_cam_and_grad_cam_maps(linear, pixels, closed, name):
     features = linear.features(pixels)
     raw = {"cam": raw_cam, "grad_cam": raw_grad_cam}[name](linear, features, LABEL)
     np.testing.assert_allclose(raw, getattr(closed, name), rtol=1e-5, atol=1e-6)
-    found = getattr(interpreters, name)(linear, pixels, LABEL)
-    np.testing.assert_allclose(found, scaled(getattr(closed, name)), atol=1e-6)
+    actual = getattr(interpreters, name)(linear, pixels, LABEL)
+    np.testing.assert_allclose(actual, scaled(getattr(closed, name)), atol=1e-6)
 
 
 def test_part_of_the_grad_cam_map_is_cut_off(closed):
@@ -395,20 +395,20 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
 def test_own_activation_of_the_smooth_surrogate(model, photos):
     @jax.jit
     def maps(image):
-        own = (
+        through_surrogate = (
             smooth_grad_interpreter(act=relu_sigmoid())
             .surrogate(model, image, LABEL, Context(TAU))
             .map
         )
         return (
-            own,
+            through_surrogate,
             interpreters.grad(model, image, LABEL, act=relu_sigmoid()),
             interpreters.grad(model, image, LABEL),
         )
 
-    own, expected, plain = maps(photos[0])
-    np.testing.assert_allclose(own, expected, atol=1e-6)
-    assert jnp.abs(own - plain).max() > 0.1
+    through_surrogate, expected, plain = maps(photos[0])
+    np.testing.assert_allclose(through_surrogate, expected, atol=1e-6)
+    assert jnp.abs(through_surrogate - plain).max() > 0.1
 
 
 def test_constant_map_is_zeros(linear, pixels):
