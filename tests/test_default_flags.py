@@ -27,6 +27,8 @@ from adv2_jax.presets import resolve
 MAP_SHAPES = {"cam": (4, 4), "grad": (16, 16)}
 STEPS = 4
 WIDE = adv2.threats.linf(0.1)
+# jax 0.7 raises NotImplementedError for the gradient of a convolution of sharded images under `vmap`
+SHARDS = jax.__version_info__ >= (0, 8)
 TARGETS = np.arange(5) % 3
 
 
@@ -79,17 +81,8 @@ def report(name):
 
     five, two, one = (attacked(batch_size) for batch_size in (5, 2, 1))
 
-    # four images, two for each device
     unit = images[:4] / np.float32(255)
     problems = jax.device_put(Problem(unit, TARGETS[:4].astype(np.int32), maps[:4]))
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    sharded = jax.device_put(problems, NamedSharding(mesh, PartitionSpec("batch")))
-    craft = jax.jit(lambda model, problems: adv2.craft(model, problems, preset, WIDE))
-    programs = [craft.lower(model, asked).compile() for asked in (problems, sharded)]
-    alone, shared = (
-        program(model, asked) for program, asked in zip(programs, (problems, sharded), strict=True)
-    )
-
     # down the gradient, not its sign, which rounding may turn
     options = joint_options(preset, adv2.threats.l2(2.0))._replace(rounded=False)
     schedule = tabulate(STEPS, preset.step_size, preset.balance, preset.tau)
@@ -102,11 +95,25 @@ def report(name):
     return {
         "changed": bool((five[0] != images).any()),
         "batches": [equal(five, two), equal(five, one)],
+        "drivers": [off(moved("host", steps), moved("fori", steps)) for steps in (1, STEPS)],
+        **(on_two_devices(model, problems, preset) if SHARDS else {}),
+    }
+
+
+def on_two_devices(model, problems, preset):
+    """`craft` of four images on one device, and on two with two images each."""
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    sharded = jax.device_put(problems, NamedSharding(mesh, PartitionSpec("batch")))
+    craft = jax.jit(lambda model, problems: adv2.craft(model, problems, preset, WIDE))
+    programs = [craft.lower(model, asked).compile() for asked in (problems, sharded)]
+    alone, shared = (
+        program(model, asked) for program, asked in zip(programs, (problems, sharded), strict=True)
+    )
+    return {
         "devices": [len(crafted.params.sharding.device_set) for crafted in (alone, shared)],
         "images": equal((alone.params, alone.last), (shared.params, shared.last)),
         "curves": off(alone.curves.loss, shared.curves.loss),
         "collectives": sorted(set(re.findall(COLLECTIVE, programs[1].as_text()))),
-        "drivers": [off(moved("host", steps), moved("fori", steps)) for steps in (1, STEPS)],
     }
 
 
@@ -139,6 +146,7 @@ def test_batch_size_changes_no_bit(reports, name):
     assert reports[name]["batches"] == [True, True]
 
 
+@pytest.mark.skipif(not SHARDS, reason="jax 0.7 cannot differentiate sharded convolutions")
 @pytest.mark.parametrize("name", MAP_SHAPES)
 def test_two_devices_change_no_bit_of_the_images_and_need_no_collectives(reports, name):
     assert reports[name]["devices"] == [1, 2]
