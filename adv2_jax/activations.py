@@ -1,14 +1,11 @@
-"""Activations whose backward pass is smooth, so that the gradient of a gradient exists.
+"""Activations with a smoothed derivative, for which the gradient of a gradient is useful.
 
 `relu_h`, `relu_curved` and `relu_sigmoid` are exactly ReLU in the forward pass; only a derivative
-is replaced (ADV² §3.2, Fig. 3). The replacement is a JVP rule, `tangent = phi'(z) * dz`, and is
-itself differentiated like any other function, so forward mode, reverse mode and any order of mixing
-them agree. `softplus` is a smooth activation in the forward pass too. All factors are computed in
-float32 or wider, since z² overflows float16 at 256, and take the type of z afterwards, which a JVP
-rule must keep.
+is replaced (ADV² §3.2, Fig. 3). The replacement is a JVP rule, tangent = φ'(z) dz, which is
+differentiated like any other function, so that forward mode, reverse mode and all mixtures of them
+agree. `softplus` is smooth in the forward pass too.
 
-Factories are cached: the same options give the same function object, so `jit` sees a static
-argument it already knows.
+Factories are memoised: equal options give the same object, and `jit` does not retrace.
 """
 
 import jax
@@ -22,7 +19,11 @@ from adv2_jax.types import Activation
 
 __all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
 
-TAU = 1e-4
+TAU = 1e-4  # of the paper
+
+# Two rules for all functions below. Factors are computed in float32 or wider: z² overflows float16
+# at 256. Then they are cast to the type of z: a JVP rule must return a tangent of the type of its
+# primal, and a float32 `tau` would promote a bfloat16 one.
 
 
 @jax.custom_jvp
@@ -30,8 +31,8 @@ def relu_h(z: Array, tau: Array | float = TAU) -> Array:
     """ReLU whose derivative is h(z) = z / sqrt(z² + tau) + [z < 0] (ADV² §3.2).
 
     Left of zero h is the derivative of z + sqrt(z² + tau), right of zero that of sqrt(z² + tau). It
-    jumps at 0 (1 on the left, 0 on the right) and h'(z) = tau (z² + tau)^(-3/2) on both sides; at 0
-    the right branch is taken.
+    jumps at 0 (1 on the left, 0 on the right), and h'(z) = tau (z² + tau)^(-3/2) on both sides. At
+    0 the right branch is taken, so that h(0) = 0 as for ReLU.
 
     Args:
         z: pre-activations, any shape.
@@ -45,7 +46,7 @@ def relu_h(z: Array, tau: Array | float = TAU) -> Array:
 
 @relu_h.defjvp
 def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    # tau is an option: nothing is differentiated with respect to it
+    # tau is an option: its tangent is dropped, so derivatives in it are 0
     (z, tau), (dz, _) = (primals, tangents)
     wide = at_least_float32(z)
     return relu_h(z, tau), (wide * jax.lax.rsqrt(wide**2 + tau) + (z < 0)).astype(
@@ -55,7 +56,7 @@ def _relu_h_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> 
 
 @shared
 def relu_sigmoid(beta: float = 1.0) -> Activation:
-    """ReLU whose derivative is the logistic sigmoid(beta z); beta = 1 is the sigma of ADV² Fig. 3.
+    """Return a ReLU whose derivative is sigmoid(beta z); beta = 1 is the σ of ADV² Fig. 3.
 
     Args:
         beta: slope, > 0; the derivative tends to the step function as beta grows.
@@ -71,6 +72,7 @@ def _relu_sigmoid(z: Array, *, beta: float) -> Array:
     return _relu_with_sigmoid(z, beta)
 
 
+# apart from `_relu_sigmoid`, because a custom JVP wants its options by position, and `bind` by name
 @jax.custom_jvp
 def _relu_with_sigmoid(z: Array, beta: Array) -> Array:
     return jnp.maximum(z, 0)
@@ -88,17 +90,17 @@ def _relu_with_sigmoid_jvp(
 
 @jax.custom_jvp
 def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
-    """ReLU with its exact derivative 1[z > 0], whose *second* derivative is tau / 2 (z² +
-    tau)^(-3/2) in place of zero.
+    """ReLU whose *second* derivative is tau / 2 (z² + tau)^(-3/2) in place of zero.
 
-    The kernel is h' of `relu_h` at unit mass. A gradient map drawn with it is the true map to the
-    last digit, and so is every first derivative; only the curvature that an attack on the map
-    descends is made up (the surrogate gradients of spiking networks, Neftci et al. 2019). An attack
-    thus has no gap between the map it optimises and the map the analyst sees.
+    Its values and first derivatives 1[z > 0] are exact, so a gradient map drawn with it is the true
+    map to the last digit. Only the second derivative, which an attack on the map follows, is
+    invented (as the surrogate gradients of spiking networks, Neftci et al. 2019): there is no gap
+    between the map that is optimised and the map that the analyst sees. The kernel is half of h' of
+    `relu_h`, whose mass is 1, that of the jump it replaces.
 
     Args:
         z: pre-activations, any shape.
-        tau: squared width of the kernel, > 0; may be traced, so that a schedule can narrow it.
+        tau: squared width of the kernel, > 0; may be traced, so that a schedule can decrease it.
 
     Returns:
         max(z, 0), same shape.
@@ -114,8 +116,10 @@ def _relu_curved_jvp(
     return relu_curved(z, tau), _step(z, tau) * dz
 
 
+# a function of its own, so that the derivative of the derivative can be replaced
 @jax.custom_jvp
 def _step(z: Array, tau: Array) -> Array:
+    # 0 at z = 0, as JAX's own ReLU
     return jnp.heaviside(z, 0.0)
 
 
@@ -129,8 +133,9 @@ def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tu
 
 @shared
 def softplus(beta: float = 1.0) -> Activation:
-    """log(1 + exp(beta z)) / beta, a smooth activation in the forward pass too (Dombrowski et al.,
-    NeurIPS 2019).
+    """Return the activation log(1 + exp(beta z)) / beta (Dombrowski et al., NeurIPS 2019).
+
+    It is smooth in the forward pass too: the logits and the map differ from those of the network.
 
     Args:
         beta: slope, > 0; tends to ReLU as beta grows.

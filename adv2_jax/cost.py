@@ -1,4 +1,7 @@
-"""Count the work of a program: multiply-adds of convolutions and dots in what JAX traces. Nothing is computed."""
+"""Count the work of a traced program: multiply-adds of its convolutions and dots.
+
+Nothing is computed. An attack is charged by it, so that no cost is declared by hand.
+"""
 
 import math
 from collections.abc import Callable, Iterator
@@ -8,12 +11,12 @@ import jax
 
 
 def multiply_adds(f: Callable[..., Any], *arguments: Any) -> int:
-    """Multiply-adds of the convolutions and dots of f(*arguments).
+    """Return the number of multiply-adds in the convolutions and dots of f(*arguments).
 
-    The body of a `scan` (and of a `fori_loop` of fixed length) counts once a turn. A `while_loop`
-    counts as many turns as the largest whole number that its condition compares with, which is the
-    bound of those that count up (conjugate gradients, say), else one. Of a `cond` the dearest
-    branch counts. What XLA merges or drops afterwards is counted all the same.
+    The body of a `scan` (and of a `fori_loop` of fixed length) counts once for each iteration. That
+    of a `while_loop` counts as often as the largest integer literal in its condition, which is the
+    bound of loops that count up (such as conjugate gradients), else once. Of a `cond` the most
+    expensive branch counts. Work that XLA merges or removes later is counted too.
 
     Args:
         f: any traceable function.
@@ -36,15 +39,15 @@ def _of_equation(equation: Any) -> int:
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         outputs = kernel[parameters["dimension_numbers"].rhs_spec[0]]
-        # a dilated input, as in the gradient of a strided convolution, holds zeros, which cost
-        # nothing
+        # an input dilated by k, as in the gradient of a strided convolution, is all zeros but one
+        # value in k, and a good implementation skips them
         return (
             _size(equation.outvars[0])
             * math.prod(kernel)
             // outputs
             // math.prod(parameters["lhs_dilation"])
         )
-    # beside the solver it holds its transpose and the operator, which do not run
+    # its parameters also hold the transposed solver and the operator, which do not run
     if name == "custom_linear_solve":
         return _count(parameters["jaxprs"].solve)
     inner = [_count(jaxpr) for jaxpr in subprograms(parameters)]
@@ -53,7 +56,7 @@ def _of_equation(equation: Any) -> int:
     if name == "scan":
         return parameters["length"] * sum(inner)
     if name == "while":
-        return _turns(parameters["cond_jaxpr"].jaxpr) * sum(inner)
+        return _iterations(parameters["cond_jaxpr"].jaxpr) * sum(inner)
     return sum(inner)
 
 
@@ -62,14 +65,15 @@ def _size(variable: Any) -> int:
 
 
 def subprograms(parameters: dict[str, Any]) -> Iterator[Any]:
-    """Jaxprs among the parameters of an equation, each once."""
+    """Yield the jaxprs among the parameters of an equation, alone or in tuples and lists."""
     for value in parameters.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if hasattr(item, "eqns"):
                 yield item
 
 
-def _turns(condition: Any) -> int:
+def _iterations(condition: Any) -> int:
+    """Return the largest integer that the condition of a loop compares with, 1 if there is none."""
     literals = [v.val for equation in condition.eqns for v in equation.invars if hasattr(v, "val")]
     return max(
         (

@@ -1,7 +1,7 @@
-"""Options as values: functions and factories whose equal options give equal objects, which print
-and pickle.
+"""Options as values: equal options give equal objects, which print and pickle.
 
-`jit` knows a static argument again if it is equal to one before: then nothing is compiled twice.
+`jit` compiles once for all static arguments that are equal; functions made by lambda or
+`functools.partial` never are.
 """
 
 import dataclasses
@@ -17,86 +17,87 @@ T = TypeVar("T")
 
 
 def shared(factory: Callable[P, T]) -> Callable[P, T]:
-    """Decorator: a factory called again with equal options, defaults spelt out or not, returns the
-    object it made before.
+    """Decorator that memoises a factory by its options, whether defaults are given or left out.
 
-    The last 256 objects are remembered. What is made anew after that is equal to what it was if all
-    in it compares by value.
+    The last 256 objects are cached. An object made again after that is a new one, but equal to the
+    first if all its parts compare by value.
     """
     signature = inspect.signature(factory)
 
     @lru_cache(maxsize=256)
-    def made(options: tuple[tuple[str, Any], ...]) -> T:
+    def cached(options: tuple[tuple[str, Any], ...]) -> T:
         return factory(**dict(options))  # type: ignore[call-arg]
 
     @wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return made(tuple(bound.arguments.items()))
+        return cached(tuple(bound.arguments.items()))
 
     return make
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Bound:
-    """A function with some of its keyword arguments set, made by `bind`; unlike `functools.partial`
-    it compares by value.
+    """Function with some of its keyword arguments set, made by `bind`; it compares by value."""
 
-    Not a tuple: JAX keeps weak references to functions.
-    """
-
+    # a dataclass, not a NamedTuple: JAX keeps weak references to functions, and tuples have none
     function: Callable[..., Any]
     options: tuple[tuple[str, Any], ...]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function, of the rest of its arguments."""
+        """Call the function with the remaining arguments."""
         return self.function(*args, **dict(self.options), **kwargs)
 
     def __repr__(self) -> str:
-        return f"{shown(self.function)}({', '.join(f'{name}={shown(value)}' for name, value in self.options)})"
+        return (
+            f"{shown(self.function)}("
+            f"{', '.join(f'{name}={shown(value)}' for name, value in self.options)})"
+        )
 
     def __reduce__(self) -> Any:
         names, values = [name for name, _ in self.options], [value for _, value in self.options]
-        return _bind_all, (_name(self.function), names, list(map(_name, values)))
+        return _bind_all, (_reference(self.function), names, list(map(_reference, values)))
 
 
 def bind(function: Callable[..., Any], /, **options: Any) -> Bound:
-    """The function with some of its keyword arguments set; equal arguments give equal objects."""
+    """Return the function with some of its keyword arguments set, as a value."""
     return Bound(function, tuple(options.items()))
 
 
-class _Name(NamedTuple):
-    """Where a function is found; what JAX makes of functions (`jit`, `custom_jvp`) does not pickle otherwise."""
+class _Reference(NamedTuple):
+    """Import path of a function: the results of `jit` and `custom_jvp` do not pickle themselves."""
 
     module: str
     name: str
 
 
-def _name(value: Any) -> Any:
-    found = _Name(getattr(value, "__module__", ""), getattr(value, "__qualname__", ""))
+def _reference(value: Any) -> Any:
+    """Return the reference of a value that can be imported, else the value itself."""
+    reference = _Reference(getattr(value, "__module__", ""), getattr(value, "__qualname__", ""))
     try:
-        return found if _found(found) is value else value
+        return reference if _resolve(reference) is value else value
     except (ImportError, AttributeError, ValueError):
         return value
 
 
-def _found(value: Any) -> Any:
+def _resolve(value: Any) -> Any:
     return (
         attrgetter(value.name)(importlib.import_module(value.module))
-        if isinstance(value, _Name)
+        if isinstance(value, _Reference)
         else value
     )
 
 
 def _bind_all(function: Any, names: list[str], values: list[Any]) -> Bound:
-    return bind(_found(function), **dict(zip(names, map(_found, values), strict=True)))
+    return bind(_resolve(function), **dict(zip(names, map(_resolve, values), strict=True)))
 
 
 def shown(value: Any) -> str:
-    """A value as one would write it: functions by their names, and no field that has its default."""
+    """Return a value as Python code would write it: functions by name, default fields left out."""
     if isinstance(value, Bound):
         return repr(value)
+    # NamedTuples, and then dataclasses, have no common way to list fields and defaults
     if hasattr(value, "_field_defaults"):
         fields, defaults = value._asdict(), value._field_defaults
     elif dataclasses.is_dataclass(value):
@@ -107,8 +108,8 @@ def shown(value: Any) -> str:
             getattr(value, "__name__", repr(value)).strip("_") if callable(value) else repr(value)
         )
     written = [
-        f"{name}={shown(own)}"
-        for name, own in fields.items()
-        if name not in defaults or own != defaults[name]
+        f"{name}={shown(field)}"
+        for name, field in fields.items()
+        if name not in defaults or field != defaults[name]
     ]
     return f"{type(value).__name__}({', '.join(written)})"

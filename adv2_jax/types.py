@@ -1,10 +1,10 @@
-"""Names for the arrays that pass between modules, and what is asked of a classifier.
+"""Types: names for the arrays that pass between modules, and the protocols of a classifier.
 
-Everything below `adv2_jax.attacks` sees one image. Shapes are written
+Everything below `adv2_jax.crafting` works on one image. Shapes are written
 
     image     [H, W, 3]  float32 in [0, 1]
     features  [h, w, C]  last convolutional features
-    logits    [K]        one score a class
+    logits    [K]        float32, one for each class, before the softmax
     label     []         int32, a class in 0..K-1
     map       [h, w]     float32 in [0, 1], large = important
 """
@@ -21,28 +21,37 @@ Label = Array
 Map = Array
 
 Activation = Callable[[Array], Array]
-Score = Callable[[Logits, Label], Array]  # of a class, []
+Score = Callable[[Logits, Label], Array]  # class score: logits [K], label [] -> []
 
 
 @runtime_checkable
 class HasLogits(Protocol):
-    """Any pytree with this pure method; its weights are its leaves. All that plain PGD, GRAD and MASK ask for."""
+    """Protocol of plain PGD, GRAD and MASK: a pytree of weights with this pure method."""
 
     def logits(self, image: Image, act: Activation = ...) -> Logits:
-        """Logits [K]; normalises the [0, 1] image inside; `act` replaces every ReLU."""
+        """Return the logits [K] of an image in [0, 1] (normalise it inside).
+
+        `act` replaces every ReLU.
+        """
         ...
 
 
 @runtime_checkable
 class HasFeatures(Protocol):
-    """Any pytree with these two pure methods, which together are `logits`. CAM and its family ask for them."""
+    """Protocol of CAM and Grad-CAM: a pytree of weights with these two pure methods.
+
+    head(features(image)) are the logits, so such a model needs no method `logits`.
+    """
 
     def features(self, image: Image, act: Activation = ...) -> Features:
-        """Last convolutional features [h, w, C]; normalises the [0, 1] image inside; `act` replaces every ReLU."""
+        """Return the last convolutional features [h, w, C] of an image in [0, 1].
+
+        `act` replaces every ReLU.
+        """
         ...
 
     def head(self, features: Features) -> Logits:
-        """The rest: logits [K]. For CAM global average pooling and a linear layer."""
+        """Return the logits [K]; for CAM by global average pooling and a linear layer."""
         ...
 
 
@@ -51,14 +60,16 @@ Classifier = HasLogits | HasFeatures
 
 @runtime_checkable
 class Masker(Protocol):
-    """The network of RTS (`adv2_jax.models.Masker`)."""
+    """Protocol of RTS: the network that draws the map (`adv2_jax.models.Masker`).
+
+    Attributes:
+        encoder: the classifier inside.
+        means: [K, C], mean features of the encoder for each class.
+    """
 
     encoder: HasFeatures
     means: Any
 
     def __call__(self, image: Image, label: Label) -> Map:
-        """The map [h, w] in [0, 1] of a class.
-
-        `encoder` is the classifier inside, `means` [K, C] are its mean features, a class each.
-        """
+        """Return the map [h, w] in [0, 1] of a class."""
         ...

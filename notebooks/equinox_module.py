@@ -1,4 +1,6 @@
-"""Your own network as an Equinox module: it is a pytree already; its functions and strings are static.
+"""Your own network as an Equinox module.
+
+It is a pytree already; its leaves that are not arrays, functions and strings, are static.
 
 adv2 attack --model notebooks/equinox_module.py:network --weights network.eqx --images images.npz --out run
 """
@@ -31,6 +33,6 @@ class Net(eqx.Module):
 
 
 def network(path=None):
-    """With the weights of eqx.tree_serialise_leaves; without a file, freshly initialised."""
+    """Return the network with the weights of eqx.tree_serialise_leaves, or initialise it anew."""
     fresh = Net(jax.random.key(0))
     return fresh if path is None else eqx.tree_deserialise_leaves(path, fresh)

@@ -52,7 +52,10 @@ class Classifier:
 
 
 def network(path=None):
-    """With the weights of a file whose keys are paths such as params/linear/kernel; without one, freshly initialised."""
+    """Return the network with the weights of a file, or initialise it anew.
+
+    The keys of the file are paths such as params/linear/kernel.
+    """
     if path is None:
         return Classifier(Net().init(jax.random.key(0), jnp.zeros((32, 32, 3))), Net())
     return Classifier(unflatten_dict(load_file(path), sep="/"), Net())

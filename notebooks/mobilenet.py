@@ -1,4 +1,6 @@
-"""Your own network as plain functions and a dict of weights: MobileNet-EdgeTPU, which the package does not ship.
+"""Your own network as plain functions and a dict of weights: MobileNet-EdgeTPU.
+
+The package does not ship it.
 
     adv2 attack --model notebooks/mobilenet.py:mobilenet --weights mobilenet_edgetpu_224.npz --images photos.npz --out run
 
@@ -18,7 +20,10 @@ from jax import lax
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MobileNet:
-    """Weights are leaves, so arguments of `jit`; the operations are static text, so equal graphs share a compilation."""
+    """The network: its weights are arguments of `jit`, its list of operations is static text.
+
+    Equal texts share one compilation.
+    """
 
     weights: dict[str, jax.Array]
     graph: str = dataclasses.field(metadata={"static": True})
@@ -56,7 +61,8 @@ class MobileNet:
 
 
 def depthwise(x, kernel, stride):
-    """Depthwise convolution [1, H, W, C] with [k, k, C], as k² shifted products: XLA's own is three times slower on a CPU."""
+    """Return the depthwise convolution of [1, H, W, C] with [k, k, C]."""
+    # as k² shifted products: XLA:CPU takes three times as long for its own depthwise convolution
     k = len(kernel)
     padding = [(0, 0), *lax.padtype_to_pads(x.shape[1:3], (k, k), (stride, stride), "SAME"), (0, 0)]
     padded = jnp.pad(x, padding)
@@ -69,7 +75,7 @@ def depthwise(x, kernel, stride):
 
 
 def mobilenet(path):
-    """The network of a weights file and the graph beside it."""
+    """Read the network from a weights file and the graph beside it."""
     weights, graph = Path(path), Path(path).with_suffix(".graph.json")
     with np.load(weights, allow_pickle=False) as arrays:
         return MobileNet(

@@ -1,7 +1,8 @@
 """Speed on this machine, as ratios within one run: python notebooks/speed.py [--batch-size 16] [--steps 30]
 
-Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and GRAD as a multiple of it;
-and an attack of n steps as a multiple of n such steps. Medians over repeats; everything is compiled before it is timed.
+Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and
+GRAD as a multiple of it; and an attack of n steps as a multiple of n such steps. Medians over repeats;
+everything is compiled before it is timed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from adv2_jax.descent import Numbers, Options, Problem, batched_step, descend, i
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median wall-clock time of a call that has been made once before."""
+    """Return the median wall-clock time of a call, which is made once before."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -33,11 +34,11 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
 def ratios(
     model: adv2.Classifier, name: str, batch_size: int, steps: int, repeats: int
 ) -> tuple[float, float]:
-    """Seconds of one step under the default preset, and of an attack of `steps` steps."""
+    """Return the seconds of one step under the default preset, and of an attack of `steps` steps."""
     rng = np.random.default_rng(0)
     side = {"pgd": 1, "grad": 32}.get(name, 8)
-    plan, threat = adv2.presets.PRESETS["default"][name], adv2.threats.linf()
-    options = Options(threat) if plan.interpreter is None else joint_options(plan, threat)
+    preset, threat = adv2.presets.PRESETS["default"][name], adv2.threats.linf()
+    options = Options(threat) if preset.interpreter is None else joint_options(preset, threat)
     problems = Problem(
         jnp.asarray(rng.random((batch_size, 32, 32, 3), np.float32)),
         jnp.asarray(rng.integers(0, 10, batch_size)),

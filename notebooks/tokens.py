@@ -39,7 +39,7 @@ class Tokens:
 
 
 def network(path=None):
-    """With the weights of an .npz; without one, random ones."""
+    """Return the network with the weights of an .npz, or with random ones."""
     if path is None:
         rng = np.random.default_rng(0)
         return Tokens(

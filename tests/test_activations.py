@@ -91,9 +91,9 @@ def test_derivatives_are_the_closed_forms_in_every_mode(name, order):
         return [jax.vmap(reduce(lambda f, mode: mode(f), chain, activation))(z) for chain in modes]
 
     expected = closed[order](Z)
-    for found in derivatives(jnp.asarray(Z, jnp.float32)):
+    for actual in derivatives(jnp.asarray(Z, jnp.float32)):
         # float32: z² + tau is rounded to 6e-8 and raised to -2.5; the scale is that of the largest value
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6 * np.abs(expected).max())
+        np.testing.assert_allclose(actual, expected, rtol=2e-5, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -109,11 +109,11 @@ def test_half_precision_keeps_its_type_and_the_derivatives(name, order, dtype):
         )
     z = jnp.asarray([*Z, -300, 300], dtype)
     modes = itertools.product((jax.grad, forward), repeat=order)
-    found = [jax.vmap(reduce(lambda f, mode: mode(f), chain, activation))(z) for chain in modes]
+    actual = [jax.vmap(reduce(lambda f, mode: mode(f), chain, activation))(z) for chain in modes]
     # where NumPy's exp does not overflow; the same but for the value
     exact = closed[order](np.asarray(z, float).clip(-30, 30))
     exact = np.where(abs(z) > 30, np.maximum(z, 0), exact) if order == 0 else exact
-    for values in found:
+    for values in actual:
         assert values.dtype == dtype
         # a few roundings of the result's type
         np.testing.assert_allclose(

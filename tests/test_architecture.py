@@ -1,9 +1,14 @@
-"""The shape of the package, read off its source: imports go downwards, everything public is explained, importing is light."""
+"""The shape of the package, read off its source.
+
+Imports go downwards, in packages too; everything public is explained; importing is light.
+"""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -24,6 +29,17 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
+# in a package a module imports only those named before it; its `__init__` may import all of them,
+# but they may import nothing from it
+PACKAGES = {
+    "interpreters": "base gradients activation_maps mask_descent masker_maps",
+    "models": "layers resnet densenet masker convert user",
+    "data": "images photos shapes targets class_files folder tfds sources splits",
+    "runs": "schema statistics measures store select task batch run transfer tables faithfulness",
+    "training": "checkpoints loop classifier masker",
+    "report": "words pictures charts tables cards gallery page training",
+    "cli": "console arguments subject commands training main",
+}
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 SOURCES = {
     path.relative_to(ROOT): ast.parse(path.read_text(encoding="utf-8"))
@@ -64,6 +80,48 @@ def test_imports_go_downwards(path):
 
 def test_the_imports_of_a_file_are_seen():
     assert used(Path("descent.py")) >= {"losses", "interpreters", "threats", "types"}
+    assert siblings(Path("interpreters/gradients.py")) == {"base"}
+
+
+def siblings(path):
+    """What a file of a package imports from its own package: modules, or names of its `__init__`."""
+    names = [name.split(".") for name in imports(path)]
+    return {(*name[2:], "__init__")[0] for name in names if name[:2] == ["adv2_jax", path.parts[0]]}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if len(path.parts) > 1], ids=str)
+def test_imports_in_a_package_go_downwards(path):
+    package, module = path.parts[0], path.stem
+    order = [*PACKAGES[package].split(), "__init__"]
+    assert module in order, f"{path} has no place in PACKAGES above"
+    upward = siblings(path) - set(order[: order.index(module)])
+    assert upward == set(), f"{path} must not import {upward}"
+
+
+def test_the_top_imports_no_more_than_it_needs():
+    """The front doors and what they stand on; `select`, which is public, is the one exception."""
+    names = {name for name in imports(Path("__init__.py")) if name.startswith("adv2_jax.")}
+    above = {name for name in names if LEVEL[name.split(".")[1]] > LEVEL["attacks"]}
+    assert above == {"adv2_jax.runs.select.select"}
+
+
+def test_no_module_is_hidden_by_another_object_of_its_name():
+    """`import adv2_jax.interpreters.mask as m` would give the function `mask`, were there such a module."""
+    names = [
+        ".".join(("adv2_jax", *path.with_suffix("").parts))
+        for path in MODULES
+        if path.stem not in ("__init__", "__main__")
+    ]
+    for name in names:  # all of them first: an import sets the attribute of its package
+        importlib.import_module(name)
+    holders = [(*name.rsplit(".", 1), name) for name in names]
+    hidden = [
+        name
+        for package, module, name in holders
+        if not isinstance(getattr(sys.modules[package], module), ModuleType)
+    ]
+    # calls of the one and the other are documented, and nobody imports these modules by their names
+    assert set(hidden) <= {"adv2_jax.cli.main", "adv2_jax.report.gallery"}
 
 
 def test_the_report_computes_nothing_with_jax():

@@ -46,18 +46,18 @@ def test_blend_is_the_one_of_a_plain_loop(x, m, other):
     )
 
 
-def test_a_mask_of_ones_shows_the_image_one_of_zeros_the_alternative(x, other):
+def test_a_map_of_ones_shows_the_image_one_of_zeros_the_alternative(x, other):
     ones, zeros = np.ones((3, 2)), np.zeros((3, 2))
     np.testing.assert_allclose(blending.blend(*float32(x, ones, other)), x, atol=1e-6)
     np.testing.assert_allclose(blending.blend(*float32(x, zeros, other)), other, atol=1e-6)
 
 
-def test_mask_and_its_complement_share_the_image_out(x, m, other):
+def test_a_map_and_its_complement_share_the_image_out(x, m, other):
     shown, hidden = blending.blend(*float32(x, m, other)), blending.blend(*float32(x, 1 - m, other))
     np.testing.assert_allclose(shown + hidden, x + other, atol=1e-6)
 
 
-@pytest.mark.parametrize("argument", [0, 1, 2], ids=["image", "mask", "alternative"])
+@pytest.mark.parametrize("argument", [0, 1, 2], ids=["image", "m", "alternative"])
 def test_blend_is_differentiable_in_all_three(double, slope, x, m, other, argument):
     arguments = [jnp.asarray(array) for array in (x, m, other)]
     rng = np.random.default_rng(3)
@@ -68,9 +68,9 @@ def test_blend_is_differentiable_in_all_three(double, slope, x, m, other, argume
             factor * blending.blend(*arguments[:argument], changed, *arguments[argument + 1 :]) ** 2
         )
 
-    found = jnp.vdot(jax.grad(f)(arguments[argument]), v)
-    np.testing.assert_allclose(found, slope(f, arguments[argument], v), rtol=1e-7)
-    assert abs(found) > 1e-3
+    actual = jnp.vdot(jax.grad(f)(arguments[argument]), v)
+    np.testing.assert_allclose(actual, slope(f, arguments[argument], v), rtol=1e-7)
+    assert abs(actual) > 1e-3
 
 
 def test_blurred_is_a_blur_by_parts_of_the_shorter_side(x):

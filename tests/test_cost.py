@@ -82,13 +82,13 @@ def test_conjugate_gradients_are_charged_for_all_their_iterations():
     assert products == pytest.approx(11, abs=0.7)
 
 
-def flops_of_a_step(model, plan, shape):
+def flops_of_a_step(model, preset, shape):
     """XLA's count for the lowered step, elementwise operations included."""
     image, label = ones(*shape), jax.ShapeDtypeStruct((), jnp.int32)
     options, numbers, interpreter = (
-        joint_options(plan, threats.linf()),
+        joint_options(preset, threats.linf()),
         Numbers(*np.ones(3, np.float32)),
-        plan.interpreter,
+        preset.interpreter,
     )
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
     memory = (
@@ -121,21 +121,23 @@ def test_a_joint_step_costs_what_xla_counts(randomised, masker, name):
         randomised(lambda: models.CifarResNet(1, width=16, rngs=nnx.Rngs(0))), masker
     )
     factory, known = COSTS[name]
-    plan = resolve("default", factory(), warm_steps=0)
+    preset = resolve("default", factory(), warm_steps=0)
     costs = [
-        gradient_evaluations(model, resolve(plan, plan.interpreter, steps=n), threats.linf(), SHAPE)
+        gradient_evaluations(
+            model, resolve(preset, preset.interpreter, steps=n), threats.linf(), SHAPE
+        )
         for n in (10, 20)
     ]
-    scored = 0 if plan.interpreter.faithful else 10 / plan.score_every * scoring(model, plan)
+    scored = 0 if preset.interpreter.faithful else 10 / preset.score_every * scoring(model, preset)
     counted = (costs[1] - costs[0] - scored) / 10
     pgd = resolve("default", None)
-    expected = flops_of_a_step(model, plan, SHAPE) / flops_of_a_step(model, pgd, SHAPE)
+    expected = flops_of_a_step(model, preset, SHAPE) / flops_of_a_step(model, pgd, SHAPE)
     assert counted == pytest.approx(expected, rel=0.05)
     assert known is None or counted == pytest.approx(known, rel=0.05)
     assert gradient_evaluations(model, pgd, threats.linf(), SHAPE) == pgd.steps
 
 
-def scoring(model, plan):
+def scoring(model, preset):
     """A fresh look at the map: two forward passes of which one is gone back through, or the steps of a solver."""
-    solver = plan.interpreter.solver
+    solver = preset.interpreter.solver
     return 1.5 if solver is None else solver.steps + 0.5

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from adv2_jax import interpreters, losses
-from adv2_jax.activations import relu_curved, relu_h, relu_sigmoid
+from adv2_jax.activations import relu, relu_curved, relu_h, relu_sigmoid, softplus
+from adv2_jax.capabilities import logits_of
 from adv2_jax.interpreters import INTERPRETERS, Context, grad_interpreter, smooth_grad_interpreter
 from adv2_jax.interpreters.activation_maps import raw_cam, raw_grad_cam
 
@@ -121,8 +122,8 @@ def test_input_gradient_is_that_of_the_score(linear, pixels, closed, score):
 def test_grad_map(linear, pixels, closed, score, pool):
     raw = np.abs(SLOPES[score](closed)).max(-1)
     pooled = raw.reshape(4 // pool, pool, 4 // pool, pool).mean((1, 3))
-    found = interpreters.grad(linear, pixels, LABEL, pool=pool, score=score)
-    np.testing.assert_allclose(found, scaled(pooled), atol=1e-5)
+    actual = interpreters.grad(linear, pixels, LABEL, pool=pool, score=score)
+    np.testing.assert_allclose(actual, scaled(pooled), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["cam", "grad_cam"])
@@ -130,8 +131,8 @@ def test_cam_and_grad_cam_maps(linear, pixels, closed, name):
     features = linear.features(pixels)
     raw = {"cam": raw_cam, "grad_cam": raw_grad_cam}[name](linear, features, LABEL)
     np.testing.assert_allclose(raw, getattr(closed, name), rtol=1e-5, atol=1e-6)
-    found = getattr(interpreters, name)(linear, pixels, LABEL)
-    np.testing.assert_allclose(found, scaled(getattr(closed, name)), atol=1e-6)
+    actual = getattr(interpreters, name)(linear, pixels, LABEL)
+    np.testing.assert_allclose(actual, scaled(getattr(closed, name)), atol=1e-6)
 
 
 def test_part_of_the_grad_cam_map_is_cut_off(closed):
@@ -220,6 +221,153 @@ def test_hessian_is_symmetric_and_that_of_central_differences(
     np.testing.assert_allclose(hessian, hessian.T, atol=1e-10)
 
 
+# Formal Hessians on a network with ReLUs: what automatic differentiation makes of the replaced
+# derivatives. In float64, where differences have nine digits.
+
+WIDTH = 0.01
+
+
+def bump(z):
+    """h' of `relu_h`."""
+    return WIDTH * (z**2 + WIDTH) ** -1.5
+
+
+def logistic_bump(z):
+    return 5 * jax.nn.sigmoid(5 * z) * jax.nn.sigmoid(-5 * z)
+
+
+# an activation, and its second derivative
+CURVED = {
+    "relu_curved": (partial(relu_curved, tau=WIDTH), lambda z: bump(z) / 2),
+    "relu_h": (partial(relu_h, tau=WIDTH), bump),
+    "softplus": (softplus(5.0), logistic_bump),
+    "relu": (relu, jnp.zeros_like),
+}
+
+
+@pytest.fixture
+def network(make_small, double):
+    """Two convolutions with ReLUs, an image of 8 x 8 pixels and a direction."""
+    rng = np.random.default_rng(4)
+    model = jax.tree.map(lambda leaf: jnp.asarray(leaf, float), make_small())
+    return model, jnp.asarray(rng.uniform(size=(8, 8, 3))), rng.normal(size=(8, 8, 3))
+
+
+def inner(model, x, act, shifts=(0, 0)):
+    """Logits and pre-activations; each shift is added after one activation."""
+    remaining, pre = iter(shifts), []
+
+    def shifted(z):
+        pre.append(z)
+        return act(z) + next(remaining)
+
+    return model.head(model.features(x, act=shifted)), pre
+
+
+def log_odds_of(model, act, x):
+    return losses.log_odds(logits_of(model, x, act), LABEL)
+
+
+def hessians(model, x, act, curvature):
+    """Of the log-odds: by JAX; by hand, the softmax term J'AJ and, for each neuron i of each layer,
+    (∂s/∂a_i) φ''(z_i) ∇z_i∇z_i'."""
+    n = x.size
+    logits, pre = inner(model, x, act)
+    slopes, pre_slopes = jax.jacobian(lambda x: inner(model, x, act))(x)
+    slopes = slopes.reshape(-1, n)
+    shifts = [jnp.zeros_like(z) for z in pre]
+    after = jax.grad(lambda shifts: losses.log_odds(inner(model, x, act, shifts)[0], LABEL))(shifts)
+    softmax = slopes.T @ jax.hessian(losses.log_odds)(logits, LABEL) @ slopes
+    layers = [
+        rows.reshape(-1, n).T @ ((s * curvature(z)).reshape(-1, 1) * rows.reshape(-1, n))
+        for s, z, rows in zip(after, pre, pre_slopes, strict=True)
+    ]
+    return jax.hessian(partial(log_odds_of, model, act))(x).reshape(n, n), softmax, layers
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_formal_hessian_is_symmetric_and_the_sum_over_neurons(network, name):
+    model, x, _ = network
+    formal, softmax, layers = jax.jit(lambda x: hessians(model, x, *CURVED[name]))(x)
+    np.testing.assert_allclose(formal, formal.T, atol=1e-12 * jnp.abs(formal).max())
+    np.testing.assert_allclose(
+        formal, sum(layers, softmax), rtol=1e-9, atol=1e-9 * jnp.abs(formal).max()
+    )
+    # the network term is not lost beside the other, in either layer; ReLU itself has none
+    for layer in layers:
+        assert (jnp.abs(layer).max() > 0.1 * jnp.abs(softmax).max()) == (name != "relu")
+
+
+def differences(network, act, slope):
+    """Value, gradient and formal Hessian along v, and central differences of the first two.
+
+    With ReLU kinks the step must cross none: no pre-activation changes its sign.
+    """
+    model, x, v = network
+    f = partial(log_odds_of, model, act)
+    step = 1e-6
+    pre = jax.jit(lambda x: inner(model, x, act)[1])
+    for ends in zip(pre(x - step * v), pre(x + step * v), strict=True):
+        assert (jnp.sign(ends[0]) == jnp.sign(ends[1])).all()
+    gradient = jax.jit(jax.grad(f))
+    curved = jax.jit(lambda x: jax.jvp(jax.grad(f), (x,), (jnp.asarray(v),))[1])(x)
+    return (
+        jnp.vdot(gradient(x), v),
+        slope(jax.jit(f), x, v, step),
+        curved,
+        slope(gradient, x, v, step),
+    )
+
+
+def close(one, other):
+    return np.abs(one - other).max() <= 1e-6 * np.abs(other).max()  # differences at a step of 1e-6
+
+
+def test_softplus_has_the_derivatives_that_it_claims(network, slope):
+    first, by_value, second, by_gradient = differences(network, softplus(5.0), slope)
+    assert close(first, by_value) and close(second, by_gradient)
+
+
+def test_curved_relu_has_the_true_gradient_and_an_invented_hessian(network, slope):
+    first, by_value, second, by_gradient = differences(network, CURVED["relu_curved"][0], slope)
+    true, _, true_second, _ = differences(network, relu, slope)
+    assert first == true and close(first, by_value)
+    # what the differences of the true gradient see is the softmax term
+    assert close(true_second, by_gradient) and not close(second, by_gradient)
+
+
+def test_h_has_an_invented_gradient_with_its_true_slope(network, slope):
+    """In one layer under a linear score, where what is invented meets nothing else."""
+    model, x, v = network
+    one = dataclasses.replace(model, kernels=model.kernels[:1], weights=model.weights[:8])
+    act = CURVED["relu_h"][0]
+
+    def score(x):
+        return logits_of(one, x, act)[LABEL]
+
+    z = jax.jit(lambda x: inner(one, x, act, (0,))[1][0])
+    assert (jnp.sign(z(x - 1e-6 * v)) == jnp.sign(z(x + 1e-6 * v))).all()
+    gradient = jax.jit(jax.grad(score))
+    second = jax.jit(lambda x: jax.jvp(jax.grad(score), (x,), (jnp.asarray(v),))[1])(x)
+    assert close(second, slope(gradient, x, v, 1e-6))
+    assert not close(jnp.vdot(gradient(x), v), slope(jax.jit(score), x, v, 1e-6))
+
+
+def test_hessian_of_the_joint_loss_is_symmetric_on_a_network_with_relus(network, interpreter):
+    """Third derivatives of the network, for GRAD; the kernels' own slopes enter."""
+    model, x, _ = network
+
+    def formal(x, tau):
+        return jax.hessian(partial(surrogate_loss, interpreter, model, tau=tau))(x).reshape(192, -1)
+
+    formal = jax.jit(formal)
+    hessian, wider = formal(x, 0.01), formal(x, 0.1)
+    largest = jnp.abs(hessian).max()
+    assert largest > 1e-3
+    np.testing.assert_allclose(hessian, hessian.T, atol=1e-10 * largest)
+    assert (jnp.abs(wider - hessian).max() > 0.01 * largest) == ("act" in interpreter.needs)
+
+
 @pytest.mark.parametrize(
     ("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)]
 )
@@ -247,20 +395,20 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
 def test_own_activation_of_the_smooth_surrogate(model, photos):
     @jax.jit
     def maps(image):
-        own = (
+        through_surrogate = (
             smooth_grad_interpreter(act=relu_sigmoid())
             .surrogate(model, image, LABEL, Context(TAU))
             .map
         )
         return (
-            own,
+            through_surrogate,
             interpreters.grad(model, image, LABEL, act=relu_sigmoid()),
             interpreters.grad(model, image, LABEL),
         )
 
-    own, expected, plain = maps(photos[0])
-    np.testing.assert_allclose(own, expected, atol=1e-6)
-    assert jnp.abs(own - plain).max() > 0.1
+    through_surrogate, expected, plain = maps(photos[0])
+    np.testing.assert_allclose(through_surrogate, expected, atol=1e-6)
+    assert jnp.abs(through_surrogate - plain).max() > 0.1
 
 
 def test_constant_map_is_zeros(linear, pixels):

@@ -52,8 +52,8 @@ def test_derivatives_are_central_differences(score, double, slope):
 @pytest.mark.parametrize("smoothing", [0.0, 0.05, 0.5])
 def test_smoothing_takes_its_mass_from_the_target_and_spreads_it_over_the_others(smoothing):
     expected = -smoothed(1, smoothing) @ np.log(PROBABILITIES)
-    found = losses.cross_entropy(jnp.asarray(LOGITS, jnp.float32), 1, smoothing=smoothing)
-    assert found == pytest.approx(expected, rel=2e-6)
+    actual = losses.cross_entropy(jnp.asarray(LOGITS, jnp.float32), 1, smoothing=smoothing)
+    assert actual == pytest.approx(expected, rel=2e-6)
 
 
 def test_smoothed_loss_is_least_at_the_smoothed_distribution():
@@ -80,7 +80,7 @@ def test_log_odds_change_sign_at_one_half():
 def test_extreme_logits_give_finite_numbers(score, logits):
     for label in range(3):
         assert all(
-            np.isfinite(found).all() for found in derivatives(score, jnp.array(logits), label)
+            np.isfinite(actual).all() for actual in derivatives(score, jnp.array(logits), label)
         )
 
 

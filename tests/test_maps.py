@@ -141,8 +141,8 @@ def bilinear(values, shape):
 
 @pytest.mark.parametrize("shape", [(12, 16), (17, 9), (6, 8), (3, 4), (4, 5)])
 def test_resize_is_bilinear_and_never_antialiases(raw, shape):
-    found = maps.resize(jnp.asarray(raw, jnp.float32), shape)
-    np.testing.assert_allclose(found, bilinear(raw, shape), atol=2e-5)  # float32 sample positions
+    actual = maps.resize(jnp.asarray(raw, jnp.float32), shape)
+    np.testing.assert_allclose(actual, bilinear(raw, shape), atol=2e-5)  # float32 sample positions
 
 
 def test_total_variation_is_the_mean_of_squared_differences(raw):
@@ -164,7 +164,7 @@ def test_blur_is_a_weighted_mean_of_the_pixels_there_are(raw, sigma):
             distance = np.array([[(y - i) ** 2 + (x - j) ** 2 for x in range(w)] for y in range(h)])
             weights = np.exp(-distance / (2 * sigma**2))
             expected[i, j] = (weights * raw).sum() / weights.sum()
-    found = maps.blur(jnp.asarray(raw, jnp.float32), sigma)
-    np.testing.assert_allclose(found, expected, atol=1e-5)  # float32 sums of 48 numbers of order 1
+    actual = maps.blur(jnp.asarray(raw, jnp.float32), sigma)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)  # float32 sums of 48 numbers of order 1
     channels = maps.blur(jnp.asarray(np.stack([raw, 2 * raw], axis=-1), jnp.float32), sigma)
     np.testing.assert_allclose(channels, np.stack([expected, 2 * expected], axis=-1), atol=2e-5)

@@ -77,8 +77,8 @@ def plain_upsample(a):
 def plain_loss(linear, image, a, o):
     """Method §5 word for word, on means."""
     mix, weights, bias = (np.asarray(leaf, float) for leaf in jax.tree.leaves(linear))
-    kept = plain_upsample(1 - a if o.game == "deletion" else a)[..., None]
-    shown = kept * image + (1 - kept) * plain_blur(image, o.blur * 4)
+    visible = plain_upsample(1 - a if o.game == "deletion" else a)[..., None]
+    shown = visible * image + (1 - visible) * plain_blur(image, o.blur * 4)
     logits = np.einsum("hwc,hwck->hwk", shown, mix).mean((0, 1)) @ weights + bias
     f_c = np.exp(logits[LABEL]) / np.exp(logits).sum()
     if o.score is losses.probability:
@@ -92,8 +92,8 @@ def plain_loss(linear, image, a, o):
 @EVERY
 def test_objective_is_that_of_plain_numpy(double_linear, some_map, objective):
     model, image = double_linear
-    found = mask_loss(model, image, LABEL, jnp.asarray(some_map), objective)
-    assert found == pytest.approx(
+    actual = mask_loss(model, image, LABEL, jnp.asarray(some_map), objective)
+    assert actual == pytest.approx(
         plain_loss(model, np.asarray(image), some_map, objective), rel=1e-10
     )
 
@@ -166,10 +166,10 @@ def test_steps_are_those_of_plain_adam(strong, game):
     for m in expected:
         memory = step(model, image, LABEL, memory)
         np.testing.assert_allclose(memory.map, m, atol=1e-6)  # central differences
-    found = interpreters.mask(
+    actual = interpreters.mask(
         model, image, LABEL, size=2, steps=6, learning_rate=0.6, objective=options.objective
     )
-    np.testing.assert_allclose(found, expected[5], atol=1e-6)
+    np.testing.assert_allclose(actual, expected[5], atol=1e-6)
     assert np.isin(expected, [0, 1]).any()  # or the clamp would not be seen
     assert all(m.any() for m in expected)  # an empty map lies on a kink of the objective
 
@@ -209,8 +209,8 @@ def test_a_solve_that_starts_from_the_optimum_stays_there(optimum):
 
 def test_the_descent_ends_near_the_optimum(optimum):
     model, image, a = optimum
-    found = interpreters.mask(model, image, LABEL, size=4, steps=100, objective=CONVEX)
-    np.testing.assert_allclose(found, a, atol=5e-3)
+    actual = interpreters.mask(model, image, LABEL, size=4, steps=100, objective=CONVEX)
+    np.testing.assert_allclose(actual, a, atol=5e-3)
 
 
 @pytest.mark.parametrize("game", ["deletion", "preservation"])
@@ -218,8 +218,8 @@ def test_area_is_that_asked_for(strong, game):
     model, image = strong
     for area in (0.2, 0.6):
         objective = CONVEX._replace(game=game, l1=20.0, area=area)
-        found = interpreters.mask(model, image, LABEL, size=4, steps=100, objective=objective)
-        assert found.mean() == pytest.approx(area, abs=0.02)  # of the last steps' length
+        actual = interpreters.mask(model, image, LABEL, size=4, steps=100, objective=objective)
+        assert actual.mean() == pytest.approx(area, abs=0.02)  # of the last steps' length
 
 
 # Hypergradients.
@@ -235,7 +235,7 @@ def along(f, x, seed=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_look_ahead_differentiates_its_steps_and_nothing_before(strong, slope, ahead):
-    """Against differences of the steps themselves, with what was found by the free steps held."""
+    """Against differences of the steps themselves, with the result of the free steps held."""
     model, image = strong
     interpreter = mask_interpreter(
         size=4, steps=9, learning_rate=0.05, objective=CONVEX, free=2, ahead=ahead
@@ -312,7 +312,7 @@ def test_damping_shortens_the_implicit_slope(optimum):
 # The attack.
 
 MASK = mask_interpreter(steps=5, objective=MaskObjective(l1=0.5, tv=1.0), free=1)
-PLAN = Preset(
+PRESET = Preset(
     MASK, warm_steps=2, steps=6, step_size=constant(1 / 255), balance=constant(300.0), score_every=3
 )
 WIDE = threats.linf(0.1)
@@ -333,8 +333,8 @@ def asked(small, images):
 
 @pytest.fixture(scope="module")
 def run(small, images, asked):
-    def call(plan=PLAN, index=slice(None), **changes):
-        arguments = {"interpreter": plan.interpreter, "preset": plan, "threat": WIDE, **changes}
+    def call(preset=PRESET, index=slice(None), **changes):
+        arguments = {"interpreter": preset.interpreter, "preset": preset, "threat": WIDE, **changes}
         return attack(small, images[index], asked[0][index], asked[1][index], **arguments)
 
     return call
@@ -381,11 +381,11 @@ def test_memory_is_carried_from_step_to_step_and_reset(small, images, asked):
 
 def test_look_ahead_changes_the_attack(run):
     options = {"steps": 5, "objective": MaskObjective(l1=0.5, tv=1.0), "free": 1}
-    blind = replace(PLAN, interpreter=mask_interpreter(ahead=0, **options))
-    other = replace(PLAN, interpreter=mask_interpreter(hypergradient="implicit", **options))
-    images = [run(plan).images for plan in (PLAN, blind, other)]
+    blind = replace(PRESET, interpreter=mask_interpreter(ahead=0, **options))
+    other = replace(PRESET, interpreter=mask_interpreter(hypergradient="implicit", **options))
+    images = [run(preset).images for preset in (PRESET, blind, other)]
     assert all((images[0] != other).any() for other in images[1:])
-    weightless = replace(PLAN, balance=constant(0.0))
+    weightless = replace(PRESET, balance=constant(0.0))
     np.testing.assert_array_equal(images[1], run(weightless).images)
 
 
@@ -397,13 +397,13 @@ def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_e
         jax.debug.callback(lambda: spent.append(None))
         return MASK.solver.step(*arguments)
 
-    plan = replace(
-        PLAN,
+    preset = replace(
+        PRESET,
         interpreter=MASK._replace(solver=MASK.solver._replace(step=step)),
         steps=7,
         score_every=score_every,
     )
-    run(plan)
+    run(preset)
     jax.effects_barrier()
     # the result is looked at before and after rounding
     solves = 1 + (len(range(0, 7, score_every)) if score_every else 0) + 2
@@ -414,16 +414,16 @@ def test_a_descent_is_solved_at_the_start_and_whenever_it_is_scored(run, score_e
 def test_second_attack_of_the_same_kind_compiles_nothing(run, make_small, images, asked, caplog):
     def compiled(model):
         caplog.clear()
-        plan = replace(
-            PLAN, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0), free=1)
+        preset = replace(
+            PRESET, interpreter=mask_interpreter(steps=5, objective=MaskObjective(0.5, 1.0), free=1)
         )
         with jax.log_compiles():
             attack(
                 model,
                 images,
                 *asked,
-                interpreter=plan.interpreter,
-                preset=plan,
+                interpreter=preset.interpreter,
+                preset=preset,
                 threat=WIDE,
                 batch_size=3,
             )

@@ -10,7 +10,7 @@ RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(5, 4)).astype(np.float32)
 MAPS, TARGET_MAPS = RNG.random((2, 5, 6, 8)).astype(np.float32)
 IMAGES, BENIGN = RNG.random((2, 5, 6, 8, 3)).astype(np.float32)
-MASKS = RNG.random((5, 12, 16)) < 0.3
+OBJECTS = RNG.random((5, 12, 16)) < 0.3
 
 
 def iou(a, b):
@@ -99,9 +99,9 @@ def test_threshold_is_an_option_and_belongs_to_the_object():
 def test_pointing_game_asks_where_the_peak_lies(place, hit):
     maps = np.zeros((1, 6, 8), np.float32)
     maps[0][place] = 1
-    masks = np.zeros((1, 12, 16), bool)
-    masks[0, :6, 8:] = True
-    assert metrics.pointing_game(maps, masks)[0] == hit
+    objects = np.zeros((1, 12, 16), bool)
+    objects[0, :6, 8:] = True
+    assert metrics.pointing_game(maps, objects)[0] == hit
 
 
 def test_mean_displacement_is_that_of_a_loop():

@@ -128,7 +128,7 @@ def test_factories_remember_a_bounded_number_of_objects():
     assert len(made) == 1001
 
 
-def test_a_name_and_its_interpreter_stand_for_equal_plans():
+def test_a_name_and_its_interpreter_stand_for_equal_presets():
     assert presets.resolve("default", "cam") == presets.resolve(
         "default", interpreters.cam_interpreter()
     )

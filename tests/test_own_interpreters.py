@@ -37,40 +37,46 @@ def small(make_small):
 
 def test_the_surrogate_is_the_function_itself(small, images):
     image = images[2] / np.float32(255)
-    own = from_explain("bright-1", centre)
-    seen = own.surrogate(small, image, 3, Context(1e-3))
+    interpreter = from_explain("bright-1", centre)
+    seen = interpreter.surrogate(small, image, 3, Context(1e-3))
     np.testing.assert_array_equal(seen.map, centre(small, image, 3))
     np.testing.assert_array_equal(seen.logits, logits_of(small, image))
-    assert own == from_explain("bright-1", centre) and own.name == "bright-1" and own.needs == ()
+    assert (
+        interpreter == from_explain("bright-1", centre)
+        and interpreter.name == "bright-1"
+        and interpreter.needs == ()
+    )
 
 
 def test_a_function_that_takes_an_activation_is_given_a_curved_one(small, images):
     image = jnp.asarray(images[2] / np.float32(255))
-    own = from_explain("scaled", scaled)
+    interpreter = from_explain("scaled", scaled)
     np.testing.assert_allclose(
-        own.surrogate(small, image, 3, Context(1e-2)).map, scaled(small, image, 3), atol=1e-6
+        interpreter.surrogate(small, image, 3, Context(1e-2)).map,
+        scaled(small, image, 3),
+        atol=1e-6,
     )
 
     def slope(draw):
         return np.asarray(jax.grad(lambda x: (draw(x) ** 2).sum())(image))
 
-    found = slope(lambda x: own.surrogate(small, x, 3, Context(1e-2)).map)
+    actual = slope(lambda x: interpreter.surrogate(small, x, 3, Context(1e-2)).map)
     expected = slope(lambda x: scaled(small, x, 3, act=lambda z: relu_curved(z, 1e-2)))
-    np.testing.assert_allclose(found, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(found - slope(lambda x: scaled(small, x, 3))).max() > 0.1 * np.abs(found).max()
-    assert own.needs == ("act",)
+    np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(actual - slope(lambda x: scaled(small, x, 3))).max() > 0.1 * np.abs(actual).max()
+    assert interpreter.needs == ("act",)
 
 
 def test_what_no_preset_knows_takes_the_numbers_of_its_like():
-    for name, own in {
+    for name, interpreter in {
         "cam": from_explain("own", centre),
         "grad": from_explain("own", scaled),
         "mask": mask_interpreter()._replace(name="own"),
     }.items():
         for preset, known in presets.PRESETS.items():
-            found = presets.resolve(preset, own)
-            assert (found.interpreter, found.steps, found.balance) == (
-                own,
+            actual = presets.resolve(preset, interpreter)
+            assert (actual.interpreter, actual.steps, actual.balance) == (
+                interpreter,
                 known[name].steps,
                 known[name].balance,
             )
@@ -85,27 +91,29 @@ def test_names_are_those_of_folders():
 
 
 def test_integrated_gradients_are_the_mean_over_the_path(linear):
-    own = interpreter_of(f"{FILE}:interpreter")
+    interpreter = interpreter_of(f"{FILE}:interpreter")
     image = jnp.asarray(np.random.default_rng(0).random((4, 4, 3)), jnp.float32)
-    found = own.explain(linear, image, 1)
+    actual = interpreter.explain(linear, image, 1)
     shares = (np.arange(8) + 0.5) / 8
     slopes = [
         jax.grad(lambda x: log_odds(linear.head(linear.features(x)), 1))(np.float32(share) * image)
         for share in shares
     ]
     np.testing.assert_allclose(
-        found, maps.min_max(jnp.abs(image * np.mean(slopes, axis=0)).sum(-1)), atol=1e-6
+        actual, maps.min_max(jnp.abs(image * np.mean(slopes, axis=0)).sum(-1)), atol=1e-6
     )
 
 
 def test_it_is_attacked_by_name_of_its_file(small, images):
-    own = interpreter_of(f"{FILE}:interpreter")
+    interpreter = interpreter_of(f"{FILE}:interpreter")
     logits, _ = explain(small, images[1:5], np.zeros(4, int), interpreter="grad")
     labels, targets = logits.argsort(1)[:, -1], logits.argsort(1)[:, -2]
-    _, benign = explain(small, images[1:5], labels, interpreter=own)
-    joint = attack(small, images[1:5], targets, benign, interpreter=own, threat=WIDE, steps=80)
+    _, benign = explain(small, images[1:5], labels, interpreter=interpreter)
+    joint = attack(
+        small, images[1:5], targets, benign, interpreter=interpreter, threat=WIDE, steps=80
+    )
     plain = attack(small, images[1:5], targets, interpreter=None, threat=WIDE, steps=80)
-    _, moved = explain(small, plain.images, targets, interpreter=own)
+    _, moved = explain(small, plain.images, targets, interpreter=interpreter)
     assert np.abs(joint.maps - benign).mean() < 0.6 * np.abs(moved - benign).mean()
     # a gradient of a gradient at each of eight points
     assert joint.gradient_evaluations > 2 * 8 * 80

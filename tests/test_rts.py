@@ -62,12 +62,12 @@ def variation(m):
 
 def plain_loss(linear, x, m, other, weights):
     """Eq. 8."""
-    kept, removed = (
+    preserved, removed = (
         probability(linear, blended(x, m, other)),
         probability(linear, blended(x, 1 - m, other)),
     )
     size = weights.variation * variation(m) + weights.area * (m**weights.area_power).sum() / m.size
-    return size - np.log(kept) + weights.removal * removed**weights.power
+    return size - np.log(preserved) + weights.removal * removed**weights.power
 
 
 def loss_of(linear, x, m, other, weights):
@@ -88,8 +88,10 @@ TERMS = {
 
 @pytest.mark.parametrize("term", TERMS)
 def test_every_term_of_equation_8_is_the_one_of_plain_numpy(linear, x, m, other, term):
-    found = loss_of(linear, x, m, other, TERMS[term])
-    assert found == pytest.approx(plain_loss(linear, x, m, other, TERMS[term]), rel=1e-5)  # float32
+    actual = loss_of(linear, x, m, other, TERMS[term])
+    assert actual == pytest.approx(
+        plain_loss(linear, x, m, other, TERMS[term]), rel=1e-5
+    )  # float32
 
 
 def test_the_size_of_a_map_does_not_ask_the_classifier(m):
@@ -101,7 +103,7 @@ def test_defaults_weigh_every_term():
     assert all(value > 0 for value in SaliencyWeights())
 
 
-@pytest.mark.parametrize("argument", ["image", "mask"])
+@pytest.mark.parametrize("argument", ["image", "map"])
 def test_gradients_of_equation_8_are_central_differences(
     double, slope, linear, x, m, other, argument
 ):
@@ -114,9 +116,9 @@ def test_gradients_of_equation_8_are_central_differences(
 
     at = x if argument == "image" else m
     v = np.random.default_rng(2).standard_normal(at.shape)
-    found = jnp.vdot(jax.grad(f)(jnp.asarray(at)), v)
-    np.testing.assert_allclose(found, slope(f, at, v), rtol=1e-7)
-    assert abs(found) > 1e-2
+    actual = jnp.vdot(jax.grad(f)(jnp.asarray(at)), v)
+    np.testing.assert_allclose(actual, slope(f, at, v), rtol=1e-7)
+    assert abs(actual) > 1e-2
 
 
 def test_a_probability_that_rounds_to_zero_has_a_finite_slope(linear, x, m, other):
@@ -252,7 +254,7 @@ PGD = replace(BARE, interpreter=None)
 
 
 @pytest.fixture(scope="module")
-def goal(model, images):
+def problem(model, images):
     """The second likeliest class of each image, and the map of the likeliest, to be shown for it."""
     logits, _ = explain(model, images, np.zeros(6, int), interpreter="rts")
     targets, labels = logits.argsort(-1)[:, -2:].T
@@ -260,16 +262,16 @@ def goal(model, images):
 
 
 @pytest.fixture(scope="module")
-def run(model, images, goal):
-    def call(plan, **options):
-        maps = None if plan.interpreter is None else goal[1]
+def run(model, images, problem):
+    def call(preset, **options):
+        maps = None if preset.interpreter is None else problem[1]
         return attack(
             model,
             images,
-            goal[0],
+            problem[0],
             maps,
-            interpreter=plan.interpreter,
-            preset=plan,
+            interpreter=preset.interpreter,
+            preset=preset,
             threat=threats.linf(0.1),
             **options,
         )
@@ -280,13 +282,14 @@ def run(model, images, goal):
 @pytest.fixture(scope="module")
 def results(run):
     return {
-        name: run(plan) for name, plan in (("bare", BARE), ("encoder", WITH_ENCODER), ("pgd", PGD))
+        name: run(preset)
+        for name, preset in (("bare", BARE), ("encoder", WITH_ENCODER), ("pgd", PGD))
     }
 
 
 @pytest.mark.slow
-def test_the_attack_shows_the_target_map(model, images, results, goal):
-    targets, maps = goal
+def test_the_attack_shows_the_target_map(model, images, results, problem):
+    targets, maps = problem
     pgd_maps = explain(model, results["pgd"].images, targets, interpreter="rts")[1]
     before, _ = explain(model, images, targets, interpreter="rts")
     for name in ("bare", "encoder"):
@@ -299,10 +302,10 @@ def test_the_attack_shows_the_target_map(model, images, results, goal):
         ).all()
 
 
-def test_encoder_loss_moves_the_encoder_towards_the_target(masker, results, goal):
+def test_encoder_loss_moves_the_encoder_towards_the_target(masker, results, problem):
     loss = jax.jit(jax.vmap(head_loss, (None, 0, 0)))
     bare, encoder = (
-        loss(masker, results[name].images / np.float32(255), goal[0])
+        loss(masker, results[name].images / np.float32(255), problem[0])
         for name in ("bare", "encoder")
     )
     assert (encoder < bare).all()

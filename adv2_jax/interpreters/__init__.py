@@ -1,15 +1,11 @@
-"""Interpreters: pure one-image functions `(model, image, label, *, options) -> map [h, w] in [0,
-1]`, large = important.
+"""Interpreters: pure functions (model, image, label, *, options) -> map [h, w], large = important.
 
     m = adv2.interpreters.cam(model, image, label)
 
-`explain` is what the analyst sees. An attack differentiates a `surrogate` of it, `(model, image,
-label, context) -> Seen`, which shares one pass over the network between the two terms of the joint
-loss. `Interpreter` pairs the two faces.
-
-The map of MASK is the end of a descent. Such an interpreter has a `Solver` besides, so that whoever
-explains or attacks many images can drive the descent as it drives an attack, and a surrogate that
-carries along where its own descent stands.
+These functions explain one image. An attack differentiates a surrogate, (model, image, label,
+context) -> `Seen`, which shares one pass over the network between the two terms of the joint loss.
+An `Interpreter` pairs both. That of MASK has a `Solver` too, since its map is the result of an
+optimisation, which `descent.drive` runs for a batch of images.
 """
 
 from collections.abc import Callable
@@ -67,6 +63,7 @@ __all__ = [
 ]
 
 
+# by the names of the command line and of the results; `FACTORIES` has the names of preset files too
 INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "grad": grad_interpreter,
     "cam": cam_interpreter,
@@ -81,13 +78,16 @@ FACTORIES: dict[str, Callable[..., Interpreter]] = {
 
 
 def of_function(explain: Explain) -> Interpreter:
-    """The interpreter of this package that explains by a function, and so its checks, or one that has nothing but the function."""
-    known = (factory() for factory in INTERPRETERS.values())
+    """Return the built-in interpreter with this `explain`, or one without a surrogate.
+
+    The built-in one brings its checks and its solver.
+    """
+    builtin = (factory() for factory in INTERPRETERS.values())
     return next(
-        (own for own in known if own.explain == explain),
-        Interpreter(shown(explain), explain, _not_to_be_attacked),
+        (interpreter for interpreter in builtin if interpreter.explain == explain),
+        Interpreter(shown(explain), explain, _no_surrogate),
     )
 
 
-def _not_to_be_attacked(*arguments: Any) -> Seen:
+def _no_surrogate(*arguments: Any) -> Seen:
     raise ValueError("a function explains; to be attacked it needs a surrogate, in an Interpreter")

@@ -1,4 +1,9 @@
-"""The two faces of an interpreter, and what passes between a surrogate and the attack that differentiates it."""
+"""Types of an interpreter: its two faces, and the input and output of its surrogate.
+
+An interpreter has two faces. `explain` draws the map that the analyst sees. `surrogate` is the
+function that the adversary differentiates: it gives the logits and the map from one pass over the
+network, and may smooth derivatives, carry a memory from step to step or add a penalty.
+"""
 
 import inspect
 import re
@@ -18,14 +23,15 @@ Explain = Callable[[Any, Image, Label], Map]
 
 
 class Context(NamedTuple):
-    """What a surrogate is told of the step it serves.
+    """Input of a surrogate besides model, image and label: one step of one attack.
 
     Attributes:
-        tau: [] > 0, the width of whatever the surrogate smooths; a schedule sharpens it on the way.
-        key: a PRNG key of this image and step, for those that draw random numbers.
-        step: [] int32, 0 at the start of the joint stage.
-        memory: what the surrogate returned as `Seen.memory` at the step before; of an interpreter
-            with a solver.
+        tau: [] > 0, width of the smoothing (see `activations.relu_curved`); a schedule may decrease
+            it during the attack.
+        key: PRNG key of this image and this step, for surrogates that draw random numbers; None if
+            the problem has no key.
+        step: [] int32, number of joint steps taken before this one.
+        memory: `Seen.memory` of the previous step; None for an interpreter without a solver.
     """
 
     tau: Array | Any
@@ -35,13 +41,13 @@ class Context(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a surrogate makes of an image.
+    """Output of a surrogate for one image.
 
     Attributes:
-        logits: [K]; their gradient in the image is exact.
+        logits: [K], those of the classifier; their gradient in the image must be exact.
         map: [h, w] in [0, 1].
-        penalty: [], added to the joint loss as it is.
-        memory: any pytree of one structure, handed to the next step.
+        penalty: [], added to the joint loss with weight 1.
+        memory: pytree whose structure, shapes and types do not change, for the next step.
     """
 
     logits: Logits
@@ -54,13 +60,13 @@ Surrogate = Callable[[Any, Image, Label, Context], Seen]
 
 
 class Solver(NamedTuple):
-    """An interpreter whose map is where a descent ends, one step at a time.
+    """Iterative interpreter, one step at a time, so that `descent.drive` can run it for a batch.
 
     Attributes:
-        init: image -> memory (any pytree), where the descent starts.
+        init: image -> memory, the state before the first step (any pytree).
         step: (model, image, label, memory) -> memory; costs one gradient through the network.
-        read: memory -> map.
-        steps: how many steps make the explained map.
+        read: memory -> map [h, w].
+        steps: number of steps after which `read` gives the explained map.
     """
 
     init: Callable[[Image], Any]
@@ -73,22 +79,24 @@ class Solver(NamedTuple):
 
 
 class Interpreter(NamedTuple):
-    """The two faces of an interpreter.
+    """Interpreter: the map of the analyst, and the function that the adversary differentiates.
 
     Attributes:
-        name: as in results.
-        explain: (model, image, label) -> map, what the analyst sees.
-        surrogate: (model, image, label, context) -> `Seen`, what the adversary differentiates.
-        faithful: whether the surrogate's map *is* the explained map (only its gradient may differ),
-            so that an iterate is scored by the pass that differentiates it.
-        solver: `explain` step by step, for an interpreter that is itself a descent. The surrogate
-            carries a memory of the same kind from step to step; it starts anew from each fresh
-            solve.
-        check: of (model, image shape [H, W, 3]); raises a ValueError for a model, or images, that
-            it cannot explain.
-        needs: what it asks of a model beyond `logits`: "features", "head", "masker"; and "act", if
-            its surrogate does.
-        made: the factory of this module and the options that it was made with, if it was.
+        name: name in results and presets.
+        explain: (model, image, label) -> map, the map that the analyst sees.
+        surrogate: (model, image, label, context) -> `Seen`, differentiated by the adversary.
+        faithful: True if the values of the surrogate's map are those of `explain` (its derivatives
+            may differ). Then the pass that computes the gradient also scores the iterate;
+            otherwise the explained map is drawn for that every few steps.
+        solver: `explain` step by step, for an interpreter that is itself a descent; else None. The
+            memory of the surrogate has the same structure, and each complete solve replaces it.
+        check: (model, image shape [H, W, 3]) -> None; raises a ValueError if a model that has all
+            of `needs` still cannot be explained on such images. None checks nothing.
+        needs: attributes that a model must have besides `logits`: "features", "head", "masker".
+            "act" is no attribute: it means that an attack, but not `explain`, needs a network
+            whose ReLUs can be replaced (`capabilities.check_activation`).
+        made: the factory bound to the options that made this interpreter; None for one that was
+            written by hand. Presets are saved by it.
     """
 
     name: str
@@ -104,8 +112,8 @@ class Interpreter(NamedTuple):
         return shown(self)
 
 
-def recorded(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
-    """Decorator: the factory is `options.shared`, and what it makes knows how."""
+def interpreter_factory(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
+    """Decorator that memoises a factory (`options.shared`) and sets `Interpreter.made`."""
 
     @shared
     @wraps(factory)
@@ -116,21 +124,24 @@ def recorded(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
 
 
 def from_explain(name: str, explain: Callable[..., Map]) -> Interpreter:
-    """An interpreter of a pure function alone, which the adversary differentiates as it is.
+    """Make an interpreter from a pure function; its surrogate is the function itself.
 
-    If the function has an option `act`, to be handed on to the network, the adversary's maps are
-    drawn with the curved ReLU of GRAD attacks (`relu_curved`): they are the true ones, and have a
-    second derivative.
+    If the function has an option `act`, which it passes to the network, the surrogate calls it with
+    the curved ReLU of GRAD attacks (`relu_curved`): the map has the same values, and a second
+    derivative.
 
     Args:
-        name: as in results, letters, digits, `_` and `-`.
+        name: name in results: letters, digits, `_` and `-`.
         explain: (model, image, label) -> map [h, w] in [0, 1].
 
     Raises:
-        ValueError: for another kind of name.
+        ValueError: if the name has other characters.
     """
+    # the name becomes a part of file names and of keys in results.npz
     if not re.fullmatch(r"[\w-]+", name):
         raise ValueError(f"interpreter name {name!r} may have letters, digits, _ and - only")
+    # a map made of first derivatives needs curvature from `act`; one made of values, such as CAM,
+    # has no use for it
     curved = "act" in inspect.signature(explain).parameters
     return Interpreter(
         name,

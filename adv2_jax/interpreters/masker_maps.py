@@ -1,4 +1,8 @@
-"""RTS: a trained network, the masker, draws the map (ADV² §3.4; Dabkowski & Gal 2017)."""
+"""RTS: a trained network, the masker, draws the map (ADV² §3.4; Dabkowski & Gal 2017).
+
+Notation: m the map, φ(x; m) the image blended into an alternative (`blending.blend`), f the
+classifier, c the class.
+"""
 
 from typing import Any, NamedTuple
 
@@ -9,7 +13,7 @@ from jax import Array
 
 from adv2_jax.blending import blend
 from adv2_jax.capabilities import logits_of, num_classes
-from adv2_jax.interpreters.base import Context, Interpreter, Seen, recorded
+from adv2_jax.interpreters.base import Context, Interpreter, Seen, interpreter_factory
 from adv2_jax.losses import cross_entropy
 from adv2_jax.maps import total_variation
 from adv2_jax.options import bind
@@ -18,12 +22,19 @@ from adv2_jax.types import Classifier, Image, Label, Map, Masker
 
 
 class SaliencyWeights(NamedTuple):
-    """λ1 to λ4 of eq. 8, and what r_av is the mean of: m to the power of `area_power`.
+    """Weights of eq. 8, by which maskers are trained.
 
-    Below 1 it makes half a map cost more than half: what a masker draws has edges. Dabkowski & Gal
-    use .3, the paper's words say 1.
+    Attributes:
+        variation: λ1, of the total variation r_tv.
+        area: λ2, of the mean r_av.
+        removal: λ3, of the probability that is left where the map hides the object.
+        power: λ4, exponent of that probability.
+        area_power: r_av is the mean of m to this power. Below 1 intermediate values cost more than
+            their share, which gives maps with edges; Dabkowski & Gal use .3, the paper says 1.
     """
 
+    # λ1 and λ2 are Dabkowski & Gal's. The others were found by training on the embedded set; the
+    # shipped masker has them, and the README its quality
     variation: float = 0.5
     area: float = 8.0
     removal: float = 3.0
@@ -32,7 +43,7 @@ class SaliencyWeights(NamedTuple):
 
 
 def rts(masker: Masker, image: Image, label: Label) -> Map:
-    """The map that a masker draws; no pass over the classifier.
+    """Return the map that a masker draws; the classifier is not called.
 
     Args:
         masker: trained by `adv2 train rts`.
@@ -42,6 +53,7 @@ def rts(masker: Masker, image: Image, label: Label) -> Map:
     Returns:
         [h, w] in [0, 1], not scaled: an image that does not show c has a map near zero.
     """
+    # not min-max scaled: how much of a map there is says whether c is shown at all
     return at_least_float32(masker(image, label))
 
 
@@ -49,92 +61,95 @@ def saliency_loss(
     model: Classifier,
     image: Image,
     label: Label,
-    mask: Map,
+    m: Map,
     alternative: Image,
     weights: SaliencyWeights,
 ) -> Array:
-    """λ1 r_tv(m) + λ2 r_av(m) - log f_c(φ(x; m)) + λ3 f_c(φ(x; 1 - m))^λ4, what a masker is trained
-    to minimise (eq. 8).
+    """Return the training loss of a masker for one image (eq. 8).
+
+        λ1 r_tv(m) + λ2 r_av(m) - log f_c(φ(x; m)) + λ3 f_c(φ(x; 1 - m))^λ4
 
     Args:
         model: the classifier f.
         image: x, [H, W, 3] in [0, 1].
         label: [] the class c.
-        mask: m, [h, w] in [0, 1].
-        alternative: what φ shows where the mask hides the image, [H, W, 3].
+        m: [h, w] in [0, 1], the map.
+        alternative: the image that φ shows where m = 0, [H, W, 3].
         weights: λ1 to λ4.
 
     Returns:
         [] >= 0.
     """
-    kept, removed = (
-        log_probability(model, blend(image, m, alternative), label) for m in (mask, 1 - mask)
+    preserved, removed = (
+        log_probability(model, blend(image, visible, alternative), label) for visible in (m, 1 - m)
     )
-    # a power of f_c by its logarithm: no infinite slope where f_c rounds to 0
-    return size_loss(mask, weights) - kept + weights.removal * jnp.exp(weights.power * removed)
+    # f_c^λ4 by its logarithm: for λ4 < 1 a power has an infinite slope where f_c rounds to 0
+    return size_loss(m, weights) - preserved + weights.removal * jnp.exp(weights.power * removed)
 
 
-def size_loss(mask: Map, weights: SaliencyWeights) -> Array:
-    """λ1 r_tv(m) + λ2 r_av(m), the terms of eq. 8 that do not ask the classifier: all there is for a class that is not shown."""
-    return (
-        weights.variation * total_variation(mask) + weights.area * (mask**weights.area_power).mean()
-    )
+def size_loss(m: Map, weights: SaliencyWeights) -> Array:
+    """Return λ1 r_tv(m) + λ2 r_av(m), the terms of eq. 8 without the classifier, [] >= 0.
+
+    For a class that the image does not show it is the whole loss: the map should be empty.
+    """
+    return weights.variation * total_variation(m) + weights.area * (m**weights.area_power).mean()
 
 
 def log_probability(model: Classifier, image: Image, label: Label) -> Array:
-    """log f_c(x), finite also where f_c rounds to 0."""
+    """Return log f_c(x), [] <= 0."""
+    # by log_softmax: finite also where f_c itself rounds to 0
     return jax.nn.log_softmax(logits_of(model, image))[label]
 
 
 def head_loss(masker: Masker, image: Image, label: Label) -> Array:
-    """ℓ_enc as the released code has it: the cross-entropy of the encoder's own head towards class t, [] >= 0."""
+    """Return ℓ_enc of the released code: cross-entropy of the encoder's own head for t, [] >= 0."""
     return cross_entropy(logits_of(masker.encoder, image), label)
 
 
 def mean_loss(masker: Masker, image: Image, label: Label) -> Array:
-    """ℓ_enc as the paper's text has it: distance of the encoder's output from that for class t, []
-    >= 0.
+    """Return ℓ_enc of the paper's text: distance of the encoder's output from class t, [] >= 0.
 
-    The mean square over channels of the difference between the last features, averaged over
-    positions, and their mean over the training images of class t, in units of the mean square of
-    the latter.
+    It is the mean square, over channels, of the difference between the last features averaged over
+    positions and the mean of these over the training images of class t.
     """
     pooled = at_least_float32(masker.encoder.features(image)).mean(axis=(0, 1))
     mean = masker.means[...][label]
+    # in units of the class mean, so that one `encoder_weight` serves encoders of any scale
     return jnp.mean((pooled - mean) ** 2) / jnp.mean(mean**2)
 
 
 def check_masker(model: Any, shape: tuple[int, ...], *, needs_means: bool = False) -> None:
-    """Refuse a model whose masker is not made for its classes and for images of a shape [H, W, 3].
+    """Refuse a masker that was made for other classes or images of another shape.
 
     Args:
         model: a `models.ClassifierWithMasker`, a classifier and its masker.
-        shape: of the images.
-        needs_means: whether `mean_loss` will be asked for, which divides by them.
+        shape: of the images, [H, W, 3].
+        needs_means: True if `mean_loss` will be called, which needs the mean features of a class.
 
     Raises:
         ValueError: says what is missing, or what the masker was made for.
     """
     model.masker.check(num_classes(model, shape), shape)
+    # means of zeros are those of a masker before training; `mean_loss` would divide by zero
     if needs_means and not np.any(jax.device_get(model.masker.means[...]), axis=-1).all():
         raise ValueError(
-            "the masker has no mean features of some classes, which encoder_loss 'mean' needs: train it, or use 'head'"
+            "the masker has no mean features of some classes, which encoder_loss 'mean' needs: "
+            "train it, or use 'head'"
         )
 
 
-@recorded
+@interpreter_factory
 def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) -> Interpreter:
-    """RTS, and with it ℓ_enc for the adversary, without which its attack "is often ineffective"
-    (ADV² §3.4).
+    """RTS, attacked through its map and the encoder loss ℓ_enc (ADV² §3.4).
 
-    The model is to be a `models.ClassifierWithMasker`: a classifier and its masker.
+    Without ℓ_enc the attack "is often ineffective" (same section). The model must be a
+    `models.ClassifierWithMasker`: a classifier and its masker.
 
     Args:
-        encoder_loss: "head", cross-entropy of the encoder's own head towards the target (released
+        encoder_loss: "head", cross-entropy of the encoder's own head for the target (released
             code), or "mean", distance of its pooled features from the mean of the target's class
             (the paper's text).
-        encoder_weight: what ℓ_enc is multiplied with, 0 or more; the released code uses .1, 0
-            leaves it out.
+        encoder_weight: factor of ℓ_enc, 0 or more; the released code uses .1, 0 omits the term.
 
     Returns:
         An interpreter; equal options give the same object.
@@ -146,10 +161,13 @@ def rts_interpreter(*, encoder_loss: str = "head", encoder_weight: float = 0.1) 
         raise ValueError(f"encoder_loss {encoder_loss!r} is not one of {', '.join(ENCODER_LOSSES)}")
     if not 0 <= encoder_weight < float("inf"):
         raise ValueError(f"encoder_weight = {encoder_weight} must be finite and not negative")
-    surrogate = bind(_rts_with_penalty, encoder_loss=encoder_loss, encoder_weight=encoder_weight)
     needs_means = encoder_loss == "mean" and encoder_weight > 0
     return Interpreter(
-        "rts", _rts, surrogate, check=bind(check_masker, needs_means=needs_means), needs=("masker",)
+        "rts",
+        _rts,
+        bind(_rts_with_penalty, encoder_loss=encoder_loss, encoder_weight=encoder_weight),
+        check=bind(check_masker, needs_means=needs_means),
+        needs=("masker",),
     )
 
 
@@ -166,6 +184,7 @@ def _rts_with_penalty(
     encoder_loss: str,
     encoder_weight: float,
 ) -> Seen:
+    # with weight 0 the encoder's head is not even traced: no work, and none is charged
     penalty = (
         encoder_weight * ENCODER_LOSSES[encoder_loss](model.masker, image, label)
         if encoder_weight
