@@ -21,7 +21,17 @@ from adv2_jax.capabilities import (
 )
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
-from adv2_jax.descent import Driver, Info, Numbers, OnStep, Options, Problem, init, step
+from adv2_jax.descent import (
+    Driver,
+    Info,
+    Numbers,
+    OnStep,
+    Options,
+    Problem,
+    init,
+    solver_step_of,
+    step_of,
+)
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
 from adv2_jax.presets import Preset, look_up, resolve
 from adv2_jax.threats import Params, Threat
@@ -232,12 +242,21 @@ def map_shape(
     model: Classifier, shape: tuple[int, ...], interpreter: Interpreter
 ) -> tuple[int, ...]:
     """h, w of the maps that an interpreter draws of images of a shape [H, W, 3]; nothing is computed."""
-    return _map_shape(architecture(model), tuple(shape), interpreter.explain)
+    return _map_shape(architecture(model), tuple(shape), interpreter.explain, interpreter.solver)
 
 
 @lru_cache(maxsize=64)
-def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) -> tuple[int, ...]:
-    return jax.eval_shape(explain, *_abstract(known, shape)).shape
+def _map_shape(
+    known: Architecture, shape: tuple[int, ...], explain: Explain, solver: Solver | None
+) -> tuple[int, ...]:
+    model, image, label = _abstract(known, shape)
+    return jax.eval_shape(
+        partial(explain_one, interpreter=explain, solver=solver),
+        model,
+        image,
+        label,
+        _memory(image, solver),
+    )[1].shape
 
 
 def missing(model: Classifier, interpreter: Interpreter) -> str | None:
@@ -298,34 +317,25 @@ def gradient_evaluations(
 def _gradient_evaluations(
     known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
-    interpreter, solver = (
-        preset.interpreter,
-        None if preset.interpreter is None else preset.interpreter.solver,
-    )
     unit = _work_of_step(known, Options(threat), None, shape)
     if not unit:
         return float(preset.warm_steps + preset.steps)
-    spent = preset.warm_steps * unit + preset.steps * _work_of_step(
-        known, joint_options(preset, threat), interpreter, shape
-    )
-    model, image, label = _abstract(known, shape)
-    memory = None if solver is None else jax.eval_shape(solver.init, image)
-    solving = (
-        0
-        if solver is None
-        else solver.steps * multiply_adds(solver.step, model, image, label, memory)
-    )
-    if scores_apart(preset):
-        assert interpreter is not None
-        looking = multiply_adds(
-            partial(explain_one, interpreter=interpreter.explain, solver=solver),
-            model,
-            image,
-            label,
-            memory,
-        )
-        spent += math.ceil(preset.steps / preset.score_every) * (solving + looking)
-    return round((spent + solving) / unit, 1)
+    interpreter, options = preset.interpreter, joint_options(preset, threat)
+    spent = preset.warm_steps * unit
+    spent += preset.steps * _work_of_step(known, options, interpreter, shape)
+    solves = int(interpreter is not None and interpreter.solver is not None)
+    if interpreter is not None:
+        model, image, label = _abstract(known, shape)
+        solver = interpreter.solver
+        memory = _memory(image, solver)
+        scored = math.ceil(preset.steps / preset.score_every) if scores_apart(preset) else 0
+        if scored:
+            one = partial(explain_one, interpreter=interpreter.explain, solver=solver)
+            spent += scored * multiply_adds(one, model, image, label, memory)
+        if solver is not None:
+            inputs = model, (image, label), memory, np.int32(0)
+            spent += (scored + 1) * solver.steps * multiply_adds(solver_step_of(solver), *inputs)
+    return round(spent / unit, 1)
 
 
 @lru_cache(maxsize=256)  # every preset is compared with the same step of plain PGD
@@ -334,20 +344,12 @@ def _work_of_step(
 ) -> int:
     """Multiply-adds of one step on one image."""
     model, image, label = _abstract(known, shape)
-    solver = None if interpreter is None else interpreter.solver
     drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    problem, numbers = (
-        Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key),
-        Numbers(*[np.float32(1)] * 3),
-    )
-
-    def one(model: Classifier, problem: Problem, memory: Any) -> Any:
-        return step(model, problem, init(problem, options, None, memory), numbers, options)
-
-    return multiply_adds(
-        one, model, problem, None if solver is None else jax.eval_shape(solver.init, image)
-    )
+    problem = Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key)
+    memory = None if interpreter is None else _memory(image, interpreter.solver)
+    state = jax.eval_shape(partial(init, options=options), problem, memory=memory)
+    return multiply_adds(step_of(options), model, problem, state, Numbers(*[np.float32(1)] * 3))
 
 
 def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -357,6 +359,10 @@ def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, An
         jax.ShapeDtypeStruct(shape, np.float32),
         jax.ShapeDtypeStruct((), np.int32),
     )
+
+
+def _memory(image: Any, solver: Solver | None) -> Any:
+    return None if solver is None else jax.eval_shape(solver.init, image)
 
 
 def count_steps(preset: Preset, n: int, batch_size: int) -> int:

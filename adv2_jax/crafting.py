@@ -359,10 +359,11 @@ def _explain_batch(
     interpreter: Explain,
     solver: Solver | None,
 ) -> tuple[Array, Array]:
-    one = partial(explain_one, interpreter=interpreter, solver=solver)
-    return jax.vmap(lambda *given: one(model, *given))(images, labels, memory)
+    one = partial(explain_one, model, interpreter=interpreter, solver=solver)
+    return jax.vmap(one)(images, labels, memory)
 
 
+@partial(jax.jit, static_argnames=("interpreter", "solver"), inline=True)
 def explain_one(
     model: Classifier,
     image: Image,

@@ -230,19 +230,24 @@ def step(
 
 
 @lru_cache
-def _step_of(options: Options) -> Step:
-    """`step` of these options; equal options give the same object."""
-    return lambda model, problem, state, numbers: step(model, problem, state, numbers, options)
+def step_of(options: Options) -> Step:
+    """Return `step` of these options, jitted; equal options give the same object.
+
+    `jit` here caches the trace for one image: drivers map it over their batch, and
+    `attacks.gradient_evaluations` counts its work, without tracing the network again.
+    """
+    return jax.jit(
+        lambda model, problem, state, numbers: step(model, problem, state, numbers, options),
+        inline=True,
+    )
 
 
 @lru_cache
-def _step_to_map(solver: Solver) -> Step:
-    """`solver.step` in the form that `drive` wants."""
-
-    def step(model: Classifier, asked: tuple[Image, Label], memory: Any, _: Any) -> tuple[Any, Any]:
-        return solver.step(model, *asked, memory), ()
-
-    return step
+def solver_step_of(solver: Solver) -> Step:
+    """Return `solver.step` in the form that `drive` takes, jitted as in `step_of`."""
+    return jax.jit(
+        lambda model, problem, memory, _: (solver.step(model, *problem, memory), ()), inline=True
+    )
 
 
 @lru_cache(maxsize=32)  # an entry holds all that was compiled for one architecture and one step
@@ -289,7 +294,7 @@ def batched_step(
         the numbers with axis [B].
     """
     leaves, structure = jax.tree.flatten(model)
-    return leaves, _programs(structure, _step_of(options))[0]
+    return leaves, _programs(structure, step_of(options))[0]
 
 
 def descend(
@@ -339,7 +344,7 @@ def descend(
         )
     return drive(
         model,
-        _step_of(options),
+        step_of(options),
         problems,
         states,
         schedule,
@@ -355,7 +360,7 @@ def solve(
     """The memory of a solver at the end of its steps, for a batch: [B, H, W, 3], [B] -> leading axis [B]."""
     return drive(
         model,
-        _step_to_map(solver),
+        solver_step_of(solver),
         (images, labels),
         _start(images, solver),
         np.arange(solver.steps),

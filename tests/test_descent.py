@@ -283,7 +283,7 @@ def test_both_drivers_give_the_same(model, small_steps):
 def test_spans_of_a_schedule_are_the_whole_and_share_a_program(model, small_steps, driver):
     problems, states, schedule, options = small_steps
     whole = descent.descend(model, *small_steps, driver=driver)
-    programs = descent._programs(jax.tree.structure(model), descent._step_of(options))
+    programs = descent._programs(jax.tree.structure(model), descent.step_of(options))
     compiled = [program._cache_size() for program in programs]
     infos = []
     for span in ((0, 2), (2, 3), (3, 5)):
