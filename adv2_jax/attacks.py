@@ -288,8 +288,8 @@ def check_interpreter(
     # a map of one entry, scaled by its own minimum and maximum, is always 0
     if 0 < math.prod(expected) < 4:
         raise ValueError(
-            f"{interpreter.name} draws maps {list(expected)} of images {list(shape)}: fewer than 2 x 2 entries show nothing; "
-            "use larger images, or a network whose last features are finer"
+            f"{interpreter.name} draws maps {list(expected)} of images {list(shape)}: "
+            "fewer than 2 x 2 entries show nothing; use larger images, or a network whose last features are finer"
         )
     return expected
 
@@ -422,7 +422,7 @@ def _problems(
     interpreter: Interpreter | None,
     all_may_fail: bool,
 ) -> Problem:
-    """Return the checked arguments of `attack` as NumPy arrays, moved to the device batch by batch."""
+    """Return the checked arguments of `attack`, in NumPy: batches move to the device one by one."""
     t = _classes("targets", targets, model, x)
     if interpreter is None:
         return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
@@ -451,7 +451,7 @@ def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
 
 
 def finite(values: Any) -> np.ndarray:
-    """Return bool [N]: the entries of the leading axis that are finite in all leaves of a pytree."""
+    """Return bool [N]: entries of the leading axis that are finite in all leaves of a pytree."""
     leaves = jax.tree.leaves(values)
     return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
 
@@ -461,12 +461,14 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> 
     classes = np.asarray(values)
     if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}"
+            f"{name} must be integers [{len(x)}], one an image, "
+            f"got {classes.dtype} {list(classes.shape)}"
         )
     k = num_classes(model, x.shape[1:])
     if classes.min() < 0 or classes.max() >= k:
         raise ValueError(
-            f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}"
+            f"{name} must lie in 0..{k - 1}, the model's classes, "
+            f"got {classes.min()}..{classes.max()}"
         )
     return classes.astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""The pass over a classifier, and what one trace tells of it: what it can do, its shapes, that it is set to inference."""
+"""The forward pass of any classifier, and checks of its methods, shapes and mode by one trace."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
@@ -55,7 +55,7 @@ def head_of(model: HasFeatures, features: Features) -> Logits:
 
 @jax.tree_util.register_pytree_node_class
 class StaticLeaves:
-    """A model whose leaves other than arrays (functions, strings, …) are static; see `static_leaves`."""
+    """A model whose leaves other than arrays (functions, …) are static; see `static_leaves`."""
 
     def __init__(self, arrays: list[Array], rest: tuple[Any, ...], structure: Any):
         self._arrays, self._rest, self._structure = arrays, rest, structure
@@ -188,7 +188,8 @@ def inspected(model: Classifier, shape: tuple[int, ...]) -> Inspected:
     unregistered = any(leaf is model for leaf in jax.tree.leaves(model))
     if unregistered and len(lacks(model, "features", "logits")) < 2:
         raise ValueError(
-            f"{type(model).__name__} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it"
+            f"{type(model).__name__} is not a pytree: {PROTOCOL}; "
+            "a Linen module needs its weights beside it"
         )
     return _inspected(architecture(model), tuple(shape), type(model).__name__)
 
@@ -214,8 +215,8 @@ def check_activation(model: Classifier, shape: tuple[int, ...]) -> None:
     """
     if count := inspected(model, shape).relus:
         raise ValueError(
-            f"{type(model).__name__} does not pass act on: {count} ReLUs stay where act is another function, and the curvature of "
-            "maps with them; take act as an argument and call it in place of every ReLU"
+            f"{type(model).__name__} does not pass act on: {count} ReLUs stay where act is another "
+            "function, and the curvature of maps with them; take act as an argument and call it in place of every ReLU"
         )
 
 
@@ -366,8 +367,8 @@ def _check_logits(what: str, logits: Any) -> jax.ShapeDtypeStruct:
     _check_shape(what, logits, 1, "logits [K]")
     if logits.shape[0] < 2:
         raise ValueError(
-            f"{what} gives {logits.shape[0]} logits, a classifier has at least 2: for one logit z of two classes "
-            "return jnp.stack([0, z]) of it, which has the same probabilities"
+            f"{what} gives {logits.shape[0]} logits, a classifier has at least 2: "
+            "for one logit z of two classes return jnp.stack([0, z]) of it, which has the same probabilities"
         )
     return cast(jax.ShapeDtypeStruct, logits)
 

@@ -244,7 +244,7 @@ def _start(problems: Problem, params: Params, memory: Any, options: Options) -> 
 
 
 def tabulate(n: int, *schedules: Schedule) -> Numbers:
-    """Return the values of schedules over n steps: arrays, so that another schedule needs no retrace."""
+    """Return the values of schedules over n steps, as arrays: other values need no retrace."""
     # each length compiles small programs of its own: round up to multiples of 256
     steps = np.arange(max(math.ceil(n / 256), 1) * 256)
     with jax.transfer_guard("allow"):  # optax computes with numbers of the host
@@ -316,7 +316,7 @@ def look(
     solver: Solver | None,
     driver: Driver,
 ) -> tuple[Array, Array, Any]:
-    """Return logits [B, K], maps [B, h, w] and the memory of the solver of a batch (see `solved`)."""
+    """Return logits [B, K], maps [B, h, w] and the memory of the solver (see `solved`)."""
     memory = solved(model, images, labels, solver, driver)
     return *_explain_batch(model, images, labels, memory, interpreter, solver), memory
 

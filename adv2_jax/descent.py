@@ -138,7 +138,7 @@ class Info(NamedTuple):
 
 
 def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> Image:
-    """Return the adversarial image [H, W, 3] of parameters, rounded straight through if `rounded`."""
+    """Return the image [H, W, 3] that parameters make, rounded straight through if `rounded`."""
     x = threat.apply(params, image)
     # the gradient of round is 0: the sum has the value of the rounded image, and the gradient of x
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x

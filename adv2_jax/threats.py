@@ -194,8 +194,8 @@ def _check_near_grid(image: np.ndarray, *, epsilon: float) -> None:
     distance = np.linalg.norm(np.round(image * 255) / 255 - image)
     if distance > epsilon:
         raise ValueError(
-            f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, more than epsilon = {epsilon}: "
-            "give 8-bit images or a larger epsilon"
+            f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, "
+            f"more than epsilon = {epsilon}: give 8-bit images or a larger epsilon"
         )
 
 
@@ -311,9 +311,9 @@ THREATS: dict[str, Callable[..., Threat]] = {
 def warp(image: Image, flow: Array) -> Image:
     """Return x(p) = x°(p + flow(p)), bilinear; coordinates are clamped to the image.
 
-    The gradient at a pixel q is the slope towards q + 1, so it is not zero at zero flow. Only in the
-    last row (downwards) and the last column (to the right) it is, since the image is constant
-    beyond them.
+    The gradient at a pixel q is the slope towards q + 1, so it is not zero at zero flow. It is zero
+    only in the last row (downwards) and the last column (to the right), where the image is constant
+    beyond.
 
     Args:
         image: [H, W, 3] in [0, 1].
