@@ -24,7 +24,15 @@ from adv2_jax.capabilities import (
     static_leaves,
 )
 from adv2_jax.cost import multiply_adds
-from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
+from adv2_jax.crafting import (
+    craft,
+    explain_one,
+    images_of,
+    joint_options,
+    look,
+    scores_apart,
+    snapshot_steps,
+)
 from adv2_jax.descent import (
     Driver,
     Info,
@@ -134,7 +142,6 @@ def attack(
     """
     threat = threats.linf() if threat is None else threat
     resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
-    _check_batch_size(batch_size)
     benign = check_images(images)
     n = len(benign)
     problems = _problems(
@@ -215,7 +222,6 @@ def explain(
     Raises:
         ValueError: for an argument out of range, or if all images fail; one line.
     """
-    _check_batch_size(batch_size)
     x = check_images(images)
     inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
@@ -373,7 +379,13 @@ def count_steps(preset: Preset, n: int, batch_size: int) -> int:
 
 
 def batches(arrays: T, size: int) -> Iterator[T]:
-    """Yield batches of one size; the last is padded by repeating its last entry."""
+    """Yield batches of one size; the last is padded by repeating its last entry.
+
+    Raises:
+        ValueError: if the size is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size = {size} must be at least 1")
     n = len(jax.tree.leaves(arrays)[0])
     for start in range(0, n, min(size, n)):
         # one size, so that a smaller last batch is not compiled again
@@ -438,11 +450,6 @@ def _problems(
     return Problem(_unit(x, np.float32), t, maps)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
-
-
 def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
     if failed.all() and not all_may_fail:
         raise ValueError(
@@ -494,11 +501,9 @@ def _attack_batch(
     )
     # steps of plain PGD draw no map, and report a distance of 0
     curves.map_l1[:, : None if preset.interpreter is None else preset.warm_steps] = np.nan
-    pictures = (
-        np.zeros((0, 0, *benign.shape[1:]))
-        if crafted.pictures is None
-        else jax.device_get(crafted.pictures).swapaxes(0, 1)
-    )
+    pictures = np.zeros((len(snapshot_steps(preset)), 0, *benign.shape[1:]))
+    if crafted.pictures is not None:
+        pictures = jax.device_get(crafted.pictures)
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
     x64: Any = x.astype(np.float64)
     rounded = [
@@ -525,7 +530,8 @@ def _attack_batch(
         ):
             images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
     # () is a pytree without leaves: batches are concatenated leaf by leaf
-    return Result(*results, *float_results, (), params, curves, to_uint8(pictures), failed)
+    snapshots = to_uint8(pictures).swapaxes(0, 1)
+    return Result(*results, *float_results, (), params, curves, snapshots, failed)
 
 
 def _seen(
