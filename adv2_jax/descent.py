@@ -259,7 +259,8 @@ def step_of(options: Options) -> Step:
 def solver_step_of(solver: Solver) -> Step:
     """Return `solver.step` in the form that `drive` takes, jitted as in `step_of`."""
     return jax.jit(
-        lambda model, problem, memory, _: (solver.step(model, *problem, memory), ()), inline=True
+        lambda model, problem, memory, _: (solver.step(model, problem[0], problem[1], memory), ()),
+        inline=True,
     )
 
 
