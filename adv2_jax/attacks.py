@@ -1,4 +1,7 @@
-"""The attack: a warm start by plain PGD, the joint descent, the best iterate kept, the result rounded to 8 bits and scored."""
+"""`attack` and `explain` for NumPy arrays of any length: checks, batches, 8-bit rounding, cost.
+
+The attack itself is `crafting.craft`, which checks nothing.
+"""
 
 import math
 from collections.abc import Iterator
@@ -16,12 +19,31 @@ from adv2_jax.capabilities import (
     Architecture,
     architecture,
     check_activation,
+    lacks,
     num_classes,
     static_leaves,
 )
 from adv2_jax.cost import multiply_adds
-from adv2_jax.crafting import craft, explain_one, images_of, joint_options, look, scores_apart
-from adv2_jax.descent import Driver, Info, Numbers, OnStep, Options, Problem, init, step
+from adv2_jax.crafting import (
+    craft,
+    explain_one,
+    images_of,
+    joint_options,
+    look,
+    scores_apart,
+    snapshot_steps,
+)
+from adv2_jax.descent import (
+    Driver,
+    Info,
+    Numbers,
+    OnStep,
+    Options,
+    Problem,
+    init,
+    solver_step_of,
+    step_of,
+)
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
 from adv2_jax.presets import Preset, look_up, resolve
 from adv2_jax.threats import Params, Threat
@@ -29,17 +51,16 @@ from adv2_jax.types import Classifier, Image, Label, Map
 
 T = TypeVar("T")
 
-# of float32 in [.5, 1): whoever divides 8-bit images by 255 in float32 is on the grid of 8-bit
-# images
+# Half the spacing of float32 in [.5, 1), the largest rounding error there. An 8-bit image that was
+# divided by 255 in float32 is this close to k/255, and taken for k/255 in float64 too
 ULP = 2.0**-24
 
 
 class Result(NamedTuple):
-    """A finished attack on N images. `float_*` is what it was before rounding; everything else is
-    measured on the 8-bit images.
+    """The outcome of an attack on N images; `float_*` before rounding, the rest of 8-bit images.
 
-    An image on which the network gives logits, maps or gradients that are not finite numbers has
-    failed: it is handed back unchanged, and its logits and maps are not a number.
+    An image fails if the network gives logits, maps or gradients for it that are not finite: it is
+    returned unchanged, and its logits and maps are NaN.
 
     Attributes:
         images: uint8 [N, H, W, 3], adversarial.
@@ -48,13 +69,13 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w].
-        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of that
+        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of this
             name).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
-        curves: what the n steps, those of the warm start too, reported for the iterates they
-            started from, [N, n]; `map_l1` is not a number where a step draws no map.
-        snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last is what
-            is delivered.
+        curves: the reports of the n steps, the warm start included, on the iterates they started
+            from, [N, n]; `map_l1` is NaN where a step draws no map.
+        snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last ones
+            equal `images`.
         failed: bool [N].
     """
 
@@ -64,7 +85,7 @@ class Result(NamedTuple):
     float_images: np.ndarray
     float_logits: np.ndarray
     float_maps: np.ndarray
-    gradient_evaluations: float
+    gradient_evaluations: float | Any
     params: Params
     curves: Info
     snapshots: np.ndarray
@@ -89,55 +110,50 @@ def attack(
     all_may_fail: bool = False,
     keys: ArrayLike | None = None,
 ) -> Result:
-    """Fool the classifier and the interpreter at once.
+    """Attack a classifier and its interpreter at once.
 
     Args:
         model: any pytree with what the interpreter needs: `logits`, or `features` and `head`
             (`adv2_jax.types.Classifier`).
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
-        target_maps: [N, h, w] in [0, 1], the maps to be shown; an image whose map is not a number,
-            as `explain` gives it where it fails, fails here too. Plain PGD needs none.
+        target_maps: [N, h, w] in [0, 1]; an image whose target map is NaN, as `explain` returns it
+            for an image that fails, fails here too. Plain PGD needs none.
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a
             `models.ClassifierWithMasker`), "mask", an `Interpreter` of your own, or None for plain
             PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
-        threat: what may be changed: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`,
-            or a `Threat` of your own.
+        threat: the threat model: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or
+            a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
-        warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
-        batch_size: images at a time. Changes memory and speed; no image sees its batch mates.
-        driver: "auto", "fori" or "host" (see `descent.descend`).
-        on_step: called with the number of steps newly done; `count_steps` says how many there will
-            be.
-        snapshots: of how many images, M or all if there are fewer, to keep what they were on the
-            way. At `snapshot_steps` the descent then pauses for them.
-        all_may_fail: give a result of nothing but failed images too, instead of refusing the
-            network.
-        keys: of `image_keys`, what an interpreter that draws random numbers draws them from; unless
-            given, of seed 0 and the images' places.
+        warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
+        batch_size: images at a time. Changes memory and speed, and no result.
+        driver: "auto", "fori" or "host" (see `descent.drive`).
+        on_step: called with the number of new steps; `count_steps` returns their total.
+        snapshots: M, the number of images to return snapshots of, at most N.
+        all_may_fail: return a result even if every image fails, instead of refusing the network.
+        keys: `image_keys`, for interpreters that draw random numbers; unless given, those of seed 0
+            and indices 0..N-1.
 
     Returns:
-        The adversarial images and what they do.
+        The adversarial images, their logits and maps, and the cost.
 
     Raises:
-        ValueError: one line: what is wrong, the value, and what is allowed; or all images fail.
+        ValueError: for an argument out of range, or if all images fail; one line.
     """
     threat = threats.linf() if threat is None else threat
     resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
-    _check_batch_size(batch_size)
     benign = check_images(images)
-    drawn = image_keys(0, np.arange(len(benign))) if keys is None else np.asarray(keys)
+    n = len(benign)
     problems = _problems(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
-    )._replace(key=drawn)
+    )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
     model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(_unit(image))
-    n = len(benign)
     parts = [
         _attack_batch(
             model,
-            benign[index],
+            benign[indices],
             batch,
             resolved,
             threat,
@@ -145,39 +161,32 @@ def attack(
             on_step,
             min(snapshots, n) - i * batch_size,
         )
-        for i, (index, batch) in enumerate(batches((np.arange(n), problems), batch_size))
+        for i, (indices, batch) in enumerate(batches((np.arange(n), problems), batch_size))
     ]
-    whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
-    taken, whole = whole.snapshots, jax.tree.map(itemgetter(slice(n)), whole._replace(snapshots=()))
-    _check_failed(whole.failed, all_may_fail)
-    (x, logits, maps), (float_x, float_logits, float_maps) = whole.seen, whole.float_seen
+    # the last batch is padded
+    result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
+    _check_failed(result.failed, all_may_fail)
     evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
-    return Result(
-        x,
-        logits,
-        maps,
-        float_x,
-        float_logits,
-        float_maps,
-        evaluations,
-        whole.params,
-        whole.curves,
-        taken,
-        whole.failed,
-    )
+    return result._replace(gradient_evaluations=evaluations)
 
 
 def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
-    """Raw data of a PRNG key for each image [N, ...], from a seed and the place of the image in its source alone."""
+    """Return the raw data of a PRNG key [N, ...] for each image, from a seed and its index.
+
+    Args:
+        seed: any whole number, taken modulo 2^32.
+        places: [N], the index of each image in its source: keys do not depend on batches.
+    """
+    # "allow": a key is made from numbers of the host
     with jax.transfer_guard("allow"):
-        key, where = jax.random.key(seed % 2**32), np.asarray(places, np.uint32)
+        key, indices = jax.random.key(seed % 2**32), np.asarray(places, np.uint32)
         return jax.device_get(
-            jax.vmap(lambda place: jax.random.key_data(jax.random.fold_in(key, place)))(where)
+            jax.vmap(lambda index: jax.random.key_data(jax.random.fold_in(key, index)))(indices)
         )
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
-    """The explanation of no interpreter: a map of no pixels, [0, 0]."""
+    """Return a map without pixels, [0, 0]: what `explain` takes to compute logits only."""
     return jnp.zeros((0, 0))
 
 
@@ -191,30 +200,28 @@ def explain(
     driver: Driver = "auto",
     all_may_fail: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and maps of a set of images.
+    """Return logits and maps of a set of images.
 
     Args:
         model: the classifier.
         images: uint8 [N, H, W, 3] or floating point in [0, 1].
         labels: integers [N], the classes to explain.
         interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image
-            function (model, image, label) -> map, which `jit` knows again only if it is the same
-            object (or compares by value, as `options.bind` makes them).
+            function (model, image, label) -> map. It is compiled once for each object, or each
+            value of `options.bind`.
         batch_size: images at a time.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see
             `descent.drive`).
-        all_may_fail: return also where no image has finite logits and a finite map, instead of
+        all_may_fail: return even if no image has finite logits and a finite map, instead of
             refusing the network.
 
     Returns:
-        logits [N, K], maps [N, h, w] in [0, 1]. Where the map of an image has numbers that are not
-        finite, all of it is not a number.
+        logits [N, K], maps [N, h, w] in [0, 1]. A map with a value that is not finite is NaN
+        throughout.
 
     Raises:
-        ValueError: one line: what is wrong, the value, and what is allowed; or no image has finite
-            logits and a finite map.
+        ValueError: for an argument out of range, or if all images fail; one line.
     """
-    _check_batch_size(batch_size)
     x = check_images(images)
     inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
@@ -231,65 +238,83 @@ def explain(
 def map_shape(
     model: Classifier, shape: tuple[int, ...], interpreter: Interpreter
 ) -> tuple[int, ...]:
-    """h, w of the maps that an interpreter draws of images of a shape [H, W, 3]; nothing is computed."""
-    return _map_shape(architecture(model), tuple(shape), interpreter.explain)
+    """Return h, w of an interpreter's maps of images [H, W, 3]; traced, not computed."""
+    return _map_shape(architecture(model), tuple(shape), interpreter.explain, interpreter.solver)
 
 
 @lru_cache(maxsize=64)
-def _map_shape(known: Architecture, shape: tuple[int, ...], explain: Explain) -> tuple[int, ...]:
-    return jax.eval_shape(explain, *_abstract(known, shape)).shape
+def _map_shape(
+    known: Architecture, shape: tuple[int, ...], explain: Explain, solver: Solver | None
+) -> tuple[int, ...]:
+    model, image, label = _abstract(known, shape)
+    return jax.eval_shape(
+        partial(explain_one, interpreter=explain, solver=solver),
+        model,
+        image,
+        label,
+        _memory(image, solver),
+    )[1].shape
 
 
 def missing(model: Classifier, interpreter: Interpreter) -> str | None:
-    """What a model lacks to be explained by an interpreter: "features", "head" or "masker"; None if it has all."""
-    return next(
-        (need for need in interpreter.needs if need != "act" and not hasattr(model, need)), None
-    )
+    """Return the first of an interpreter's `needs` that a model lacks, None if it has all."""
+    return next(iter(lacks(model, *interpreter.needs)), None)
 
 
 def check_interpreter(
     model: Classifier, shape: tuple[int, ...], interpreter: Interpreter, *, attacked: bool = False
 ) -> tuple[int, ...]:
-    """The map shape of an interpreter that can explain a model on images of a shape [H, W, 3], and
-    be attacked if it is to be.
+    """Return the map shape of an interpreter that can explain a model on images [H, W, 3].
+
+    Args:
+        model: the classifier.
+        shape: of the images, [H, W, 3].
+        interpreter: to be checked.
+        attacked: whether it must be fit to be attacked too.
 
     Raises:
-        ValueError: if it cannot, or its maps have fewer than four entries (`no_map` has none).
+        ValueError: if it is not fit, or its maps have fewer than four entries (`no_map` has none).
     """
-    lacking = missing(model, interpreter)
+    lacking, kind = missing(model, interpreter), type(model).__name__
     if lacking == "masker":
-        kind = f"a models.ClassifierWithMasker(classifier, masker), not a {type(model).__name__}"
-        raise ValueError(f"{interpreter.name} needs a masker: its model is {kind}")
-    if lacking is not None:
-        needs, others = (
-            f"{interpreter.name} needs features and head",
-            "grad and mask need logits only",
+        raise ValueError(
+            f"{interpreter.name} needs a masker: its model is a "
+            f"models.ClassifierWithMasker(classifier, masker), not a {kind}"
         )
-        raise ValueError(f"{needs}, and {type(model).__name__} has no method {lacking}; {others}")
+    if lacking is not None:
+        raise ValueError(
+            f"{interpreter.name} needs features and head, and {kind} has no method {lacking}; "
+            "grad and mask need logits only"
+        )
     if attacked and "act" in interpreter.needs:
         check_activation(model, shape)
     if interpreter.check is not None:
         interpreter.check(model, shape)
-    drawn = map_shape(model, shape, interpreter)
+    expected = map_shape(model, shape, interpreter)
     # a map of one entry, scaled by its own minimum and maximum, is always 0
-    if 0 < math.prod(drawn) < 4:
+    if 0 < math.prod(expected) < 4:
         raise ValueError(
-            f"{interpreter.name} draws maps {list(drawn)} of images {list(shape)}: fewer than 2 x 2 entries show nothing; "
-            "use larger images, or a network whose last features are finer"
+            f"{interpreter.name} draws maps {list(expected)} of images {list(shape)}: "
+            "fewer than 2 x 2 entries show nothing; use larger images, or a network whose last features are finer"
         )
-    return drawn
+    return expected
 
 
 def gradient_evaluations(
     model: Classifier, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
-    """Work of an attack on one image of a shape [H, W, 3], in units of one gradient of ℓ_prd in the
-    image, a step of plain PGD.
+    """Return the work of an attack on one image, in gradients of ℓ_prd (steps of plain PGD).
 
-    Counted are the multiply-adds of convolutions and dots in the traced steps, in the solver of the
-    interpreter, and in the scoring for keep-best where the steps' own maps are not the explained
-    ones; one decimal. Nothing is computed. A network without convolutions and dots is charged one
-    for each step.
+    Work is the number of multiply-adds of convolutions and dots in the traced steps, in the solver
+    of the interpreter, and in the explained maps that iterates are compared by; one decimal.
+    Nothing is computed, and the traces are those that the attack needs anyway. A network without
+    convolutions and dots is charged one for each step.
+
+    Args:
+        model: the classifier.
+        preset: of the attack.
+        threat: the threat model.
+        shape: of the image, [H, W, 3].
     """
     return _gradient_evaluations(architecture(model), preset, threat, tuple(shape))
 
@@ -298,60 +323,45 @@ def gradient_evaluations(
 def _gradient_evaluations(
     known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
-    interpreter, solver = (
-        preset.interpreter,
-        None if preset.interpreter is None else preset.interpreter.solver,
-    )
     unit = _work_of_step(known, Options(threat), None, shape)
     if not unit:
         return float(preset.warm_steps + preset.steps)
-    spent = preset.warm_steps * unit + preset.steps * _work_of_step(
-        known, joint_options(preset, threat), interpreter, shape
-    )
-    model, image, label = _abstract(known, shape)
-    memory = None if solver is None else jax.eval_shape(solver.init, image)
-    solving = (
-        0
-        if solver is None
-        else solver.steps * multiply_adds(solver.step, model, image, label, memory)
-    )
-    if scores_apart(preset):
-        assert interpreter is not None
-        looking = multiply_adds(
-            partial(explain_one, interpreter=interpreter.explain, solver=solver),
-            model,
-            image,
-            label,
-            memory,
-        )
-        spent += math.ceil(preset.steps / preset.score_every) * (solving + looking)
-    return round((spent + solving) / unit, 1)
+    interpreter, options = preset.interpreter, joint_options(preset, threat)
+    spent = preset.warm_steps * unit
+    spent += preset.steps * _work_of_step(known, options, interpreter, shape)
+    comparisons = math.ceil(preset.steps / preset.score_every) if scores_apart(preset) else 0
+    if interpreter is not None and (comparisons or interpreter.solver):
+        solver, (model, image, label) = interpreter.solver, _abstract(known, shape)
+        memory = _memory(image, solver)
+        look = partial(explain_one, interpreter=interpreter.explain, solver=solver)
+        if comparisons:
+            spent += comparisons * multiply_adds(look, model, image, label, memory)
+        if solver is not None:
+            solving = solver_step_of(solver), model, (image, label), memory, np.int32(0)
+            # once at the start of the joint stage, and once for each comparison
+            spent += (1 + comparisons) * solver.steps * multiply_adds(*solving)
+    return round(spent / unit, 1)
 
 
 @lru_cache(maxsize=256)  # every preset is compared with the same step of plain PGD
 def _work_of_step(
     known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]
 ) -> int:
-    """Multiply-adds of one step on one image."""
+    """Return the multiply-adds of one step on one image.
+
+    Arguments have the very types of those in `attack`: then `descent.step_of` is traced once.
+    """
     model, image, label = _abstract(known, shape)
-    solver = None if interpreter is None else interpreter.solver
-    drawn = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
+    map_size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    problem, numbers = (
-        Problem(image, label, jax.ShapeDtypeStruct(drawn, np.float32), key),
-        Numbers(*[np.float32(1)] * 3),
-    )
-
-    def one(model: Classifier, problem: Problem, memory: Any) -> Any:
-        return step(model, problem, init(problem, options, None, memory), numbers, options)
-
-    return multiply_adds(
-        one, model, problem, None if solver is None else jax.eval_shape(solver.init, image)
-    )
+    problem = Problem(image, label, jax.ShapeDtypeStruct(map_size, np.float32), key)
+    memory = None if interpreter is None else _memory(image, interpreter.solver)
+    state = jax.eval_shape(partial(init, options=options), problem, memory=memory)
+    return multiply_adds(step_of(options), model, problem, state, Numbers(*[np.float32(1)] * 3))
 
 
 def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
-    """A model, an image of a shape [H, W, 3] and a label without values."""
+    """Return an abstract model, image [H, W, 3] and label."""
     return (
         known.model(),
         jax.ShapeDtypeStruct(shape, np.float32),
@@ -359,21 +369,32 @@ def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, An
     )
 
 
+def _memory(image: Any, solver: Solver | None) -> Any:
+    return None if solver is None else jax.eval_shape(solver.init, image)
+
+
 def count_steps(preset: Preset, n: int, batch_size: int) -> int:
-    """Steps that `attack` reports through `on_step` for n images."""
+    """Return the number of steps that `attack` reports through `on_step` for n images."""
     return math.ceil(n / min(batch_size, n)) * (preset.warm_steps + preset.steps)
 
 
 def batches(arrays: T, size: int) -> Iterator[T]:
-    """Batches of one size, so of one compilation; the last is filled up with its last entry."""
+    """Yield batches of one size; the last is padded by repeating its last entry.
+
+    Raises:
+        ValueError: if the size is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"batch_size = {size} must be at least 1")
     n = len(jax.tree.leaves(arrays)[0])
     for start in range(0, n, min(size, n)):
-        index = np.minimum(np.arange(start, start + min(size, n)), n - 1)
-        yield jax.tree.map(itemgetter(index), arrays)
+        # one size, so that a smaller last batch is not compiled again
+        indices = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+        yield jax.tree.map(itemgetter(indices), arrays)
 
 
 def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
-    """Images in [0, 1] from uint8 or floating point; what is k/255 to the last digit of float32 is k/255 in float64 too."""
+    """Return uint8 or floating-point images in [0, 1]; values within ULP of k/255 are k/255."""
     if x.dtype == np.uint8:
         return x.astype(dtype) / 255
     values = x.astype(dtype)
@@ -382,15 +403,15 @@ def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
 
 
 def to_uint8(x: Any) -> np.ndarray:
-    """Images in [0, 1] as 8-bit images; what is not a number becomes 0."""
+    """Return images in [0, 1] as 8-bit images; NaN becomes 0."""
     return np.round(np.nan_to_num(np.asarray(x)) * 255).astype(np.uint8)
 
 
 def check_images(images: ArrayLike) -> np.ndarray:
-    """The images themselves, uint8 or floating point in [0, 1], as an array [N, H, W, 3].
+    """Return images, uint8 or floating point in [0, 1], as an array [N, H, W, 3].
 
     Raises:
-        ValueError: for another type, shape or range, or not-a-number.
+        ValueError: for another type, shape or range, or NaN.
     """
     x = np.asarray(images)
     if x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
@@ -399,6 +420,7 @@ def check_images(images: ArrayLike) -> np.ndarray:
         return x
     if x.dtype.kind != "f":
         raise ValueError(f"images must be uint8, or floating point in [0, 1], got {x.dtype}")
+    # in this form NaN is refused too
     if not (x.min() >= 0 and x.max() <= 1):
         raise ValueError(f"images must lie in [0, 1], got {x.min()}..{x.max()}")
     return x
@@ -412,7 +434,7 @@ def _problems(
     interpreter: Interpreter | None,
     all_may_fail: bool,
 ) -> Problem:
-    """The caller's arrays, checked and brought to one form; they stay on the host until their batch is attacked."""
+    """Return the checked arguments of `attack`, in NumPy: batches move to the device one by one."""
     t = _classes("targets", targets, model, x)
     if interpreter is None:
         return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
@@ -428,11 +450,6 @@ def _problems(
     return Problem(_unit(x, np.float32), t, maps)
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"batch_size = {batch_size} must be at least 1")
-
-
 def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
     if failed.all() and not all_may_fail:
         raise ValueError(
@@ -441,35 +458,26 @@ def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
 
 
 def finite(values: Any) -> np.ndarray:
-    """Which entries of the leading axis [N] are finite in every leaf of a pytree: bool [N]."""
+    """Return bool [N]: entries of the leading axis that are finite in all leaves of a pytree."""
     leaves = jax.tree.leaves(values)
     return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
 
 
 def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
-    """Class indices as int32 [N], one for each image of x and in the model's range."""
+    """Return class indices as int32 [N], checked: one for each image, in the model's range."""
     classes = np.asarray(values)
     if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be integers [{len(x)}], one an image, got {classes.dtype} {list(classes.shape)}"
+            f"{name} must be integers [{len(x)}], one an image, "
+            f"got {classes.dtype} {list(classes.shape)}"
         )
     k = num_classes(model, x.shape[1:])
     if classes.min() < 0 or classes.max() >= k:
         raise ValueError(
-            f"{name} must lie in 0..{k - 1}, the model's classes, got {classes.min()}..{classes.max()}"
+            f"{name} must lie in 0..{k - 1}, the model's classes, "
+            f"got {classes.min()}..{classes.max()}"
         )
     return classes.astype(np.int32)
-
-
-class Attacked(NamedTuple):
-    """A batch that is done, in NumPy: images, logits and maps, 8-bit and float; entries as in `Result`."""
-
-    seen: tuple[np.ndarray, np.ndarray, np.ndarray]
-    float_seen: tuple[np.ndarray, np.ndarray, np.ndarray]
-    params: Params
-    curves: Info
-    snapshots: Any
-    failed: np.ndarray
 
 
 def _attack_batch(
@@ -481,27 +489,25 @@ def _attack_batch(
     driver: Driver,
     on_step: OnStep | None,
     pictured: int,
-) -> Attacked:
-    """Attack one batch, and look at what comes of it; snapshots of the first `pictured` images, if that is above 0."""
-    asked = jax.device_put(problems)
+) -> Result:
+    """Attack one batch, with snapshots of the first `pictured` images; cost is not counted here."""
+    on_device = jax.device_put(problems)
     crafted = craft(
-        model, asked, preset, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0)
+        model, on_device, preset, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0)
     )
-    x = images_of(asked, crafted.params, threat)
+    x = images_of(on_device, crafted.params, threat)
     x, params, last, curves = jax.tree.map(
         np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
     )
-    # of steps that draw no map
+    # steps of plain PGD draw no map, and report a distance of 0
     curves.map_l1[:, : None if preset.interpreter is None else preset.warm_steps] = np.nan
-    pictures = (
-        np.zeros((0, 0, *benign.shape[1:]))
-        if crafted.pictures is None
-        else jax.device_get(crafted.pictures).swapaxes(0, 1)
-    )
+    pictures = np.zeros((len(snapshot_steps(preset)), 0, *benign.shape[1:]))
+    if crafted.pictures is not None:
+        pictures = jax.device_get(crafted.pictures)
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
-    wide: Any = x.astype(np.float64)
+    x64: Any = x.astype(np.float64)
     rounded = [
-        threat.round(wide[i], jax.tree.map(itemgetter(i), params), image)
+        threat.round(x64[i], jax.tree.map(itemgetter(i), params), image)
         for i, image in enumerate(_unit(benign))
     ]
     faces: tuple[Explain, Solver | None] = (
@@ -509,21 +515,23 @@ def _attack_batch(
         if preset.interpreter is None
         else (preset.interpreter.explain, preset.interpreter.solver)
     )
-    seen, float_seen = (
+    results, float_results = (
         (images, *_seen(model, images, problems.target, *faces, driver))
         for images in (to_uint8(rounded), x)
     )
-    failed = ~finite((last, problems.target_map, seen, float_seen))
+    failed = ~finite((last, problems.target_map, results, float_results))
     if failed.any():
         unchanged = jax.device_get(jax.vmap(threat.init)(problems.image))
         for values, old in zip(jax.tree.leaves(params), jax.tree.leaves(unchanged), strict=True):
             values[failed] = old[failed]
         for (images, logits, maps), old in (
-            (seen, to_uint8(_unit(benign))),
-            (float_seen, problems.image),
+            (results, to_uint8(_unit(benign))),
+            (float_results, problems.image),
         ):
             images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
-    return Attacked(seen, float_seen, params, curves, to_uint8(pictures), failed)
+    # () is a pytree without leaves: batches are concatenated leaf by leaf
+    snapshots = to_uint8(pictures).swapaxes(0, 1)
+    return Result(*results, *float_results, (), params, curves, snapshots, failed)
 
 
 def _seen(
@@ -534,7 +542,7 @@ def _seen(
     solver: Solver | None,
     driver: Driver,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and maps of a batch of images, uint8 or in [0, 1], in NumPy; a map with a number that is not finite is NaN."""
+    """Return logits and maps of a batch in NumPy; a map with a value that is not finite is NaN."""
     x, classes = jax.device_put((_unit(images, np.float32), labels))
     logits, maps = map(
         np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2])

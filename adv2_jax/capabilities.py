@@ -1,7 +1,7 @@
-"""The pass over a classifier, and what one trace tells of it: what it can do, its shapes, that it is set to inference."""
+"""The forward pass of any classifier, and checks of its methods, shapes and mode by one trace."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -21,70 +21,79 @@ PROTOCOL = (
 )
 
 
-def has(model: Any, *methods: str) -> bool:
-    """Whether a model has all these methods."""
-    return all(callable(getattr(model, method, None)) for method in methods)
+# options of BatchNorm and dropout that are False in training, and the effect of it
+TRAINING = {"use_running_average": "uses batch statistics", "deterministic": "is random"}
+
+
+def lacks(model: Any, *needs: str) -> list[str]:
+    """Return those of some needs that a model lacks: methods, or a "masker".
+
+    "act" is no method, but an option of `logits` and `features`: see `check_activation`.
+    """
+    return [need for need in needs if need != "act" and not callable(getattr(model, need, None))]
 
 
 def logits_of(model: Classifier, image: Image, act: Activation | None = None) -> Logits:
-    """The logits [K] of an image, float32 or wider whatever the network computes in.
+    """Return the logits [K] of an image, float32 or wider whatever the network computes in.
 
     Args:
         model: with `features` and `head`, which have precedence, or with `logits`.
         image: [H, W, 3] in [0, 1].
-        act: stands in for every ReLU; None, or a network that takes none, leaves it as it is (see
+        act: replaces every ReLU; None, or a network without this option, leaves them (see
             `check_activation`).
     """
-    network, pooled = cast(Any, model), has(model, "features", "head")
+    network, pooled = cast(Any, model), not lacks(model, "features", "head")
     method = network.features if pooled else network.logits
     value = method(image) if act is None or not _takes(method, "act") else method(image, act=act)
     return head_of(network, value) if pooled else at_least_float32(value)
 
 
 def head_of(model: HasFeatures, features: Features) -> Logits:
-    """The logits [K] of features, float32 or wider whatever the network computes in."""
+    """Return the logits [K] of features, float32 or wider whatever the network computes in."""
     return at_least_float32(model.head(features))
 
 
 @jax.tree_util.register_pytree_node_class
 class StaticLeaves:
-    """A model whose leaves that are not arrays (functions, strings, numbers of Python) are static; made by `static_leaves`."""
+    """A model whose leaves other than arrays (functions, …) are static; see `static_leaves`."""
 
     def __init__(self, arrays: list[Array], rest: tuple[Any, ...], structure: Any):
         self._arrays, self._rest, self._structure = arrays, rest, structure
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of an object that is being copied or unpickled
+        # copy and pickle ask for private names before the attributes are set: `whole` would recurse
+        if name.startswith("_"):
             raise AttributeError(name)
         return getattr(self.whole(), name)
 
     def whole(self) -> Any:
-        """The model as it was."""
+        """Return the original model."""
         arrays = iter(self._arrays)
         return jax.tree.unflatten(
             self._structure, [next(arrays) if leaf is Array else leaf[1] for leaf in self._rest]
         )
 
     def tree_flatten(self) -> tuple[list[Array], tuple[Any, ...]]:
-        """The arrays, and everything else."""
+        """Return the arrays, and all else as static data."""
         return self._arrays, (self._rest, self._structure)
 
     @classmethod
     def tree_unflatten(cls, static: tuple[Any, ...], arrays: Any) -> "StaticLeaves":
-        """The inverse of `tree_flatten`."""
+        """Return a model from static data and arrays, the inverse of `tree_flatten`."""
         return cls(list(arrays), *static)
 
 
 def static_leaves(model: Any) -> Any:
-    """The model itself if all its leaves are arrays; else one whose other leaves are static under
-    `jit` and compare by value.
+    """Return the model, its leaves other than arrays made static under `jit`, compared by value.
+
+    A model with arrays only is returned as it is.
 
     Raises:
-        ValueError: if one of them, or what the model declares static, is not hashable; names it.
+        ValueError: names a leaf, or static data of the model, that is not hashable.
     """
     leaves, structure = jax.tree.flatten(model)
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    # by its type too: 1, 1.0 and True are equal
+    # by type too: 1, 1.0 and True are equal, and would share one compiled program
     rest = tuple(Array if _is_array(leaf) else (type(leaf), leaf) for leaf in leaves)
     if not _is_hashable(structure):
         raise ValueError(f"what {type(model).__name__} declares static must be hashable, no array")
@@ -94,9 +103,9 @@ def static_leaves(model: Any) -> Any:
             for path, leaf in jax.tree.leaves_with_path(model)
             if not _is_array(leaf) and not _is_hashable(leaf)
         )
-        where = f"{type(model).__name__}{jax.tree_util.keystr(path)}"
         raise ValueError(
-            f"{where} is neither an array of numbers nor hashable, but {type(leaf).__name__}: {leaf}"
+            f"{type(model).__name__}{jax.tree_util.keystr(path)} is neither an array of numbers "
+            f"nor hashable, but {type(leaf).__name__}: {leaf}"
         )
     return model if len(arrays) == len(rest) else StaticLeaves(arrays, rest, structure)
 
@@ -117,12 +126,12 @@ def _is_hashable(value: Any) -> bool:
 
 
 class Architecture(NamedTuple):
-    """All of a model but its numbers: what a cache can know it by.
+    """A model without its numbers: hashable, the key of caches of traces.
 
     Attributes:
         structure: the pytree structure of the model with static leaves.
         kinds: shape and type of each array.
-        wide: whether JAX knows 64-bit types at present, on which the types of results depend.
+        wide: whether x64 is enabled at present, since it changes the types of results.
     """
 
     structure: Any
@@ -130,14 +139,14 @@ class Architecture(NamedTuple):
     wide: bool
 
     def model(self) -> Any:
-        """The model with abstract arrays, to be traced."""
+        """Return the model with abstract arrays, to be traced."""
         return jax.tree.unflatten(
             self.structure, [jax.ShapeDtypeStruct(*kind) for kind in self.kinds]
         )
 
 
 def architecture(model: Any) -> Architecture:
-    """The architecture of a model; takes milliseconds."""
+    """Return the architecture of a model; takes milliseconds."""
     leaves, structure = jax.tree.flatten(static_leaves(model))
     return Architecture(
         structure,
@@ -147,13 +156,13 @@ def architecture(model: Any) -> Architecture:
 
 
 class Inspected(NamedTuple):
-    """What one trace tells of a network, for images of one shape.
+    """The facts about a network that one trace gives, for images of one shape.
 
     Attributes:
         logits: shape and type of the logits [K].
         features: those of the features, which need not be an array [h, w, C]; None without features
             and head.
-        relus: how many ReLUs are left where `act` is another function.
+        relus: the number of ReLUs that `act` does not replace.
     """
 
     logits: jax.ShapeDtypeStruct
@@ -162,33 +171,34 @@ class Inspected(NamedTuple):
 
 
 def num_classes(model: Classifier, shape: tuple[int, ...]) -> int:
-    """K, the number of classes of a network for images of a shape [H, W, 3]; see `inspected`."""
+    """Return K, the number of classes of a network for images [H, W, 3]; see `inspected`."""
     return inspected(model, shape).logits.shape[0]
 
 
 def inspected(model: Classifier, shape: tuple[int, ...]) -> Inspected:
-    """What there is to know of a network without running it, for images of a shape [H, W, 3].
+    """Return the facts about a network for images [H, W, 3], traced, not computed.
 
-    The network is traced once for each architecture and shape; nothing is computed.
+    Traces are cached by architecture and shape.
 
     Raises:
         ValueError: if the model is not a classifier (`adv2_jax.types.Classifier`), is set to
             training, or cannot take such images.
     """
-    if any(leaf is model for leaf in jax.tree.leaves(model)) and (
-        has(model, "features") or has(model, "logits")
-    ):
+    # JAX takes an object that it does not know for a leaf
+    unregistered = any(leaf is model for leaf in jax.tree.leaves(model))
+    if unregistered and len(lacks(model, "features", "logits")) < 2:
         raise ValueError(
-            f"{type(model).__name__} is not a pytree: {PROTOCOL}; a Linen module needs its weights beside it"
+            f"{type(model).__name__} is not a pytree: {PROTOCOL}; "
+            "a Linen module needs its weights beside it"
         )
     return _inspected(architecture(model), tuple(shape), type(model).__name__)
 
 
 def check_features(model: HasFeatures, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Shape and type of the features [h, w, C] of a network that has features and head.
+    """Return shape and type of the features [h, w, C] of a network with features and head.
 
     Raises:
-        ValueError: if they are no such array.
+        ValueError: if the features are no such array.
     """
     features = inspected(model, shape).features
     _check_shape(f"{type(model).__name__}.features", features, 3, "[h, w, C]")
@@ -196,38 +206,39 @@ def check_features(model: HasFeatures, shape: tuple[int, ...]) -> jax.ShapeDtype
 
 
 def check_activation(model: Classifier, shape: tuple[int, ...]) -> None:
-    """Refuse a network with ReLUs that `act` does not replace: its map has no second derivative,
-    and an attack is blind to it.
+    """Refuse a network with ReLUs that `act` does not replace.
+
+    The map of such a network has no second derivative, so an attack has no gradient.
 
     Raises:
         ValueError: says how many there are, and what to write.
     """
-    left = inspected(model, shape).relus
-    if left:
+    if count := inspected(model, shape).relus:
         raise ValueError(
-            f"{type(model).__name__} does not pass act on: {left} ReLUs stay where act is another function, and the curvature of "
-            "maps with them; take act as an argument and call it in place of every ReLU"
+            f"{type(model).__name__} does not pass act on: {count} ReLUs stay where act is another "
+            "function, and the curvature of maps with them; take act as an argument and call it in place of every ReLU"
         )
 
 
 @lru_cache(maxsize=64)  # a run asks some dozen times a batch
 def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspected:
     model = known.model()
-    method = "features" if has(model, "features", "head") else "logits"
-    if not has(model, method):
-        missing = "no methods logits, or features and head"
-        for one, other in (("features", "head"), ("head", "features")):
-            if has(model, one):
-                missing = f"{one} but no method {other}"
-        raise ValueError(f"{name} has {missing}: {PROTOCOL}")
+    lacking = lacks(model, "features", "head")
+    method = "logits" if lacking else "features"
+    if lacks(model, method):
+        absent = "no methods logits, or features and head"
+        if len(lacking) == 1:
+            (other,) = {"features", "head"} - set(lacking)
+            absent = f"{other} but no method {lacking[0]}"
+        raise ValueError(f"{name} has {absent}: {PROTOCOL}")
     training = next(_in_training(model.whole() if isinstance(model, StaticLeaves) else model), None)
     if training is not None:
         raise ValueError(training)
-    # an activation that is no ReLU: whatever ReLU is found all the same does not come of `act`
-    given = {"act": jnp.tanh} if _takes(getattr(model, method), "act") else {}
+    # with an activation that is no ReLU, any ReLU in the program does not come from `act`
+    options = {"act": jnp.tanh} if _takes(getattr(model, method), "act") else {}
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     traced, program = _traced(
-        lambda model, x: getattr(model, method)(x, **given),
+        lambda model, x: getattr(model, method)(x, **options),
         model,
         image,
         f"the network cannot take images of {list(shape)}",
@@ -250,7 +261,7 @@ def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspec
 
 
 def _takes(method: Callable[..., Any], option: str) -> bool:
-    """Whether a method can be called with an option by name; True where that cannot be told."""
+    """Return whether a method takes an option by name; True if its signature is not known."""
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):
@@ -262,10 +273,10 @@ def _takes(method: Callable[..., Any], option: str) -> bool:
 
 
 def count_relus(program: Any, shape: tuple[int, ...]) -> int:
-    """How many ReLUs, max(z, 0), are in a traced program.
+    """Return the number of ReLUs, max(z, 0), in a traced program.
 
-    None are those of the image itself [..., H, W, 3] and those with a min after them, which keep
-    values in a range, or of a difference, as a variance E x² - (E x)² is kept from being negative.
+    Not counted are those of the image itself [..., H, W, 3], those followed by a min, which clip to
+    a range, and those of a difference: a variance E x² - (E x)² is kept from being negative so.
 
     Args:
         program: a jaxpr.
@@ -278,89 +289,86 @@ def count_relus(program: Any, shape: tuple[int, ...]) -> int:
         for equation in equations
         if equation.primitive.name == "min"
         for v in equation.invars
-        if not hasattr(v, "val")
+        if not _is_literal(v)
     }
-    found = 0
+    count = 0
     for equation in equations:
+        count += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
         if equation.primitive.name == "max" and equation.outvars[0] not in clipped:
-            values = [v for v in equation.invars if not hasattr(v, "val")]
-            against_zero = len(values) == 1 and any(
-                hasattr(v, "val") and float(v.val) == 0 for v in equation.invars
-            )
-            found += (
-                against_zero
+            values = [v for v in equation.invars if not _is_literal(v)]
+            zeros = [v for v in equation.invars if _is_literal(v) and float(v.val) == 0]
+            count += (
+                len(values) == 1 == len(zeros)
                 and values[0].aval.shape[1:] != shape
                 and made_by.get(values[0]) != "sub"
             )
-        found += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
-    return found
+    return count
 
 
-class _InTraining(Exception):
-    """Says what is set to training, and what to do."""
+def _is_literal(variable: Any) -> bool:
+    return hasattr(variable, "val")
+
+
+class _InTraining(ValueError):
+    """A network is set to training."""
 
 
 def _in_training(model: Any) -> Iterator[str]:
-    """What in NNX modules, wrapped or not, depends on the batch or on chance: BatchNorm and dropout do until told otherwise."""
+    """Yield a message for each NNX module, wrapped or not, that is set to training."""
     for network in jax.tree.leaves(model, is_leaf=lambda node: isinstance(node, nnx.Module)):
         for path, module in nnx.iter_graph(network) if isinstance(network, nnx.Module) else ():
-            where = ".".join(map(str, path)) or "it"
-            found = (
-                f"{type(network).__name__} is set to training: {where} ({type(module).__name__})"
-            )
-            if getattr(module, "use_running_average", None) is False:
-                yield f"{found} uses batch statistics; call its eval() first"
-            if getattr(module, "deterministic", None) is False:
-                yield f"{found} is random; call its eval() first"
+            for option, effect in TRAINING.items():
+                if getattr(module, option, None) is False:
+                    yield (
+                        f"{_set_to_training(type(network).__name__, path, module)} {effect}; "
+                        "call its eval() first"
+                    )
 
 
 def _refuse_training(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
-    """Interceptor of Linen's methods: their mode is known only while they are called."""
+    """Intercept the methods of Linen: the mode of a module is known only while it is called."""
     module = context.module
-
-    def is_off(option: str) -> bool:
-        return (
-            context.method_name == "__call__"
-            and kwargs.get(option, getattr(module, option, None)) is False
-        )
-
-    where = (
-        f"the network is set to training: {'.'.join(module.path) or 'it'} ({type(module).__name__})"
-    )
-    if isinstance(module, linen.BatchNorm) and is_off("use_running_average"):
-        raise _InTraining(f"{where} uses batch statistics; give it use_running_average=True")
-    if isinstance(module, linen.Dropout) and is_off("deterministic") and module.rate > 0:
-        raise _InTraining(f"{where} is random; give it deterministic=True")
+    random = isinstance(module, linen.Dropout) and module.rate > 0
+    if context.method_name == "__call__" and (random or isinstance(module, linen.BatchNorm)):
+        for option, effect in TRAINING.items():
+            if kwargs.get(option, getattr(module, option, None)) is False:
+                message = _set_to_training("the network", module.path, module)
+                raise _InTraining(f"{message} {effect}; give it {option}=True")
     return call(*args, **kwargs)
+
+
+def _set_to_training(network: str, path: Iterable[Any], module: Any) -> str:
+    name = ".".join(map(str, path)) or "it"
+    return f"{network} is set to training: {name} ({type(module).__name__})"
 
 
 def _traced(
     f: Callable[[Any, Any], Any], model: Any, argument: Any, failure: str
 ) -> tuple[Any, Any]:
-    """Shapes of what f gives of an argument, and its program; under `vmap`, as it will run: a network must not write to itself."""
+    """Return the shapes of f(model, argument), and its program.
+
+    Traced under `vmap`, as it will run: there JAX refuses a network that writes to itself.
+    """
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), argument)
     try:
         with linen.intercept_methods(_refuse_training):
             program, value = jax.make_jaxpr(
                 lambda m, xs: jax.vmap(partial(f, m))(xs), return_shape=True
             )(model, batch)
-    except _InTraining as error:
-        raise ValueError(str(error)) from None
-    except KeyboardInterrupt:
+    except (_InTraining, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever the user's code raises
         raise ValueError(f"{failure}: {type(error).__name__}: {first_line(error)}") from error
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value
-    ), program
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), value)
+    return shapes, program
 
 
 def _check_logits(what: str, logits: Any) -> jax.ShapeDtypeStruct:
     _check_shape(what, logits, 1, "logits [K]")
     if logits.shape[0] < 2:
         raise ValueError(
-            f"{what} gives {logits.shape[0]} logits, a classifier has at least 2: for one logit z of two classes "
-            "return jnp.stack([0, z]) of it, which has the same probabilities"
+            f"{what} gives {logits.shape[0]} logits, a classifier has at least 2: "
+            "for one logit z of two classes return jnp.stack([0, z]) of it, which has the same probabilities"
         )
     return cast(jax.ShapeDtypeStruct, logits)
 

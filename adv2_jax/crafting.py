@@ -1,15 +1,14 @@
-"""The pure core: a warm start by plain PGD, the joint descent, the best iterate kept. Nothing here
-is checked.
+"""The pure core of an attack: a warm start by plain PGD, then the joint descent; no checks.
 
 `craft` works on a batch of problems, under `jit` as a part of a larger program (adversarial
-training), and on sharded problems; `adv2_jax.attack` checks once what it is given and crafts a
-batch after the other.
+training), and on sharded problems. `adv2_jax.attack` checks its arguments once and crafts batch
+after batch.
 """
 
 import math
 import operator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +26,11 @@ from adv2_jax.descent import (
     Problem,
     State,
     by_host,
+    criterion,
     descend,
     image_of,
     init,
     keep_better,
-    score,
     solve,
 )
 from adv2_jax.interpreters import Explain, Solver
@@ -41,16 +40,16 @@ from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 
 class Crafted(NamedTuple):
-    """What an attack on a batch of B images found.
+    """The outcome of an attack on a batch of B images.
 
     Attributes:
-        params: to be delivered: parameters of the threat model, a pytree whose leaves have a
-            leading axis [B].
-        last: the parameters where the descent ended.
-        curves: what the steps reported for the iterates they started from, [B, warm steps + joint
+        params: the best parameters of the threat model, or the last ones if the preset keeps no
+            best; a pytree whose leaves have a leading axis [B].
+        last: the parameters after the last step.
+        curves: the reports of the steps on the iterates they started from, [B, warm steps + joint
             steps].
         pictures: the 8-bit images in [0, 1] of the first M problems at `snapshot_steps`, the last
-            those delivered, [S, M, H, W, 3]; None unless asked for.
+            from `params`, [S, M, H, W, 3]; None unless asked for.
     """
 
     params: Params
@@ -60,25 +59,24 @@ class Crafted(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """What an attack is made of besides numbers. Static under `jit`.
+    """The static part of an attack, all but its numbers.
 
     Attributes:
         warm, joint: options of the steps.
-        scorer: the explained map, by which iterates are scored after each chunk of steps; None
-            where steps score them.
+        explain: of the interpreter, to compare iterates by the explained map after each chunk of
+            steps; None where the steps compare them.
         solver: of the interpreter.
-        keeps_best: whether the best iterate is delivered.
+        keep_best: whether the best iterate is returned.
         cuts: the numbers of joint steps at which chunks begin and end.
-        slots: for each chunk the place of the picture that is taken at its end, out of range for
-            none.
-        pictures: how many images to take pictures of, and how often.
+        slots: for each chunk the index of the picture taken at its end, out of range for none.
+        pictures: the numbers of images to take pictures of, and of pictures of each.
     """
 
     warm: Options
     joint: Options
-    scorer: Explain | None
+    explain: Explain | None
     solver: Solver | None
-    keeps_best: bool
+    keep_best: bool
     cuts: tuple[int, ...]
     slots: tuple[int, ...]
     pictures: tuple[int, int]
@@ -96,19 +94,19 @@ def craft(
 ) -> Crafted:
     """Attack a batch of images; pure and unchecked.
 
-    On an accelerator, and under `jit`, the whole of it is one program of `lax.fori_loop`s: one
-    compilation for each model architecture, batch shape, threat and preset, whatever the numbers of
-    its schedules.
+    On an accelerator, and under `jit`, all of it is one program of `lax.fori_loop`s. It is compiled
+    once for each model architecture, batch shape, threat and preset, whatever the values of the
+    schedules.
 
     Args:
-        model: a pytree with what the interpreter needs; leaves that are not arrays go through
-            `classifier.static_leaves` first.
+        model: a pytree with the methods that the interpreter needs; one with leaves that are not
+            arrays goes through `capabilities.static_leaves` first.
         problems: images in [0, 1], targets, target maps and keys, with a leading axis [B].
         preset: the numbers; its interpreter is the one attacked, None is plain PGD.
-        threat: what may be changed.
+        threat: the threat model.
         driver: "auto", "fori" or "host" (see `descent.drive`).
-        on_step: called with the number of steps newly done; not under `jit`.
-        pictured: of how many images to take pictures on the way.
+        on_step: called with the number of new steps; not under `jit`.
+        pictured: the number of images to take pictures of on the way.
     """
     schedules = (
         tabulate(preset.warm_steps, constant(preset.warm_step_size), constant(0), constant(0)),
@@ -148,44 +146,34 @@ def _craft(
     on_step: OnStep | None,
 ) -> Crafted:
     run = partial(descend, model, problems, driver=driver, on_step=on_step)
-    m, many = stages.pictures
-    pictures = (
-        jax.device_put(np.zeros((many, m, *np.shape(problems.image)[1:]), np.float32))
-        if m
-        else None
-    )
+    threat, (m, many) = stages.warm.threat, stages.pictures
+    pictures = None
+    if m:
+        pictures = jax.device_put(np.zeros((many, m, *np.shape(problems.image)[1:]), np.float32))
 
     def picture(pictures: Array | None, slot: Any, params: Params) -> Array | None:
         if pictures is None:
             return None
-        place = slot if isinstance(slot, Array) else jax.device_put(np.int32(slot))
-        return _photograph(pictures, place, problems, params, stages.warm.threat)
+        # moved explicitly: an attack runs under `jax.transfer_guard("disallow")`
+        slot = slot if isinstance(slot, Array) else jax.device_put(np.int32(slot))
+        return _photograph(pictures, slot, problems, params, threat)
 
     states = _start(problems, None, None, stages.warm)
     pictures = picture(pictures, 0, states.params)
     states, warm = run(states, schedules[0], stages.warm)
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
-    images = images_of(problems, states.params, stages.warm.threat, True)
-    states = _start(
-        problems,
-        states.params,
-        solved(model, images, problems.target, stages.solver, driver),
-        stages.joint,
-    )
+    images = images_of(problems, states.params, threat, True)
+    memory = solved(model, images, problems.target, stages.solver, driver)
+    states = _start(problems, states.params, memory, stages.joint)
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
         states, curves, pictures = carry
         states, info = run(states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1]))
-        if stages.scorer is not None:
-            states = _rescore(
-                model, problems, states, stages.joint, stages.scorer, stages.solver, driver
-            )
+        if stages.explain is not None:
+            states = _compare(model, problems, states, stages, driver)
         # each report is a number at its own steps, and 0 at those of other chunks
-        return (
-            states,
-            jax.tree.map(operator.add, curves, info),
-            picture(pictures, slots[c], states.params),
-        )
+        curves = jax.tree.map(operator.add, curves, info)
+        return states, curves, picture(pictures, slots[c], states.params)
 
     cuts: Any = stages.cuts
     slots: Any = stages.slots
@@ -194,66 +182,55 @@ def _craft(
         for c in range(len(slots)):
             states, joint, pictures = chunk(c, (states, joint, pictures))
     elif slots:
+        # the carry of a loop must have the very types of the reports, float64 under x64
         joint = jax.eval_shape(
             lambda states: run(states, schedules[1], stages.joint, span=(0, 0))[1], states
         )
         joint = jax.tree.map(lambda values: jnp.zeros(values.shape, values.dtype), joint)
         cuts, slots = jnp.array(cuts), jnp.array(slots)
+        # A loop over chunks: unrolled, each would be compiled, MASK's solver in it included
         states, joint, pictures = jax.lax.fori_loop(
             0, len(stages.slots), chunk, (states, joint, pictures)
         )
-    params = states.best if stages.keeps_best else states.params
-    pictures = picture(pictures, many - 1, params)  # what is delivered need not be the last iterate
-    curves = jax.tree.map(
-        lambda *parts: np.concatenate(parts, 1) if driver == "host" else jnp.concatenate(parts, 1),
-        warm,
-        joint,
-    )
+    params = states.best if stages.keep_best else states.params
+    pictures = picture(pictures, many - 1, params)  # these need not be the last iterate
+    concatenate = np.concatenate if driver == "host" else jnp.concatenate
+    curves = jax.tree.map(lambda *stage: concatenate(stage, axis=1), warm, joint)
     return Crafted(params, states.params, curves, pictures)
 
 
 def scores_apart(preset: Preset) -> bool:
-    """Whether iterates are scored by the explained map, drawn between chunks of steps, and not by the steps themselves."""
-    return (
-        preset.interpreter is not None
-        and not preset.interpreter.faithful
-        and preset.score_every > 0
-    )
+    """Return whether iterates are compared by the explained map, between chunks of steps."""
+    interpreter = preset.interpreter
+    return interpreter is not None and not interpreter.faithful and preset.score_every > 0
 
 
 def snapshot_steps(preset: Preset) -> list[int]:
-    """About eight steps of an attack, the first and the last among them, at which the iterate is
-    worth a look.
+    """Return about eight steps at which pictures are taken, the first and the last included.
 
-    The joint steps between two are as many each time where that can be.
+    They are equally spaced over the joint stage where its number of steps allows that.
     """
+    # chunks end where iterates are compared anyway: a picture costs no further cut
     unit = preset.score_every if scores_apart(preset) else 1
     units = math.ceil(preset.steps / unit)
-    parts = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
-    stride, total = math.ceil(units / parts) * unit, preset.warm_steps + preset.steps
+    count = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
+    stride, total = math.ceil(units / count) * unit, preset.warm_steps + preset.steps
     return sorted({0, *(range(preset.warm_steps, total, stride) if stride else ()), total})
 
 
-def _cuts(preset: Preset, pictured: bool) -> list[int]:
-    """The numbers of joint steps after which the descent pauses: to score the iterates, or to look at them."""
-    scored = (
-        range(preset.score_every, preset.steps, preset.score_every) if scores_apart(preset) else ()
-    )
-    seen = [step - preset.warm_steps for step in snapshot_steps(preset)] if pictured else []
-    return sorted({0, preset.steps, *(step for step in (*scored, *seen) if step > 0)})
-
-
 def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
-    interpreter, cuts = preset.interpreter, tuple(_cuts(preset, pictured > 0))
-    looks = snapshot_steps(preset)
-    ends = (preset.warm_steps + end for end in cuts[1:])
+    interpreter, apart, looks = preset.interpreter, scores_apart(preset), snapshot_steps(preset)
+    compared = range(preset.score_every, preset.steps, preset.score_every) if apart else ()
+    looked = [step - preset.warm_steps for step in looks] if pictured > 0 else []
+    cuts = sorted({0, preset.steps, *(step for step in (*compared, *looked) if step > 0)})
+    ends = [preset.warm_steps + end for end in cuts[1:]]
     return Stages(
         Options(threat),
         joint_options(preset, threat),
-        interpreter.explain if interpreter is not None and scores_apart(preset) else None,
+        interpreter.explain if interpreter is not None and apart else None,
         None if interpreter is None else interpreter.solver,
         preset.score_every > 0,
-        cuts,
+        tuple(cuts),
         tuple(looks.index(end) if end in looks else len(looks) for end in ends),
         (pictured, len(looks)) if pictured > 0 else (0, 0),
     )
@@ -267,17 +244,17 @@ def _start(problems: Problem, params: Params, memory: Any, options: Options) -> 
 
 
 def tabulate(n: int, *schedules: Schedule) -> Numbers:
-    """Schedules as numbers: no retrace for another schedule."""
-    # few lengths, for each compiles its own small programs
-    places = np.arange(max(math.ceil(n / 256), 1) * 256)
+    """Return the values of schedules over n steps, as arrays: other values need no retrace."""
+    # each length compiles small programs of its own: round up to multiples of 256
+    steps = np.arange(max(math.ceil(n / 256), 1) * 256)
     with jax.transfer_guard("allow"):  # optax computes with numbers of the host
         return Numbers(
-            *(jax.device_get(jax.vmap(schedule(n))(places))[:n] for schedule in schedules)
+            *(jax.device_get(jax.vmap(schedule(n))(steps))[:n] for schedule in schedules)
         )
 
 
 def joint_options(preset: Preset, threat: Threat) -> Options:
-    """What the joint steps of a preset are made of."""
+    """Return the options of the joint steps of a preset."""
     return Options(
         threat,
         None if preset.interpreter is None else preset.interpreter.surrogate,
@@ -290,24 +267,21 @@ def joint_options(preset: Preset, threat: Threat) -> Options:
     )
 
 
-def _rescore(
-    model: Classifier,
-    problems: Problem,
-    states: State,
-    options: Options,
-    interpreter: Explain,
-    solver: Solver | None,
-    driver: Driver,
+def _compare(
+    model: Classifier, problems: Problem, states: State, stages: Stages, driver: Driver
 ) -> State:
-    """Scores the present iterates on the explained map of their 8-bit images; where a solver stands becomes the memory."""
-    images = images_of(problems, states.params, options.threat, True)
-    logits, maps, memory = look(model, images, problems.target, interpreter, solver, driver)
-    return _kept(problems, states, logits, maps, options.confidence)._replace(memory=memory)
+    """Return the states with the best iterate by the explained map, and the memory solved anew."""
+    images = images_of(problems, states.params, stages.joint.threat, True)
+    logits, maps, memory = look(
+        model, images, problems.target, cast(Explain, stages.explain), stages.solver, driver
+    )
+    states = _keep_better(problems, states, logits, maps, stages.joint.confidence)
+    return states._replace(memory=memory)
 
 
 @partial(jax.jit, static_argnames=("threat", "rounded"))
 def images_of(problems: Problem, params: Params, threat: Threat, rounded: bool = False) -> Array:
-    """The images [B, H, W, 3] that parameters make, in float32 or as their 8-bit images."""
+    """Return the adversarial images [B, H, W, 3] of parameters, or their allowed 8-bit images."""
     return jax.vmap(lambda problem, p: image_of(p, problem.image, threat, rounded=rounded))(
         problems, params
     )
@@ -317,15 +291,19 @@ def images_of(problems: Problem, params: Params, threat: Threat, rounded: bool =
 def _photograph(
     pictures: Array, slot: Array, problems: Problem, params: Params, threat: Threat
 ) -> Array:
-    few = jax.tree.map(lambda values: values[: pictures.shape[1]], (problems, params))
-    return pictures.at[slot].set(images_of(*few, threat, True), mode="drop")
+    first = jax.tree.map(lambda values: values[: pictures.shape[1]], (problems, params))
+    # "drop": a chunk without a picture has a slot out of range
+    return pictures.at[slot].set(images_of(*first, threat, True), mode="drop")
 
 
 @partial(jax.jit, static_argnames="confidence")
-def _kept(problems: Problem, states: State, logits: Array, maps: Array, confidence: float) -> State:
+def _keep_better(
+    problems: Problem, states: State, logits: Array, maps: Array, confidence: float
+) -> State:
     def one(problem: Problem, state: State, logits: Logits, m: Map) -> State:
         f_t = losses.probability(logits, problem.target)
-        return keep_better(state, score(f_t, jnp.abs(m - problem.target_map).mean(), confidence))
+        map_l1 = jnp.abs(m - problem.target_map).mean()
+        return keep_better(state, criterion(f_t, map_l1, confidence))
 
     return jax.vmap(one)(problems, states, logits, maps)
 
@@ -338,7 +316,7 @@ def look(
     solver: Solver | None,
     driver: Driver,
 ) -> tuple[Array, Array, Any]:
-    """Logits and maps of a batch, and the memory of its solver, as `solved`."""
+    """Return logits [B, K], maps [B, h, w] and the memory of the solver (see `solved`)."""
     memory = solved(model, images, labels, solver, driver)
     return *_explain_batch(model, images, labels, memory, interpreter, solver), memory
 
@@ -346,7 +324,7 @@ def look(
 def solved(
     model: Classifier, images: Array, labels: Array, solver: Solver | None, driver: Driver
 ) -> Any:
-    """Memory at the end of a solver, None without one."""
+    """Return the memory of a solver after all its steps, None without a solver."""
     return None if solver is None else solve(model, images, labels, solver, driver=driver)
 
 
@@ -359,10 +337,11 @@ def _explain_batch(
     interpreter: Explain,
     solver: Solver | None,
 ) -> tuple[Array, Array]:
-    one = partial(explain_one, interpreter=interpreter, solver=solver)
-    return jax.vmap(lambda *given: one(model, *given))(images, labels, memory)
+    one = partial(explain_one, model, interpreter=interpreter, solver=solver)
+    return jax.vmap(one)(images, labels, memory)
 
 
+@partial(jax.jit, static_argnames=("interpreter", "solver"), inline=True)
 def explain_one(
     model: Classifier,
     image: Image,
@@ -371,7 +350,10 @@ def explain_one(
     interpreter: Explain,
     solver: Solver | None,
 ) -> tuple[Logits, Map]:
-    """Logits and map of one image; `memory` is where its solver ends, if it has one."""
+    """Return logits and map of one image; `memory` is that of its solver after all its steps.
+
+    Jitted as in `descent.step_of`: map shape, counted work and the batch share one trace.
+    """
     m = interpreter(model, image, label) if solver is None else solver.read(memory)
     # float32, whatever the network computes in: NumPy knows no bfloat16
     return logits_of(model, image).astype(jnp.float32), m.astype(jnp.float32)

@@ -4,9 +4,9 @@
 
 `step` is that line for one image; `descend` maps it over a batch and repeats it. Notation: f
 softmax probabilities, t target class, m_t target map, g the interpreter, α step size, λ weight of
-the map, Π `threat.project`; what is said of x holds for the parameters that make it under other
-threat models. Where a map is itself the end of a descent, `solve` goes down to it; both are driven
-by `drive`.
+the map term, Π `threat.project`. Under other threat models than L∞ the steps are taken in the
+parameters that make x. `solve` runs the descent of an interpreter that is one itself (MASK). Both
+are loops of `drive`.
 """
 
 import operator
@@ -31,14 +31,20 @@ MapLoss = Callable[[Map, Map], Array]
 OnStep = Callable[[int], None]
 Step = Callable[[Classifier, Any, Any, Any], tuple[Any, Any]]
 
-LEAST_WEIGHT = 1e-2  # share of λ: without it a hundred steps that miss the target would switch the map off for good
+# Lower bound of `State.weight`. Without it a hundred steps that miss the target would leave
+# .9^100 = 3e-5 of λ, and 1.1^k brings it back only after 111 steps that hit
+LEAST_WEIGHT = 1e-2
 
 
 class Problem(NamedTuple):
-    """What is asked for one image: benign image [H, W, 3], target class [], target map [h, w].
+    """One image and its targets.
 
-    `key` is the raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random
-    numbers.
+    Attributes:
+        image: benign, [H, W, 3] in [0, 1].
+        target: target class, int32 [].
+        target_map: [h, w] in [0, 1].
+        key: raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random
+            numbers; None for others.
     """
 
     image: Image | Any
@@ -48,27 +54,26 @@ class Problem(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a step is made of. Static under `jit`: every entry is a value, or a function that equal
-    options share.
+    """The static options of a step. They compare by value, so equal options compile once.
 
     Attributes:
         threat: the threat model.
         surrogate: (model, image, label, context) -> `interpreters.Seen`, or None for the prediction
             loss alone (PGD).
         map_loss: ℓ_int, (map, target map) -> [].
-        momentum: what the sum of normalised gradients that goes into `threat.steepest` keeps of
-            itself at each step, in [0, 1) (MI-FGSM, Dong et al. 2018); None is `threat.optimiser`.
-        smoothing: label smoothing of ℓ_prd.
+        momentum: decay of the running sum of normalised gradients that goes into `threat.steepest`,
+            in [0, 1) (MI-FGSM, Dong et al. 2018). None steps by `threat.optimiser`.
+        smoothing: label smoothing of ℓ_prd, in [0, 1).
         yielding: while f_t < confidence the weight of the map term is multiplied by 1 - yielding at
-            each step, afterwards by 1 + yielding, up to λ and not below λ / 100; 0 keeps λ. The map
-            yields where both goals cannot be had at once.
-        confidence: f_t from which on an iterate is judged by its map.
+            each step, afterwards by 1 + yielding, up to λ and not below λ / 100; 0 keeps λ. So the
+            map term gives way on images where it would keep the prediction from succeeding.
+        confidence: threshold of f_t; above it an iterate is compared by its map.
         rounded: take losses and gradients at the allowed 8-bit image nearest to the iterate
-            (`Threat.round`), with the gradient passed straight through, so that what is optimised
-            and scored is what will be delivered.
-        keep_best: whether a step scores the iterate it starts from, by its map (meant for faithful
-            surrogates) or, without a surrogate, by its loss. Where the last step of a descent leads
-            is then never scored, and so never delivered.
+            (`Threat.round`), with the gradient passed straight through. Then the image that is
+            optimised is the image that is returned.
+        keep_best: whether a step compares the iterate it starts from with the best one, by
+            `criterion` (meant for faithful surrogates) or, without a surrogate, by its loss. The
+            iterate after the last step is then never compared, and so never returned.
     """
 
     threat: Threat
@@ -83,10 +88,12 @@ class Options(NamedTuple):
 
 
 class Numbers(NamedTuple):
-    """What a schedule sets at each step: step size α in pixel values (see `Threat.steepest`),
-    weight λ, width τ of the surrogate.
+    """The numbers of a step, each []; as the schedule of n steps, each [n].
 
-    Each is [] in a step and [n] over n steps.
+    Attributes:
+        alpha: step size α in pixel values (see `Threat.steepest`).
+        lam: weight λ of the map term.
+        tau: width τ of the surrogate.
     """
 
     alpha: Array | Any
@@ -95,24 +102,35 @@ class Numbers(NamedTuple):
 
 
 class State(NamedTuple):
-    """Carried from step to step for one image.
+    """The state of the descent for one image.
 
-    `weight` in [.01, 1] is the share of λ that the map term has at present; `best` are the
-    parameters with the lowest score so far; `memory` is that of the surrogate, None where it has
-    none; `step` counts the steps taken.
+    Attributes:
+        params: of the threat model, any pytree.
+        optimiser: state of `direction`.
+        weight: [] in [.01, 1], factor of λ at present (see `Options.yielding`).
+        best: parameters with the lowest criterion so far.
+        lowest: [] float32, their criterion; infinite before the first comparison.
+        memory: of the surrogate, any pytree; None where it has none.
+        step: [] int32, the number of steps taken.
     """
 
     params: Params
     optimiser: optax.OptState
     weight: Array
     best: Params
-    best_score: Array
+    lowest: Array
     memory: Any = None
     step: Array | Any = 0
 
 
 class Info(NamedTuple):
-    """Reported by a step for the iterate it starts from: loss [], f_t [], mean absolute difference of the maps []."""
+    """The report of a step on the iterate it starts from, each [], over n steps [n].
+
+    Attributes:
+        loss: the joint loss.
+        confidence: f_t, in [0, 1].
+        map_l1: mean absolute difference of map and target map, in [0, 1].
+    """
 
     loss: Array | Any
     confidence: Array | Any
@@ -120,28 +138,29 @@ class Info(NamedTuple):
 
 
 def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> Image:
-    """The adversarial image [H, W, 3] that parameters make, or the 8-bit image of it; the gradient passes straight through."""
+    """Return the image [H, W, 3] that parameters make, rounded straight through if `rounded`."""
     x = threat.apply(params, image)
+    # the gradient of round is 0: the sum has the value of the rounded image, and the gradient of x
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
-def score(f_t: Array, map_l1: Array, confidence: float) -> Array:
-    """What keep-best minimises: the L1 distance of the maps once f_t >= confidence; before that 2 - f_t, which is larger."""
+def criterion(f_t: Array, map_l1: Array, confidence: float) -> Array:
+    """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t."""
+    # maps lie in [0, 1], so any iterate that hits the target is better than any that misses
     return jnp.where(f_t >= confidence, map_l1, 2 - f_t)
 
 
-def keep_better(state: State, found: Array) -> State:
-    """The state with its present parameters as the best ones if their score `found` [] is lower."""
+def keep_better(state: State, value: Array) -> State:
+    """Return the state whose best parameters are the present ones if their criterion is lower."""
     # of a float64 network it is float64, which a loop does not carry
-    found = found.astype(state.best_score.dtype)
-    best = jax.tree.map(
-        lambda new, old: jnp.where(found < state.best_score, new, old), state.params, state.best
-    )
-    return state._replace(best=best, best_score=jnp.fmin(found, state.best_score))
+    value = value.astype(state.lowest.dtype)
+    best = optax.tree_utils.tree_where(value < state.lowest, state.params, state.best)
+    # fmin, not min: a criterion that is not a number must not win, nor erase the lowest one
+    return state._replace(best=best, lowest=jnp.fmin(value, state.lowest))
 
 
 def direction(options: Options) -> optax.GradientTransformation:
-    """From gradients to directions; the step size is applied after it."""
+    """Return the transformation from gradients to step directions, before the step size."""
     threat, momentum = options.threat, options.momentum
     if momentum is None:
         return (threat.optimiser or threat.steepest)()
@@ -149,18 +168,12 @@ def direction(options: Options) -> optax.GradientTransformation:
 
 
 def init(problem: Problem, options: Options, params: Params = None, memory: Any = None) -> State:
-    """The state at `params`, or at the unchanged image."""
+    """Return the state at `params`, or at the unchanged image."""
     start = options.threat.init(problem.image) if params is None else params
-    weight, worst = jnp.ones((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
-    return State(
-        start,
-        direction(options).init(start),
-        weight,
-        start,
-        worst,
-        memory,
-        jnp.zeros((), jnp.int32),
-    )
+    # 32 bits throughout: under x64 the defaults would be wider than what a step returns
+    one, infinity = jnp.ones((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
+    optimiser, count = direction(options).init(start), jnp.zeros((), jnp.int32)
+    return State(start, optimiser, one, start, infinity, memory, count)
 
 
 def joint_loss(
@@ -172,10 +185,10 @@ def joint_loss(
     memory: Any = None,
     index: Any = 0,
 ) -> tuple[Array, tuple[Info, Any]]:
-    """ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) of the image x that the parameters make (eq. 3); its
-    parts, and the next memory.
+    """Return ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) (eq. 3), with (`Info`, next memory) beside it.
 
-    What the surrogate and the threat model penalise besides is added.
+    x is the image that the parameters make. Penalties of the surrogate and of the threat model are
+    added.
     """
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
     if options.surrogate is None:
@@ -197,17 +210,17 @@ def joint_loss(
 def step(
     model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options
 ) -> tuple[State, Info]:
-    """One step of eq. 4 for one image.
+    """Take one step of eq. 4 for one image.
 
     Args:
         model: the classifier.
         problem: the image and its targets.
-        state: where the descent stands.
+        state: of the descent.
         numbers: of this step.
         options: static options.
 
     Returns:
-        The next state, and what was found at the present one.
+        The next state, and the report on the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
     slope = jax.grad(joint_loss, has_aux=True)
@@ -215,7 +228,7 @@ def step(
         state.params, model, problem, weighed, options, state.memory, state.step
     )
     if options.keep_best:
-        by_map = score(info.confidence, info.map_l1, options.confidence)
+        by_map = criterion(info.confidence, info.map_l1, options.confidence)
         state = keep_better(state, info.loss if options.surrogate is None else by_map)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
@@ -230,27 +243,32 @@ def step(
 
 
 @lru_cache
-def _step_of(options: Options) -> Step:
-    """`step` of these options; equal options give the same object."""
-    return lambda model, problem, state, numbers: step(model, problem, state, numbers, options)
+def step_of(options: Options) -> Step:
+    """Return `step` of these options, jitted; equal options give the same object.
+
+    `jit` here caches the trace for one image: drivers map it over their batch, and
+    `attacks.gradient_evaluations` counts its work, without tracing the network again.
+    """
+    return jax.jit(
+        lambda model, problem, state, numbers: step(model, problem, state, numbers, options),
+        inline=True,
+    )
 
 
 @lru_cache
-def _step_to_map(solver: Solver) -> Step:
-    """`solver.step` in the form that `drive` wants."""
-
-    def step(model: Classifier, asked: tuple[Image, Label], memory: Any, _: Any) -> tuple[Any, Any]:
-        return solver.step(model, *asked, memory), ()
-
-    return step
+def solver_step_of(solver: Solver) -> Step:
+    """Return `solver.step` in the form that `drive` takes, jitted as in `step_of`."""
+    return jax.jit(
+        lambda model, problem, memory, _: (solver.step(model, problem[0], problem[1], memory), ()),
+        inline=True,
+    )
 
 
 @lru_cache(maxsize=32)  # an entry holds all that was compiled for one architecture and one step
 def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The jitted drivers of a batch for one architecture: one step, and a loop over [n] steps.
+    """Return the jitted programs of a batch for one architecture: one step, and a loop over [n]."""
 
-    The model enters as its leaves: flattening an NNX module at every call would cost milliseconds.
-    """
+    # The model enters as its leaves: flattening an NNX module at every call costs milliseconds
 
     def one(leaves: list[Array], problems: Any, states: Any, numbers: Any) -> tuple[Any, Any]:
         model = jax.tree.unflatten(structure, leaves)
@@ -273,7 +291,7 @@ def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[
         reports = jax.tree.map(
             lambda leaf: jnp.zeros((leaf.shape[0], n, *leaf.shape[1:]), leaf.dtype), info
         )
-        # traced bounds: one program for every span
+        # bounds are traced, not static: one program serves every span
         return jax.lax.fori_loop(start, stop, body, (states, reports))
 
     return jax.jit(one), jax.jit(loop)
@@ -282,14 +300,13 @@ def _programs(structure: Any, step: Step) -> tuple[Callable[..., Any], Callable[
 def batched_step(
     model: Classifier, options: Options
 ) -> tuple[list[Array], Callable[..., tuple[State, Info]]]:
-    """The jitted step of a batch, as the host driver calls it.
+    """Return the leaves of the model, and the jitted step of a batch that the host driver calls.
 
-    Returns:
-        the leaves of the model, and (leaves, problems, states, numbers) -> (states, info), all but
-        the numbers with axis [B].
+    The step is (leaves, problems, states, numbers) -> (states, info); all but leaves and numbers
+    have a leading axis [B].
     """
     leaves, structure = jax.tree.flatten(model)
-    return leaves, _programs(structure, _step_of(options))[0]
+    return leaves, _programs(structure, step_of(options))[0]
 
 
 def descend(
@@ -316,30 +333,19 @@ def descend(
         on_step: see `drive`.
 
     Returns:
-        The states after these steps, and what each step reported, [B, n]; 0 for steps out of the
+        The states after these steps, and the reports of the steps, [B, n]; 0 for steps outside the
         span.
 
     Raises:
         ValueError: for an unknown driver.
     """
-
-    def single(
-        values: Any,
-    ) -> Any:  # a float64 step size would make float64 parameters, which a loop does not carry
-        return (
-            values.astype(np.float32)
-            if isinstance(values, Array)
-            else np.asarray(values, np.float32)
-        )
-
-    schedule = jax.tree.map(single, schedule)
+    # a float64 step size would make float64 parameters, which a loop does not carry
+    schedule = jax.tree.map(lambda values: values.astype(np.float32), schedule)
     if len(schedule.alpha) == 0:
-        return states, Info(
-            *(np.zeros((len(problems.target), 0), np.float32) for _ in Info._fields)
-        )
+        return states, Info(*[np.zeros((len(problems.target), 0), np.float32)] * len(Info._fields))
     return drive(
         model,
-        _step_of(options),
+        step_of(options),
         problems,
         states,
         schedule,
@@ -352,19 +358,14 @@ def descend(
 def solve(
     model: Classifier, images: Array, labels: Array, solver: Solver, *, driver: Driver = "auto"
 ) -> Any:
-    """The memory of a solver at the end of its steps, for a batch: [B, H, W, 3], [B] -> leading axis [B]."""
-    return drive(
-        model,
-        _step_to_map(solver),
-        (images, labels),
-        _start(images, solver),
-        np.arange(solver.steps),
-        driver=driver,
-    )[0]
+    """Return the memory of a solver after all its steps: [B, H, W, 3], [B] -> leading axis [B]."""
+    start, places = _init_solver(images, solver), np.arange(solver.steps)
+    step = solver_step_of(solver)
+    return drive(model, step, (images, labels), start, places, driver=driver)[0]
 
 
 @partial(jax.jit, static_argnames="solver")
-def _start(images: Array, solver: Solver) -> Any:
+def _init_solver(images: Array, solver: Solver) -> Any:
     return jax.vmap(solver.init)(images)
 
 
@@ -384,20 +385,20 @@ def drive(
     Args:
         model: the classifier.
         step: (model, problem, state, numbers) -> (state, info); compiled once for each such object.
-        problems: what does not change, any pytree with leading axis [B].
-        states: what does, any pytree with leading axis [B].
+        problems: inputs of the step that stay the same, any pytree with leading axis [B].
+        states: inputs that each step replaces, any pytree with leading axis [B].
         schedule: the numbers of each step, any pytree with leading axis [n], n >= 1.
         span: first step, and the one after the last; all n unless given. Spans of one schedule
             share one program.
         driver: "fori" is one jitted `lax.fori_loop`, "host" calls the same step n times. "auto" is
             the host on CPU, where XLA compiles convolutions inside loops to slow code (jax issue
             12868), and the loop elsewhere.
-        on_step: called with the number of steps newly done: 1 after every step by the host, all at
+        on_step: called with the number of new steps: 1 after every step of the host, all of them at
             the end of the loop.
 
     Returns:
-        The states after the span, and what each step reported, [B, n], one number an image and
-        step; 0 for steps out of the span.
+        The states after the span, and the reports of the steps, one number for each image and step,
+        [B, n]; 0 for steps outside the span.
 
     Raises:
         ValueError: for an unknown driver.
@@ -407,6 +408,7 @@ def drive(
     n = len(jax.tree.leaves(schedule)[0])
     start, stop = span or (0, n)
     if not by_host(driver, (leaves, problems, states)):
+        # moved explicitly, so that `jax.transfer_guard` has nothing to refuse
         bounds = (edge if isinstance(edge, Array) else np.int32(edge) for edge in (start, stop))
         states, infos = loop(leaves, problems, states, *jax.device_put((schedule, *bounds)))
         if on_step:
@@ -420,22 +422,20 @@ def drive(
         )
         reports.append(info)
         if on_step:
+            # JAX returns before the step is computed: progress would run ahead
             jax.block_until_ready(info)
             on_step(1)
     if not reports:
         return states, ()
 
-    def whole(*values: np.ndarray) -> np.ndarray:
-        all_steps = np.zeros((len(values[0]), n), values[0].dtype)
-        all_steps[:, start:stop] = np.stack(values, axis=1)
-        return all_steps
+    def pad(*values: np.ndarray) -> np.ndarray:
+        return np.pad(np.stack(values, axis=1), ((0, 0), (start, n - stop)))
 
-    return states, jax.tree.map(whole, *jax.device_get(reports))
+    return states, jax.tree.map(pad, *jax.device_get(reports))
 
 
 def by_host(driver: Driver, values: Any) -> bool:
-    """Whether steps on these values are to be driven from the host: see `drive`. Under `jit` the
-    loop is the only one there is.
+    """Return whether the host drives steps on these values (see `drive`); never under `jit`.
 
     Raises:
         ValueError: for an unknown driver.

@@ -1,4 +1,8 @@
-"""The numbers of an attack, an interpreter each: `paper` (the released constants), `default` (the best we found), `quick`."""
+"""The numbers of an attack, by preset and interpreter.
+
+`paper` holds the constants of the released code, `default` those found here by search, and `quick`
+as few steps as will do.
+"""
 
 import json
 import math
@@ -32,17 +36,22 @@ T = TypeVar("T")
 Schedule = Callable[[int], optax.Schedule]
 
 
-SHAPES = ("constant", "ramp", "decay", "geometric")
+# shape -> optax schedule from a first to a last value over n steps
+SHAPES: dict[str, Callable[[float, float, int], optax.Schedule]] = {
+    "constant": lambda first, last, n: optax.constant_schedule(first),
+    "ramp": optax.linear_schedule,
+    "decay": lambda first, last, n: optax.cosine_decay_schedule(first, n, last / first),
+    "geometric": lambda first, last, n: optax.exponential_decay(first, n, last / first),
+}
 
 
 @dataclass(frozen=True)
 class Course:
-    """How a number runs over the joint steps, whatever their count n: called with n it gives the
-    optax schedule.
+    """A schedule that stretches: called with the number n of joint steps it is the optax schedule.
 
     Attributes:
         shape: "constant"; "ramp", a straight line; "decay", half a cosine; "geometric", a constant
-            factor a step.
+            factor per step.
         first, last: its values at steps 0 and n.
     """
 
@@ -51,35 +60,28 @@ class Course:
     last: float
 
     def __call__(self, n: int) -> optax.Schedule:
-        """The schedule over n steps."""
-        first, last, n = self.first, self.last, max(n, 1)
-        match self.shape:
-            case "ramp":
-                return optax.linear_schedule(first, last, n)
-            case "decay":
-                return optax.cosine_decay_schedule(first, n, last / first)
-            case "geometric":
-                return optax.exponential_decay(first, n, last / first)
-        return optax.constant_schedule(first)
+        """Return the schedule over n steps."""
+        # optax refuses schedules over 0 steps
+        return SHAPES[self.shape](self.first, self.last, max(n, 1))
 
 
 def constant(value: float) -> Course:
-    """The same value at every step."""
+    """Return the schedule of the same value at every step."""
     return Course("constant", value, value)
 
 
 def ramp(first: float, last: float) -> Course:
-    """A straight line from `first` to `last`."""
+    """Return the schedule along a straight line from `first` to `last`."""
     return Course("ramp", first, last)
 
 
 def decay(first: float, last: float) -> Course:
-    """Half a cosine from `first` down to `last`."""
+    """Return the schedule along half a cosine from `first` down to `last`."""
     return Course("decay", first, last)
 
 
 def geometric(first: float, last: float) -> Course:
-    """A constant factor a step, from `first` to `last`."""
+    """Return the schedule with a constant factor per step from `first` to `last`."""
     return Course("geometric", first, last)
 
 
@@ -103,13 +105,13 @@ class Preset:
         momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat
             model.
         smoothing: label smoothing, joint stage.
-        yielding: how fast the map term gives way where the prediction does not hold (see
+        yielding: how fast the map term gives way where the prediction fails (see
             `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
-        score_every: deliver the best-scored iterate; 0 delivers the last. A faithful surrogate
-            scores every iterate that a step starts from, for free, and so does plain PGD, by its
-            loss; for another surrogate the explained map is drawn and scored after every so many
-            joint steps, and a solver's memory starts anew from it.
+        score_every: 0 returns the last iterate, else the best. With a faithful surrogate, and in
+            plain PGD, every iterate is compared, at no cost, by the step that starts from it. With
+            another surrogate the explained map is computed for that after every `score_every` joint
+            steps, and a solver's memory starts anew from it.
         warm_step_size: α of the warm start.
     """
 
@@ -132,7 +134,10 @@ class Preset:
 
 
 def paper_grad_balance(n: int) -> optax.Schedule:
-    """λ = .001, .004, .01, .05 for 301, 201, 101 and 101 of 704 steps (released code), stretched to n steps."""
+    """Return λ = .001, .004, .01, .05 for 301, 201, 101, 101 of 704 steps, stretched to n steps.
+
+    The released code, for GRAD.
+    """
     factors: dict[int, float] = {}
     for at, factor in ((301, 4.0), (502, 2.5), (603, 5.0)):
         step = round(at * n / 704)
@@ -159,6 +164,7 @@ _PAPER_GRAD = Preset(
     smoothing=0.05,
     score_every=10,
 )
+# The numbers of `default` were found here by search
 _DEFAULT_CAM = Preset(
     cam_interpreter(),
     warm_steps=0,
@@ -168,7 +174,9 @@ _DEFAULT_CAM = Preset(
     map_loss=losses.map_mse,
     momentum=0.85,
     smoothing=0.02,
+    # a weight falls to its bound, .01, in 44 steps that miss the target
     yielding=0.1,
+    # scored as returned: an 8-bit image
     rounded=True,
     score_every=1,
 )
@@ -178,12 +186,13 @@ _DEFAULT_GRAD = replace(
     steps=300,
     step_size=decay(0.35 * PIXEL, PIXEL / 40),
     balance=ramp(1000.0, 2000.0),
+    # from wide to narrow: at any width the map is the true one, only its second derivative is not
     tau=geometric(0.1, 5e-4),
     momentum=0.6,
 )
-# The released constants and the literal formula, but for two things that the loop has no words for:
-# steps along signs (eq. 4), not along the normalised gradient, and a weight λ like that of CAM for
-# the bisection between the two losses.
+# The released constants and the literal formula, except for two things that the loop does not
+# have: the released code steps along the normalised gradient, not along signs (eq. 4), and bisects
+# between the two losses, where λ of CAM stands here
 _PAPER_MASK = replace(
     _PAPER_CAM,
     interpreter=mask_interpreter(
@@ -204,8 +213,8 @@ _DEFAULT_MASK = replace(
     tau=constant(0.03),
     score_every=10,
 )
-# As few steps as still do, and therefore long ones; all but MASK spend 56 gradients, so that they
-# share one run of plain PGD
+# As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
+# cost share one run of plain PGD
 _QUICK_STEPS = {"pgd": 56, "grad": 28, "cam": 56, "grad_cam": 56, "rts": 17, "mask": 12}
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -230,29 +239,30 @@ PRESETS["quick"] = {
     name: replace(PRESETS["default"][name], steps=steps, step_size=decay(4 * PIXEL, PIXEL / 5))
     for name, steps in _QUICK_STEPS.items()
 }
-# the map is where half as many steps end
+# a map after half of the usual 50 solver steps
 PRESETS["quick"]["mask"] = replace(
     PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), score_every=6
 )
 
 
 def _released_flow(preset: Preset) -> Preset:
-    """The numbers of steps of the released StAdv code; its learning rate is that of `threats.flow` at steps of one pixel value."""
-    return (
-        replace(preset, steps=800)
-        if preset.interpreter is None
-        else replace(preset, warm_steps=200, steps=600)
-    )
+    """Return a preset with the numbers of steps of the released StAdv code.
+
+    Its learning rate is that of `threats.flow` at steps of one pixel value.
+    """
+    if preset.interpreter is None:
+        return replace(preset, steps=800)
+    return replace(preset, warm_steps=200, steps=600)
 
 
-def _patient(preset: Preset) -> Preset:
-    """At least 300 steps: a flow comes as close to a map as a change of pixel values, but takes longer."""
+def _at_least_300_steps(preset: Preset) -> Preset:
     return replace(preset, steps=max(preset.steps, 300))
 
 
-# by threat model and preset: what becomes of every interpreter's numbers
-UNDER: dict[str, dict[str, Callable[[Preset], Preset]]] = {
-    "flow": {"paper": _released_flow, "default": _patient}
+# threat model -> preset -> a function that adapts the numbers of an interpreter. In `default` a
+# flow comes as close to a map as a change of pixel values does, but takes longer
+THREAT_ADJUSTMENTS: dict[str, dict[str, Callable[[Preset], Preset]]] = {
+    "flow": {"paper": _released_flow, "default": _at_least_300_steps}
 }
 
 
@@ -264,39 +274,37 @@ def resolve(
     warm_steps: int | None = None,
     steps: int | None = None,
 ) -> Preset:
-    """A preset with the caller's own interpreter and step counts in it.
+    """Return a preset with the caller's interpreter and numbers of steps in it.
 
     Args:
         preset: a key of `PRESETS`; presets by interpreter, "pgd" among them, as `PRESETS` holds and
             `read` gives them; or a `Preset`.
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its
-            interpreter); an `Interpreter`, which takes the numbers of the preset, or those found
-            for its name, or for the one that it is like: for MASK if it is a descent, for GRAD if
-            it differentiates the network (`needs` names "act"), else for CAM; or None for plain
-            PGD.
-        threat: what may be changed; a preset called by its name has other numbers for some
-            (`UNDER`).
-        warm_steps, steps: take the place of the preset's; its schedules stretch with `steps`.
+            interpreter); an `Interpreter`, which takes the numbers of the preset, or those of its
+            name, or of the most similar one: of MASK if it is a descent, of GRAD if it
+            differentiates the network (`needs` names "act"), else of CAM; or None for plain PGD.
+        threat: the threat model; a preset called by its name is adapted to some
+            (`THREAT_ADJUSTMENTS`).
+        warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
 
     Raises:
         ValueError: for an unknown preset or interpreter, or a negative number of steps.
     """
-    if not isinstance(preset, Preset):
+    if isinstance(preset, Preset):
+        name = None if preset.interpreter is None else preset.interpreter.name
+        if isinstance(interpreter, str) and interpreter != name:
+            raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {name!r}")
+    else:
         known = look_up(PRESETS, "preset", preset) if isinstance(preset, str) else preset
-        adapt = (
-            UNDER.get(threat.name, {}).get(preset) if threat and isinstance(preset, str) else None
-        )
-        named = {name: preset for name, preset in known.items() if name != "pgd"}
+        named = {name: numbers for name, numbers in known.items() if name != "pgd"}
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         if isinstance(interpreter, Interpreter) and name not in named:
-            name = _alike(interpreter)
+            name = "grad" if "act" in interpreter.needs else "cam"
+            name = name if interpreter.solver is None else "mask"
+        adjustments = THREAT_ADJUSTMENTS.get(threat.name, {}) if threat else {}
+        adjust = adjustments.get(preset) if isinstance(preset, str) else None
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
-        preset = adapt(preset) if adapt else preset
-    elif isinstance(interpreter, str) and (
-        preset.interpreter is None or preset.interpreter.name != interpreter
-    ):
-        own = None if preset.interpreter is None else preset.interpreter.name
-        raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {own!r}")
+        preset = adjust(preset) if adjust else preset
     if not isinstance(interpreter, str):
         preset = replace(preset, interpreter=interpreter)
     for key, value in (("warm_steps", warm_steps), ("steps", steps)):
@@ -310,7 +318,7 @@ def resolve(
 
 
 def to_dict(preset: Preset) -> dict[str, Any]:
-    """All numbers of a preset as JSON knows them; functions by their names. `from_dict` is the inverse."""
+    """Return all numbers of a preset as JSON, functions by their names; inverse of `from_dict`."""
     return {field.name: _plain(getattr(preset, field.name)) for field in fields(preset)}
 
 
@@ -319,16 +327,16 @@ def _plain(value: Any) -> Any:
         if value.made is None:
             return {"kind": value.name}
         kind = value.made.function.__name__.removesuffix("_interpreter")
-        return {"kind": kind} | {name: _plain(own) for name, own in value.made.options}
+        return {"kind": kind} | {name: _plain(option) for name, option in value.made.options}
     if isinstance(value, Course):
         return value.first if value.shape == "constant" else asdict(value)
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return {name: _plain(own) for name, own in value._asdict().items()}
+        return {name: _plain(field) for name, field in value._asdict().items()}
     return shown(value) if callable(value) else value
 
 
 def from_dict(name: str, numbers: Mapping[str, Any]) -> Preset:
-    """A preset of numbers as `to_dict` writes them; what is not there is that of `default`.
+    """Return the preset of numbers as `to_dict` writes them; the others are those of `default`.
 
     Args:
         name: a key of `PRESETS["default"]`: "pgd" or an interpreter.
@@ -341,18 +349,18 @@ def from_dict(name: str, numbers: Mapping[str, Any]) -> Preset:
     """
     base = look_up(PRESETS["default"], "preset of", name)
     known = {field.name: getattr(base, field.name) for field in fields(base)}
-    found: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     for key, value in numbers.items():
         look_up(known, f"{name}: number", key)
         try:
-            found[key] = _read(key, value, known[key])
+            changes[key] = _read(key, value, known[key])
         except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{name}: {key} = {json.dumps(value)}: {error}") from None
-    return replace(base, **found)
+    return replace(base, **changes)
 
 
 def _read(key: str, value: Any, default: Any) -> Any:
-    """The attribute of a `Preset` that a value of JSON stands for."""
+    """Return the attribute of a `Preset` for a value of JSON."""
     if key == "interpreter":
         return _read_interpreter(value, default)
     if key == "map_loss":
@@ -365,13 +373,10 @@ def _read(key: str, value: Any, default: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
-    whole = isinstance(default, int)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int if whole else int | float)
-        or not 0 <= value < math.inf
-    ):
-        raise ValueError(f"must be {'a whole number' if whole else 'a finite number'}, 0 or more")
+    kind, word = (int, "whole") if isinstance(default, int) else (int | float, "finite")
+    # a bool is an int to Python
+    if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < math.inf:
+        raise ValueError(f"must be a {word} number, 0 or more")
     if key in ("momentum", "smoothing", "yielding") and value >= 1:
         raise ValueError("must be below 1")
     return value
@@ -384,7 +389,8 @@ def _read_course(value: Any) -> Course:
         isinstance(end, int | float) and 0 <= end < math.inf for end in ends
     ):
         raise ValueError(
-            f"must be a number, or shape ({', '.join(SHAPES)}), first and last, finite and not negative"
+            f"must be a number, or shape ({', '.join(SHAPES)}), first and last, "
+            "finite and not negative"
         )
     if course.shape in ("decay", "geometric") and not min(ends) > 0:
         raise ValueError("first and last must be above 0")
@@ -401,11 +407,8 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
     if isinstance(options.get("act"), str):
         raise ValueError("act is a function, which only Python can give")
     if objective := options.get("objective"):
-        scores = {
-            "log_odds": losses.log_odds,
-            "logit": losses.logit,
-            "probability": losses.probability,
-        }
+        functions = (losses.log_odds, losses.logit, losses.probability)
+        scores = {function.__name__: function for function in functions}
         score = objective.get("score")
         options["objective"] = MaskObjective(**objective)._replace(
             score=score and look_up(scores, "score", score)
@@ -417,8 +420,9 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Preset]:
-    """Presets of a JSON file: interpreter (or "pgd") -> numbers, as `from_dict` reads them; the
-    others are those of `default`.
+    """Read the presets of a JSON file: interpreter (or "pgd") -> numbers as for `from_dict`.
+
+    Interpreters that are not in the file have the presets of `default`.
 
     Raises:
         ValueError: names the file, and what is wrong in it.
@@ -438,15 +442,8 @@ def read(path: str | os.PathLike[str]) -> dict[str, Preset]:
         raise ValueError(f"cannot read {path}: {first_line(error)}") from None
 
 
-def _alike(interpreter: Interpreter) -> str:
-    """The interpreter whose numbers serve one that no preset knows."""
-    if interpreter.solver is not None:
-        return "mask"
-    return "grad" if "act" in interpreter.needs else "cam"
-
-
 def look_up(table: Mapping[str, T], what: str, name: str) -> T:
-    """The entry of a table.
+    """Return the entry of a table.
 
     Raises:
         ValueError: for an unknown name; lists the valid ones.

@@ -1,13 +1,14 @@
 """Threat models as data: what the adversary may change, as functions on one image.
 
 An attack optimises parameters; a threat model says where they start, which image they make, how
-they are brought back into the allowed set, what they cost and which way is down. Factories are
-cached, so equal options give the same object.
+they are projected onto the allowed set, what they cost and which way is down. Factories are
+memoised, so equal options give the same object.
 
-What is delivered is an 8-bit image, so the radius of a ball is promised for that: `round` stays
-inside.
+The result is an 8-bit image. The radius of a ball is a promise about that image: `round` stays
+inside the ball.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,44 +26,44 @@ Params = Any
 Transformation = Callable[[], optax.GradientTransformation]
 
 PIXEL = 1 / 255
-HALVINGS = 12  # of the interval in which `l2` looks for a factor
-# corners of the 3 x 3 window that starts one pixel up and left
+BISECTIONS = 12  # so `l2` knows its shrinking factor to 2^-12
+# offsets of the diagonal neighbours in an image that is padded by one pixel
 DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))
 
 
-def free(params: Params) -> Array:
-    """The penalty of a threat model that has none: 0."""
+def no_penalty(params: Params) -> Array:
+    """Return 0, the penalty of a threat model that has none."""
     return jnp.zeros(())
 
 
 def nearest(x: Image, params: Params, image: Image) -> Image:
-    """The nearest image that an 8-bit file can hold: values k/255; of jax or NumPy, in the type of x."""
+    """Return the nearest image with values k/255, by NumPy or jax.numpy, in the dtype of x."""
     return x.__array_namespace__().round(x * 255) / 255
 
 
-def any_image(image: np.ndarray) -> None:
-    """Nothing to refuse."""
+def accept(image: np.ndarray) -> None:
+    """Accept any benign image."""
 
 
 class Threat(NamedTuple):
-    """What an adversary may do to one image.
+    """A threat model: the changes of one image that an adversary may make.
 
     Attributes:
         name: as in results.
         init: image [H, W, 3] -> parameters (any pytree) of the unchanged image.
         apply: (parameters, image) -> adversarial image in [0, 1].
         project: (parameters, image) -> allowed parameters near them.
-        penalty: parameters -> [], added to every loss; its gradient must be finite, at the start
-            too.
-        steepest: makes the optax transformation from gradients (or their moving sum) to the
-            directions that steps go along. Step sizes are in pixel values, as for `linf`; a threat
-            model with another unit scales to it here.
-        optimiser: the like, with a memory of its own, for steps without momentum, plain PGD among
-            them; None is `steepest`.
-        displacement: parameters -> flow [H, W, 2] in pixels, where they have one.
+        penalty: parameters -> [], added to every loss. Its gradient must be finite, also at the
+            start.
+        steepest: makes the optax transformation from gradients (or their running sum) to step
+            directions. Step sizes are in pixel values, as for `linf`; a threat model with another
+            unit scales to it here.
+        optimiser: the same for steps without momentum, plain PGD included; may have a state of its
+            own (Adam). None is `steepest`.
+        displacement: parameters -> flow [H, W, 2] in pixels, for threat models that have one.
         round: (x, parameters, benign image) -> the nearest *allowed* image to x = apply(parameters,
-            image) that an 8-bit file can hold, values k/255. Is called with arrays of jax in the
-            loop, and with float64 arrays of NumPy for what is delivered.
+            image) with values k/255. It gets JAX arrays in the loop, and float64 NumPy arrays for
+            the image that is returned.
         check: raises a ValueError for a benign image, float64 [H, W, 3], that has no allowed 8-bit
             image.
     """
@@ -71,12 +72,12 @@ class Threat(NamedTuple):
     init: Callable[[Image], Params]
     apply: Callable[[Params, Image], Image]
     project: Callable[[Params, Image], Params]
-    penalty: Callable[[Params], Array] = free
+    penalty: Callable[[Params], Array] = no_penalty
     steepest: Transformation = optax.scale_by_sign
     optimiser: Transformation | None = None
     displacement: Callable[[Params], Array] | None = None
     round: Callable[[Image, Params, Image], Image] = nearest
-    check: Callable[[np.ndarray], None] = any_image
+    check: Callable[[np.ndarray], None] = accept
 
     def __repr__(self) -> str:
         return shown(self)
@@ -84,12 +85,13 @@ class Threat(NamedTuple):
 
 @shared
 def linf(epsilon: float = 8 / 255) -> Threat:
-    """|| x - x° ||_inf <= epsilon and x in [0, 1] (ADV² eq. 4), for the 8-bit image that is
-    delivered too.
+    """Return the threat model || x - x° ||_inf <= epsilon with x in [0, 1] (ADV² eq. 4).
+
+    It holds for the float image and for the 8-bit image that is returned.
 
     Args:
-        epsilon: radius in units of pixel value, in [1/255, 1]. The paper uses 8/255. Of an 8-bit
-            image whole levels can be changed: the 0.031 of the released code, 7.9 levels, allows 7.
+        epsilon: radius in units of pixel value, in [1/255, 1]. The paper uses 8/255. An 8-bit image
+            changes by whole grey levels: the 0.031 of the released code is 7.9 levels and allows 7.
 
     Raises:
         ValueError: if epsilon is outside [1/255, 1].
@@ -99,7 +101,7 @@ def linf(epsilon: float = 8 / 255) -> Threat:
     return Threat(
         "linf",
         jnp.zeros_like,
-        _add,
+        operator.add,
         bind(_into_box, epsilon=epsilon),
         round=bind(_round_in_box, epsilon=epsilon),
     )
@@ -112,15 +114,16 @@ def _into_box(delta: Array, image: Image, *, epsilon: float) -> Array:
 
 def _round_in_box(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
     xp = x.__array_namespace__()
-    # half-way errors of the products below: without it the bound of an image on the 8-bit grid
-    # might fall a level short
+    # On the 8-bit grid (image ± epsilon) * 255 is a whole number up to rounding errors; ceil and
+    # floor would lose a level to them. Products stay below 510, so 2048 eps covers a few roundings
     slack = 2048 * xp.finfo(x.dtype).eps
     low, high = xp.ceil((image - epsilon) * 255 - slack), xp.floor((image + epsilon) * 255 + slack)
     return xp.clip(xp.round(x * 255), xp.maximum(low, 0), xp.minimum(high, 255)) / 255
 
 
-def _check_radius(epsilon: float, holds: bool, allowed: str) -> None:
-    if not (holds and epsilon >= PIXEL * (1 - 1e-9)):
+def _check_radius(epsilon: float, below_limit: bool, allowed: str) -> None:
+    # 1e-9: 1/255 may be written in decimals
+    if not (below_limit and epsilon >= PIXEL * (1 - 1e-9)):
         raise ValueError(
             f"epsilon = {epsilon} must {allowed}, in units of pixel value (8/255 = 0.0314): "
             "a change below 1/255 is lost when an image is rounded to 8 bits"
@@ -129,12 +132,13 @@ def _check_radius(epsilon: float, holds: bool, allowed: str) -> None:
 
 @shared
 def l2(epsilon: float = 0.5) -> Threat:
-    """|| x - x° ||_2 <= epsilon and x in [0, 1], for the 8-bit image that is delivered too.
+    """Return the threat model || x - x° ||_2 <= epsilon with x in [0, 1].
 
-    `project` clips to [0, 1], then shrinks the change into the ball: the box is convex and holds
-    the benign image, so the shrunk change stays in it. (It is not the Euclidean projection on the
-    intersection.) `round` shrinks the change, by bisection, until its rounded image is in the ball.
-    Steps go along the normalised gradient; one of 1/255 is a quarter of the radius long.
+    It holds for the float image and for the 8-bit image that is returned. `project` clips to
+    [0, 1], then shrinks the change into the ball: the box is convex and contains the benign image,
+    so the shrunk change stays in it. (It is not the Euclidean projection on the intersection.)
+    `round` shrinks the change, by bisection, until its rounded image is in the ball. Steps go along
+    the normalised gradient.
 
     Args:
         epsilon: radius in units of pixel value, 1/255 or more.
@@ -144,17 +148,15 @@ def l2(epsilon: float = 0.5) -> Threat:
     """
     _check_radius(epsilon, epsilon < float("inf"), "be a finite number, 1/255 or more")
 
-    functions: dict[str, Callable[..., Any]] = {
-        "project": _into_ball,
-        "steepest": _along_gradient,
-        "round": _round_in_ball,
-        "check": _check_near_grid,
-    }
     return Threat(
         "l2",
         jnp.zeros_like,
-        _add,
-        **{field: bind(f, epsilon=epsilon) for field, f in functions.items()},
+        operator.add,
+        bind(_into_ball, epsilon=epsilon),
+        # a step of one pixel value is a quarter of the radius long
+        steepest=bind(_scaled, direction=optax.normalize_by_update_norm, length=epsilon / 4),
+        round=bind(_round_in_ball, epsilon=epsilon),
+        check=bind(_check_near_grid, epsilon=epsilon),
     )
 
 
@@ -164,47 +166,47 @@ def _into_ball(delta: Array, image: Image, *, epsilon: float) -> Array:
     )
 
 
-def _along_gradient(*, epsilon: float) -> optax.GradientTransformation:
-    return optax.chain(optax.normalize_by_update_norm(), optax.scale(epsilon / 4 / PIXEL))
+def _scaled(*, direction: Transformation, length: float) -> optax.GradientTransformation:
+    """Return a direction scaled so that a step size of one pixel value moves by `length`."""
+    return optax.chain(direction(), optax.scale(length / PIXEL))
 
 
 def _round_in_ball(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
     xp = x.__array_namespace__()
+    # the norm below is a rounded sum itself
+    radius = epsilon * (1 - 8 * xp.finfo(x.dtype).eps)
 
-    def shrunk(share: Any) -> tuple[Image, Any]:
-        rounded = nearest(image + share * (x - image), params, image)
-        return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= epsilon * (
-            1 - 8 * xp.finfo(x.dtype).eps
-        )
+    def shrink(factor: Any) -> tuple[Image, Any]:
+        rounded = nearest(image + factor * (x - image), params, image)
+        return rounded, xp.sqrt(xp.sum((rounded - image) ** 2)) <= radius
 
-    whole, fits = shrunk(1)
+    unshrunk, fits = shrink(1)
     low, high = xp.zeros_like(x[0, 0, 0]), xp.ones_like(x[0, 0, 0])
-    # each value of the rounded change grows with the share, so its norm does
-    for _ in range(HALVINGS):
+    # each value of the rounded change grows with the factor, so its norm does, and bisection holds
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        inside = shrunk(middle)[1]
+        inside = shrink(middle)[1]
         low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
-    return xp.where(fits, whole, shrunk(low)[0])
+    return xp.where(fits, unshrunk, shrink(low)[0])
 
 
 def _check_near_grid(image: np.ndarray, *, epsilon: float) -> None:
     distance = np.linalg.norm(np.round(image * 255) / 255 - image)
     if distance > epsilon:
         raise ValueError(
-            f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, more than epsilon = {epsilon}: "
-            "give 8-bit images or a larger epsilon"
+            f"the image is {distance:.3g} (L2) away from the nearest 8-bit image, "
+            f"more than epsilon = {epsilon}: give 8-bit images or a larger epsilon"
         )
 
 
 @shared
 def flow(penalty: float = 5e-4) -> Threat:
-    """x = x° sampled at displaced places, at a price for flows that are not smooth (StAdv, Xiao et
-    al. 2018).
+    """Return the threat model that samples x° along a smooth flow (StAdv, Xiao et al. 2018).
 
-    The parameters are the flow [H, W, 2], (dy, dx) in pixels; it is zero at the start, where `warp`
-    has a gradient, and unbounded. A step of 1/255 moves by .02 pixels, by the sign; or, without
-    momentum, by Adam with amsgrad at the released code's learning rate, .01. Behind momentum the
-    sign finds closer maps than Adam, and smoother flows.
+    The parameters are the flow [H, W, 2], (dy, dx) in pixels. It starts at zero, where `warp` has a
+    gradient, and has no bound, but a penalty where it is not smooth. With momentum a step of 1/255
+    moves by .02 pixels along the sign; without, by Adam with amsgrad at learning rate .01, as in
+    the released code.
 
     Args:
         penalty: weight of `flow_penalty`, 0 or more.
@@ -219,11 +221,12 @@ def flow(penalty: float = 5e-4) -> Threat:
         "flow",
         _no_flow,
         apply=_warped,
-        project=_as_it_is,
-        penalty=bind(_weighted_penalty, weight=penalty),
-        steepest=_sign_of_flow,
-        optimiser=_adam_of_flow,
-        displacement=_as_it_is,
+        project=_same,
+        penalty=bind(flow_penalty, weight=penalty),
+        # behind momentum the sign finds closer maps than Adam, and smoother flows
+        steepest=bind(_scaled, direction=optax.scale_by_sign, length=0.02),
+        optimiser=bind(_scaled, direction=optax.scale_by_amsgrad, length=0.01),
+        displacement=_same,
     )
 
 
@@ -235,24 +238,12 @@ def _warped(flow: Array, image: Image) -> Image:
     return warp(image, flow)
 
 
-def _as_it_is(flow: Array, image: Any = None) -> Array:
+def _same(flow: Array, image: Any = None) -> Array:
     return flow
 
 
-def _weighted_penalty(flow: Array, *, weight: float) -> Array:
-    return weight * flow_penalty(flow)
-
-
-def _sign_of_flow() -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_sign(), optax.scale(0.02 / PIXEL))
-
-
-def _adam_of_flow() -> optax.GradientTransformation:
-    return optax.chain(optax.scale_by_amsgrad(), optax.scale(0.01 / PIXEL))
-
-
-class Moved(NamedTuple):
-    """Parameters of `linf_flow`: a flow [H, W, 2], and the change [H, W, 3] of what it makes."""
+class FlowDelta(NamedTuple):
+    """Parameters of `linf_flow`: a flow [H, W, 2], and a change [H, W, 3] of the warped image."""
 
     flow: Array
     delta: Array
@@ -260,7 +251,7 @@ class Moved(NamedTuple):
 
 @shared
 def linf_flow(epsilon: float = 8 / 255, penalty: float = 5e-4) -> Threat:
-    """`flow` first, and a change within `linf` of the warped image.
+    """Return the threat model of a `flow`, then a change within `linf` of the warped image.
 
     Args:
         epsilon: as for `linf`.
@@ -269,43 +260,44 @@ def linf_flow(epsilon: float = 8 / 255, penalty: float = 5e-4) -> Threat:
     Raises:
         ValueError: as these two.
     """
-    ball, moving = linf(epsilon), flow(penalty)
+    ball, warping = linf(epsilon), flow(penalty)
     return Threat(
         "linf+flow",
-        _no_move,
-        bind(_moved, ball=ball),
-        bind(_move_into_box, ball=ball),
-        penalty=bind(_of_flow, function=moving.penalty),
-        steepest=bind(_partition, flow=moving.steepest, delta=ball.steepest),
-        optimiser=bind(_partition, flow=moving.optimiser, delta=ball.steepest),
-        displacement=bind(_of_flow, function=moving.displacement),
-        round=bind(_round_moved, ball=ball),
+        _zeros,
+        bind(_warp_and_add, ball=ball),
+        bind(_project_delta, ball=ball),
+        penalty=bind(_of_flow, function=warping.penalty),
+        steepest=bind(_partition, flow=warping.steepest, delta=ball.steepest),
+        optimiser=bind(_partition, flow=warping.optimiser, delta=ball.steepest),
+        displacement=bind(_of_flow, function=warping.displacement),
+        round=bind(_round_delta, ball=ball),
     )
 
 
-def _no_move(image: Image) -> Moved:
-    return Moved(_no_flow(image), jnp.zeros_like(image))
+def _zeros(image: Image) -> FlowDelta:
+    return FlowDelta(_no_flow(image), jnp.zeros_like(image))
 
 
-def _moved(params: Moved, image: Image, *, ball: Threat) -> Image:
-    return _clipped(ball.apply(params.delta, warp(image, params.flow)))
+def _warp_and_add(params: FlowDelta, image: Image, *, ball: Threat) -> Image:
+    return _clip_straight_through(ball.apply(params.delta, warp(image, params.flow)))
 
 
-def _move_into_box(params: Moved, image: Image, *, ball: Threat) -> Moved:
+def _project_delta(params: FlowDelta, image: Image, *, ball: Threat) -> FlowDelta:
     return params._replace(delta=ball.project(params.delta, warp(image, params.flow)))
 
 
-def _round_moved(x: Image, params: Moved, image: Image, *, ball: Threat) -> Image:
-    moved = jax.jit(warp)(*jax.device_put((image, params.flow)))
-    return ball.round(x, params.delta, x.__array_namespace__().asarray(moved))
+def _round_delta(x: Image, params: FlowDelta, image: Image, *, ball: Threat) -> Image:
+    # `round` may be called with NumPy arrays, which `warp` does not take as they are
+    warped = jax.jit(warp)(*jax.device_put((image, params.flow)))
+    return ball.round(x, params.delta, x.__array_namespace__().asarray(warped))
 
 
-def _of_flow(params: Moved, *, function: Callable[[Array], Array]) -> Array:
+def _of_flow(params: FlowDelta, *, function: Callable[[Array], Array]) -> Array:
     return function(params.flow)
 
 
 def _partition(*, flow: Transformation, delta: Transformation) -> optax.GradientTransformation:
-    return optax.partition({"flow": flow(), "delta": delta()}, Moved._make(Moved._fields))
+    return optax.partition({"flow": flow(), "delta": delta()}, FlowDelta._make(FlowDelta._fields))
 
 
 THREATS: dict[str, Callable[..., Threat]] = {
@@ -317,11 +309,11 @@ THREATS: dict[str, Callable[..., Threat]] = {
 
 
 def warp(image: Image, flow: Array) -> Image:
-    """x(p) = x°(p + flow(p)), bilinear; coordinates are clamped to the image.
+    """Return x(p) = x°(p + flow(p)), bilinear; coordinates are clamped to the image.
 
-    Between the pixels q and q + 1 the slope is that from q to q + 1, also at q itself: so it is not
-    zero at zero flow. It is in the last row (downwards) and the last column (to the right), since
-    what is beyond them is the same.
+    The gradient at a pixel q is the slope towards q + 1, so it is not zero at zero flow. It is zero
+    only in the last row (downwards) and the last column (to the right), where the image is constant
+    beyond.
 
     Args:
         image: [H, W, 3] in [0, 1].
@@ -331,32 +323,28 @@ def warp(image: Image, flow: Array) -> Image:
         [H, W, 3] in [0, 1].
     """
     rows, columns = jnp.mgrid[: image.shape[0], : image.shape[1]]
-    places = [rows + flow[..., 0], columns + flow[..., 1]]
-    x = jax.vmap(
-        lambda channel: map_coordinates(channel, places, order=1, mode="nearest"),
+    coordinates = [rows + flow[..., 0], columns + flow[..., 1]]
+    warped = jax.vmap(
+        lambda channel: map_coordinates(channel, coordinates, order=1, mode="nearest"),
         in_axes=2,
         out_axes=2,
     )(image)
-    return _clipped(x)
+    return _clip_straight_through(warped)
 
 
-def flow_penalty(flow: Array) -> Array:
-    """Σ_p Σ_{q in N(p)} √(Δdy² + Δdx² + 1e-8), N the four diagonal neighbours, the border repeated:
-    [H, W, 2] -> [] > 0.
+def flow_penalty(flow: Array, weight: float = 1.0) -> Array:
+    """Return weight Σ_p Σ_{q in N(p)} √(Δdy² + Δdx² + 1e-8): [H, W, 2] -> [] >= 0.
 
-    The released code's form of StAdv's flow loss. The constant keeps the gradient finite where
-    neighbours agree.
+    N are the four diagonal neighbours, the border repeated: the released code's form of StAdv's
+    flow loss.
     """
     h, w, _ = flow.shape
     padded = jnp.pad(flow, ((1, 1), (1, 1), (0, 0)), mode="edge")
-    apart = jnp.stack([padded[i : i + h, j : j + w] - flow for i, j in DIAGONALS])
-    return jnp.sqrt((apart**2).sum(-1) + 1e-8).sum()
+    differences = jnp.stack([padded[i : i + h, j : j + w] - flow for i, j in DIAGONALS])
+    # 1e-8, as released: the gradient of √ is infinite at 0, where every flow starts
+    return weight * jnp.sqrt((differences**2).sum(-1) + 1e-8).sum()
 
 
-def _clipped(image: Image) -> Image:
-    """The image within [0, 1], which float32 sums leave by a hair; the gradient passes straight through."""
+def _clip_straight_through(image: Image) -> Image:
+    # float32 sums leave [0, 1] by an ulp; the gradient of a clip would be 0 there
     return image + jax.lax.stop_gradient(jnp.clip(image, 0, 1) - image)
-
-
-def _add(delta: Array, image: Image) -> Image:
-    return image + delta

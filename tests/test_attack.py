@@ -551,6 +551,9 @@ def test_snapshots_change_nothing_and_end_with_what_is_delivered(run, images, re
     np.testing.assert_array_equal(watched.snapshots[:, 0], images[:5])
     np.testing.assert_array_equal(watched.snapshots[:, -1], watched.images[:5])
     assert run(snapshots=99).snapshots.shape[0] == 6
+    # batches without snapshots after one with them
+    few = run(batch_size=4, snapshots=2).snapshots
+    np.testing.assert_array_equal(few, watched.snapshots[:2])
 
 
 def test_snapshots_are_the_iterates(run):

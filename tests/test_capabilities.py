@@ -10,7 +10,13 @@ import pytest
 from flax import linen, nnx
 
 from adv2_jax import attack, explain, interpreters, models, select
-from adv2_jax.capabilities import check_activation, check_features, has, num_classes, static_leaves
+from adv2_jax.capabilities import (
+    check_activation,
+    check_features,
+    lacks,
+    num_classes,
+    static_leaves,
+)
 from adv2_jax.data import ImageSet
 from adv2_jax.models import ClassifierWithMasker
 
@@ -461,7 +467,7 @@ def test_a_network_without_feature_maps_can_be_explained_and_attacked(name):
 
 def test_a_masker_beside_a_network_without_feature_maps(masker):
     model = ClassifierWithMasker(tokens(), masker)
-    assert has(model, "logits") and not has(model, "features")
+    assert lacks(model, "logits", "features", "act") == ["features"]
     with pytest.raises(
         ValueError,
         match="cam needs features and head, and ClassifierWithMasker has no method features",

@@ -92,7 +92,7 @@ def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     step = jax.jit(partial(descent.step, options=options))
     for _ in range(3):
         gradient = plain_gradient(linear, problem, options, image + delta, weight)
-        gradient += 2 * delta if options.threat.penalty is not threats.free else 0
+        gradient += 2 * delta if options.threat.penalty is not threats.no_penalty else 0
         holds = np.exp(plain_forward(linear, image + delta)[0][TARGET]) >= options.confidence
         weight = min(1.0, weight * (1 + options.yielding if holds else 1 - options.yielding))
         direction, memory = plain_direction(options, gradient, memory)
@@ -222,9 +222,9 @@ def test_8_bit_images_are_left_as_they_are(level):
 
 
 def test_success_comes_before_the_map():
-    failed = [descent.score(f_t, 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
+    failed = [descent.criterion(f_t, 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
     succeeded = [
-        descent.score(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
+        descent.criterion(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
     ]
     ranking = [float(score) for score in failed + succeeded]
     assert ranking == sorted(ranking, reverse=True)
@@ -239,10 +239,10 @@ def test_best_is_the_iterate_of_the_lowest_score(linear, problem, keep_best):
     for alpha in (0.05, 0.1, 0.2, 0.4, 0.02, 0.5):
         iterates.append(state.params)
         state, info = step(linear, problem, state, NUMBERS._replace(alpha=alpha))
-        scores.append(descent.score(info.confidence, info.map_l1, 0.5))
+        scores.append(descent.criterion(info.confidence, info.map_l1, 0.5))
     best = int(np.argmin(scores)) if keep_best else 0
     np.testing.assert_array_equal(state.best, iterates[best])
-    assert state.best_score == (scores[best] if keep_best else np.inf)
+    assert state.lowest == (scores[best] if keep_best else np.inf)
     assert 0 < np.argmin(scores) < 5  # or the test would not tell
 
 
@@ -283,7 +283,7 @@ def test_both_drivers_give_the_same(model, small_steps):
 def test_spans_of_a_schedule_are_the_whole_and_share_a_program(model, small_steps, driver):
     problems, states, schedule, options = small_steps
     whole = descent.descend(model, *small_steps, driver=driver)
-    programs = descent._programs(jax.tree.structure(model), descent._step_of(options))
+    programs = descent._programs(jax.tree.structure(model), descent.step_of(options))
     compiled = [program._cache_size() for program in programs]
     infos = []
     for span in ((0, 2), (2, 3), (3, 5)):
@@ -325,7 +325,7 @@ def test_plain_pgd_keeps_the_iterate_of_the_least_loss(linear, problem):
         state, info = jitted_step(linear, problem, state, options)
         losses.append(float(info.loss))
     assert losses == sorted(losses) and losses[0] < losses[-1]
-    assert float(state.best_score) == losses[0] and not np.any(state.best)
+    assert float(state.lowest) == losses[0] and not np.any(state.best)
 
 
 def test_descent_is_the_step_repeated(model, small_steps):

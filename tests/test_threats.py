@@ -329,7 +329,7 @@ def test_first_steps_of_a_flow():
 
 def test_change_after_the_flow_is_within_the_ball_of_the_warped_image(image):
     threat = threats.linf_flow(0.05)
-    params = threats.Moved(normal((5, 4, 2)), normal((5, 4, 3)))
+    params = threats.FlowDelta(normal((5, 4, 2)), normal((5, 4, 3)))
     projected = threat.project(params, image)
     warped = threats.warp(image, params.flow)
     np.testing.assert_array_equal(projected.flow, params.flow)
@@ -339,7 +339,7 @@ def test_change_after_the_flow_is_within_the_ball_of_the_warped_image(image):
 
 
 def test_each_part_goes_its_own_way():
-    threat, gradient = threats.linf_flow(), threats.Moved(normal((5, 4, 2)), normal((5, 4, 3)))
+    threat, gradient = threats.linf_flow(), threats.FlowDelta(normal((5, 4, 2)), normal((5, 4, 3)))
     for kind in ("steepest", "optimiser"):
         both, moving = getattr(threat, kind)(), getattr(threats.flow(), kind)()
         state, own = both.init(gradient), moving.init(gradient.flow)
@@ -537,7 +537,7 @@ def test_rounding_in_the_loop_is_that_of_what_is_delivered(name):
 
 def test_linf_of_a_flow_is_measured_from_the_moved_image():
     threat, image = threats.linf_flow(4 / 255), jnp.float32(benign("8-bit"))
-    params = threats.Moved(normal((6, 5, 2)), normal((6, 5, 3)))
+    params = threats.FlowDelta(normal((6, 5, 2)), normal((6, 5, 3)))
     params = threat.project(params, image)
     moved = threats.warp(image, params.flow)
     x = threat.round(threat.apply(params, image), params, image)
