@@ -1,6 +1,7 @@
 """What the tests share: where the real data are, and networks small enough to be checked by hand."""
 
 import dataclasses
+import gc
 import os
 import tempfile
 from functools import partial
@@ -31,6 +32,10 @@ for name, value in {
 }.items():
     jax.config.update(name, value)
     os.environ[name.upper()] = str(value)
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported stays: the collector, which JAX makes run often, need not look through it
 
 
 @pytest.fixture(scope="session")

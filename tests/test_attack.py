@@ -54,11 +54,15 @@ def targets(ranking):
 
 @pytest.fixture(scope="module")
 def benign(model, images, labels):
-    """interpreter name -> benign maps."""
-    return {
-        name: explain(model, images, labels, interpreter=f().explain)[1]
-        for name, f in INTERPRETERS.items()
-    }
+    """interpreter name -> benign maps, drawn when they are first asked for."""
+
+    class Maps(dict):
+        def __missing__(self, name):
+            explainer = INTERPRETERS[name]().explain
+            self[name] = explain(model, images, labels, interpreter=explainer)[1]
+            return self[name]
+
+    return Maps()
 
 
 @pytest.fixture(scope="module")
@@ -308,7 +312,13 @@ def test_joint_stage_without_weight_is_pgd(run):
     np.testing.assert_array_equal(run(unweighted).images, run(PGD).images)
 
 
-@pytest.mark.parametrize("name", INTERPRETERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("mask", "rts") else ())
+        for name in INTERPRETERS
+    ],
+)
 def test_adv2_shows_the_target_map_where_pgd_does_not(model, images, targets, benign, name):
     options = {"steps": 60, "threat": WIDE}
     plain = attack(model, images, targets, interpreter=None, **options)

@@ -340,6 +340,7 @@ def test_static_fields_may_be_lists_but_no_arrays():
         num_classes(Configured(jnp.ones((3, 4)), "net", np.array([3, 4])), SHAPE)
 
 
+@pytest.mark.slow
 def test_equinox_modules():
     equinox = pytest.importorskip("equinox")
 

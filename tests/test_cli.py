@@ -181,15 +181,14 @@ def test_same_seed_same_results_at_any_batch_size(network, tmp_path):
         np.testing.assert_array_equal(a["cam/adv2/images"], b["cam/adv2/images"])
 
 
-def test_own_targets_and_maps_are_used(network, tmp_path):
-    with np.load(network / "images.npz") as archive:
+def test_own_targets_and_maps_are_used(coloured, tmp_path):
+    with np.load(coloured[coloured.index("--images") + 1]) as archive:
         arrays = dict(archive)
     arrays["targets"] = (arrays["labels"] + 2) % K
-    arrays["target_maps"] = np.random.default_rng(1).random((N, 2, 2), np.float32)
+    arrays["target_maps"] = np.random.default_rng(1).random((24, 4, 4), np.float32)
     write_arrays(tmp_path / "own.npz", arrays)
-    assert (
-        attack(network, tmp_path / "out", "--interpreter", "cam", images=tmp_path / "own.npz") == 0
-    )
+    words = ["--images", str(tmp_path / "own.npz"), "--interpreter", "cam", "--steps", "3"]
+    assert cli.main(["attack", *coloured, *words, "--out", str(tmp_path / "out")]) == 0
     with np.load(tmp_path / "out" / "results.npz") as results:
         np.testing.assert_array_equal(results["targets"], arrays["targets"])
         np.testing.assert_array_equal(results["cam/target_maps"], arrays["target_maps"])
@@ -205,22 +204,11 @@ def test_own_targets_and_maps_are_used(network, tmp_path):
         ("linf", 8 / 255, None),
     ],
 )
-def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, penalty):
-    assert (
-        attack(
-            network,
-            tmp_path / "out",
-            "--interpreter",
-            "cam",
-            "--limit",
-            "2",
-            "--threat",
-            threat,
-            "--preset",
-            "paper",
-        )
-        == 0
-    )
+def test_threat_models_and_their_defaults(coloured, tmp_path, threat, epsilon, penalty):
+    words = [*coloured[: coloured.index("--epsilon")], "--interpreter", "cam", "--limit", "2"]
+    steps = ["--warm-steps", "1", "--steps", "3", "--preset", "paper"]
+    out = ["--threat", threat, "--out", str(tmp_path / "out")]
+    assert cli.main(["attack", *words, *steps, *out]) == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert (summary["config"]["epsilon"], summary["config"]["penalty"]) == (epsilon, penalty)
     rows = summary["rows"]
@@ -235,7 +223,7 @@ def test_threat_models_and_their_defaults(network, tmp_path, threat, epsilon, pe
                 == (penalty is not None)
             )
             if key in results:
-                assert results[key].shape == (2, 8, 8, 2) and results[key].dtype == np.float32
+                assert results[key].shape == (2, 4, 4, 2) and results[key].dtype == np.float32
                 assert row["mean_displacement"] == pytest.approx(
                     np.hypot(*np.moveaxis(results[key], -1, 0)).mean(), rel=1e-5
                 )
@@ -711,6 +699,7 @@ def own(network):
     return path
 
 
+@pytest.mark.slow
 def test_own_network_by_file_and_name(network, own, tmp_path):
     words = ["--interpreter", "cam", "--limit", "2"]
     assert attack(network, tmp_path / "named", *words) == 0
@@ -763,6 +752,7 @@ def folders(network, tmp_path_factory):
     return nested, flat
 
 
+@pytest.mark.slow
 def test_folders_are_attacked_like_arrays(network, folders, tmp_path):
     for name, images in (("arrays", None), ("nested", folders[0]), ("flat", folders[1])):
         size = [] if images is None else ["--size", "8"]
@@ -782,25 +772,17 @@ def test_folders_are_attacked_like_arrays(network, folders, tmp_path):
     )
 
 
-def test_wrong_images_of_numbered_folders_come_with_advice(network, tmp_path, capsys):
+def test_wrong_images_of_numbered_folders_come_with_advice(coloured, tmp_path, capsys):
     image = pytest.importorskip("PIL.Image")
-    with np.load(network / "images.npz") as arrays:
-        for i, (pixels, label) in enumerate(zip(arrays["images"], arrays["labels"], strict=True)):
-            folder = tmp_path / "photos" / str(max(label, 1))  # class 0 lies in the wrong folder
-            folder.mkdir(parents=True, exist_ok=True)
-            image.fromarray(pixels).save(folder / f"{i}.png")
-    assert (
-        attack(
-            network,
-            tmp_path / "out",
-            "--interpreter",
-            "cam",
-            "--size",
-            "8",
-            images=tmp_path / "photos",
-        )
-        == 0
-    )
+    with np.load(coloured[coloured.index("--images") + 1]) as arrays:
+        images, labels = arrays["images"][:N], arrays["labels"][:N]
+    for i, (pixels, label) in enumerate(zip(images, labels, strict=True)):
+        folder = tmp_path / "photos" / str(max(label, 1))  # class 0 lies in the wrong folder
+        folder.mkdir(parents=True, exist_ok=True)
+        image.fromarray(pixels).save(folder / f"{i}.png")
+    words = ["--images", str(tmp_path / "photos"), "--size", "4", "--interpreter", "cam"]
+    out = ["--steps", "3", "--out", str(tmp_path / "out")]
+    assert cli.main(["attack", *coloured, *words, *out]) == 0
     assert (
         "images left out: the network gets them wrong\nthe class folders were taken by their numbers; "
         in capsys.readouterr().out

@@ -25,6 +25,11 @@ CAM = Preset(
 )
 MASK = replace(CAM, interpreter=mask_interpreter(size=4, steps=3), score_every=2)
 PGD = replace(CAM, interpreter=None)
+EVERY = pytest.mark.parametrize(
+    "preset",
+    [CAM, pytest.param(MASK, marks=pytest.mark.slow), PGD],
+    ids=["cam", "mask", "pgd"],
+)
 WIDE = threats.linf(0.1)
 LABELS, TARGETS = np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])
 
@@ -53,7 +58,7 @@ def problems(small, images):
     return make
 
 
-@pytest.mark.parametrize("preset", [CAM, MASK, PGD], ids=["cam", "mask", "pgd"])
+@EVERY
 def test_under_jit_it_finds_what_attack_finds(small, problems, images, preset):
     asked = problems(preset)
     crafted = jax.jit(lambda model, asked: craft(model, asked, preset, WIDE))(small, asked)
@@ -79,7 +84,7 @@ def compiled(caplog):
     return [word[1] for word in words if word[0] == "Compiling"]
 
 
-@pytest.mark.parametrize("preset", [CAM, MASK, PGD], ids=["cam", "mask", "pgd"])
+@EVERY
 @pytest.mark.parametrize("pictured", [0, 2])
 def test_one_compilation_whatever_the_chunks(make_small, problems, caplog, preset, pictured):
     asked, model = problems(preset), make_small(3)
@@ -121,6 +126,7 @@ def test_nothing_moves_between_host_and_device_on_the_way(small, problems):
     assert calls == [8]
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_host(small, problems):
     asked = problems(MASK)
     fori, host = (

@@ -660,7 +660,9 @@ def test_bad_input(i, base, capfd, monkeypatch):
                 f"left behind: {sorted(name for name in after if before.get(name) != after[name])}, {about}"
             )
         else:
-            assert err == "", about
+            # weights that were damaged may still give a network, of which this is said
+            left_out = "adv2: the network gives logits that are not finite numbers on "
+            assert all(line.startswith(left_out) for line in err.splitlines()), about
         if code == 0 or case.kept:
             assert not [
                 name for name in after.keys() - before.keys() if Path(name).name.startswith(".")

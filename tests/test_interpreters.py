@@ -39,7 +39,12 @@ def surrogate_loss(interpreter, model, image, tau=TAU):
 
 
 @pytest.fixture(scope="module")
-def seen(model, photos, interpreter):
+def small(make_small):
+    return make_small()
+
+
+@pytest.fixture(scope="module")
+def seen(small, photos, interpreter):
     """What the tests below ask of one interpreter on the network and the photos, from one compilation."""
     v = jnp.asarray(np.random.default_rng(0).normal(size=photos[0].shape), jnp.float32)
 
@@ -48,18 +53,18 @@ def seen(model, photos, interpreter):
 
     def one(image):
         def loss(x):
-            return surrogate_loss(interpreter, model, x)
+            return surrogate_loss(interpreter, small, x)
 
         def true_logits(x):
-            return model.head(model.features(x))
+            return small.head(small.features(x))
 
         def surrogate_logits(x):
-            return interpreter.surrogate(model, x, LABEL, Context(TAU)).logits
+            return interpreter.surrogate(small, x, LABEL, Context(TAU)).logits
 
         gradient = jax.grad(loss)(image)
         return {
-            "true": (true_logits(image), interpreter.explain(model, image, LABEL)),
-            "surrogate": interpreter.surrogate(model, image, LABEL, Context(TAU))[:2],
+            "true": (true_logits(image), interpreter.explain(small, image, LABEL)),
+            "surrogate": interpreter.surrogate(small, image, LABEL, Context(TAU))[:2],
             "true gradient": jax.grad(partial(cross_entropy, true_logits))(image),
             "surrogate gradient": jax.grad(partial(cross_entropy, surrogate_logits))(image),
             "gradient": gradient,
@@ -172,12 +177,12 @@ def test_cam_reads_the_weights_of_the_last_layer(model, photos):
 
 
 @pytest.mark.slow
-def test_jit_and_vmap_change_nothing(model, photos, interpreter, seen):
+def test_jit_and_vmap_change_nothing(small, photos, interpreter, seen):
     alone = jax.jit(interpreter.explain)
     for image, m in zip(photos, seen["true"][1], strict=False):
         assert m.min() == 0 and m.max() <= 1
         # float32 sums in another order
-        np.testing.assert_allclose(m, alone(model, image, LABEL), atol=1e-5)
+        np.testing.assert_allclose(m, alone(small, image, LABEL), atol=1e-5)
 
 
 def test_surrogate_shows_the_same_logits_and_when_faithful_the_same_map(seen, interpreter):
@@ -371,14 +376,14 @@ def test_hessian_of_the_joint_loss_is_symmetric_on_a_network_with_relus(network,
 @pytest.mark.parametrize(
     ("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)]
 )
-def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
+def test_tau_is_the_width_of_the_activation(small, photos, factory, act):
     def through_surrogate(x, tau):
         return losses.map_l2(
-            factory().surrogate(model, x, LABEL, Context(tau)).map, jnp.ones((16, 16))
+            factory().surrogate(small, x, LABEL, Context(tau)).map, jnp.ones((16, 16))
         )
 
     def through_activation(x, tau):
-        m = interpreters.grad(model, x, LABEL, act=lambda z: act(z, tau))
+        m = interpreters.grad(small, x, LABEL, act=lambda z: act(z, tau))
         return losses.map_l2(m, jnp.ones((16, 16)))
 
     @jax.jit
@@ -392,18 +397,18 @@ def test_tau_is_the_width_of_the_activation(model, photos, factory, act):
     assert jnp.abs(wide - narrow).max() > 0.1 * jnp.abs(narrow).max()
 
 
-def test_own_activation_of_the_smooth_surrogate(model, photos):
+def test_own_activation_of_the_smooth_surrogate(small, photos):
     @jax.jit
     def maps(image):
         through_surrogate = (
             smooth_grad_interpreter(act=relu_sigmoid())
-            .surrogate(model, image, LABEL, Context(TAU))
+            .surrogate(small, image, LABEL, Context(TAU))
             .map
         )
         return (
             through_surrogate,
-            interpreters.grad(model, image, LABEL, act=relu_sigmoid()),
-            interpreters.grad(model, image, LABEL),
+            interpreters.grad(small, image, LABEL, act=relu_sigmoid()),
+            interpreters.grad(small, image, LABEL),
         )
 
     through_surrogate, expected, plain = maps(photos[0])

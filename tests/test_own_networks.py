@@ -1,6 +1,7 @@
 """The networks of notebooks/, which users write from: loaded by file name as the command line does, explained and attacked."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -190,7 +191,9 @@ def test_mobilenet_gets_the_photographs_right_and_is_fooled(data_dir):
     assert abs(both.maps - maps).mean() < 0.25 * abs(pgd_maps - maps).mean()
 
 
-def test_the_notebook_runs(capsys):
+def test_the_notebook_runs(capsys, monkeypatch):
+    # its networks run on a CPU, where the quick numbers show the same
+    monkeypatch.setattr(adv2, "attack", partial(adv2.attack, preset="quick"))
     pyplot = pytest.importorskip("matplotlib.pyplot")
     pyplot.switch_backend("agg")
     notebook = json.loads((NOTEBOOKS / "own_network.ipynb").read_text(encoding="utf-8"))

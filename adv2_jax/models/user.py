@@ -44,11 +44,12 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
         raise ValueError(
             f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}"
         )
-    call = f"{name}({'' if weights is None else weights})"
+    call = f"{path}:{name}({'' if weights is None else weights})"
     network = attempt(f"{call} failed", made, *(() if weights is None else (weights,)))
     if not _is_network(network):
         raise ValueError(
-            f"{call} of {path} gives no network, which has features and head, or logits, but {type(network).__name__}"
+            f"{call} gives no network, which has features and head, or logits, "
+            f"but {type(network).__name__}"
         )
     return network
 
