@@ -15,7 +15,7 @@ from flax import nnx
 
 from adv2_jax import cli, interpreters, models
 from adv2_jax.cli.arguments import COMMANDS, parser
-from adv2_jax.cli.main import RUN
+from adv2_jax.cli.entry import RUN
 from adv2_jax.files import write_arrays, write_summary
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.runs import faithfulness

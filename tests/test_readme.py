@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adv2_jax.cli.arguments import parser
-from adv2_jax.cli.main import RUN
+from adv2_jax.cli.entry import RUN
 
 ROOT = Path(__file__).parents[1]
 PAGES = {

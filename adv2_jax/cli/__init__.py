@@ -1,5 +1,5 @@
 """The command line `adv2`: parse, assemble, call the library, print."""
 
-from adv2_jax.cli.main import main, script
+from adv2_jax.cli.entry import main, script
 
 __all__ = ["main", "script"]
