@@ -642,7 +642,7 @@ def test_transfer_is_a_table_of_readable_numbers_with_the_attacked_marked():
         attributes for attributes in page.attributes("td") if "heat" in attributes.get("class", "")
     ]
     assert len(cells) == 2 * 4 * 2
-    assert [k for k, cell in enumerate(cells[:8]) if "own" in cell["class"]] == [4, 7]
+    assert [k for k, cell in enumerate(cells[:8]) if "attacked" in cell["class"]] == [4, 7]
     numbers = [number for row in summary["transfer"]["map_l1"] for number in row]
     shown = [text for parent, text in page.text if parent == "td"]
     for number in numbers[1:]:
