@@ -17,7 +17,7 @@ VOID = {"meta", "img", "link", "br", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and fails on the first tag that does not match."""
+    """Collect tags and text, and fail on the first tag that does not match."""
 
     def __init__(self, html):
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def pictures(self):
-        """Pairs of alternative text and pixels, in the order of the page, but for those that only lie below others."""
+        """Return pairs of alternative text and pixels, but for those that only lie below others."""
         images = [img for img in self.attributes("img") if "base" not in img["class"].split()]
         return [(img["alt"], np.asarray(opened(img).convert("RGB"))) for img in images]
 
@@ -447,14 +447,14 @@ def test_another_schema_is_refused():
 def make_training(**changes):
     config = {"command": "adv2 train classifier", "model": "tiny", "epochs": 2}
     counts = {"train": 900, "held_out": 100}
-    found = {"classes": ["cat", "ship"], "accuracy": 0.91234, "accuracy_before": None}
+    measured = {"classes": ["cat", "ship"], "accuracy": 0.91234, "accuracy_before": None}
     losses = [3.0, 2.0, 2.5, 1.0]
     return {
         "schema": 1,
         "config": config,
         "environment": {"python": "3.12"},
         "counts": counts,
-        **found,
+        **measured,
         "losses": losses,
         **changes,
     }

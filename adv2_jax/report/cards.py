@@ -120,15 +120,14 @@ def _card(subject: Subject, i: int) -> str:
     figures, data, films = [_figure(tiles, "Benign", [true_class])], "", ""
     for attack, attacked in subject.attacks():
         figures.append(_attacked(subject, attack, attacked, i, target))
-        numbers = {
-            "success": int(attacked.success[i]),
-            "l1": attacked.map_l1[i],
-            "p": attacked.confidence[i],
-        }
         # what the script sorts and filters by; NaN is left out
         data += "".join(
             f' data-{attack}-{key}="{value:.6g}"'
-            for key, value in numbers.items()
+            for key, value in (
+                ("success", int(attacked.success[i])),
+                ("l1", attacked.map_l1[i]),
+                ("p", attacked.confidence[i]),
+            )
             if math.isfinite(value)
         )
         if attacked.snapshot_images is not None and i < len(attacked.snapshot_images):
@@ -159,8 +158,8 @@ def _attacked(subject: Subject, attack: str, attacked: Attacked, i: int, target:
     if attacked.flow is not None:
         flow = attacked.flow[i]
         longest = f"{np.linalg.norm(flow, axis=-1).max():.2f} px"
-        arrows = charts.arrows(flow, f"Flow of {name} image {number}, at most {longest}")
-        tiles.append(_tile(_base(subject.results.images[i]) + arrows))
+        alt = f"Flow of {name} image {number}, at most {longest}"
+        tiles.append(_tile(_base(subject.results.images[i]) + charts.arrows(flow, alt)))
         lines.append(f"shift up to {longest}")
     return _figure(tiles, name, lines, attack)
 
@@ -173,8 +172,8 @@ def _difference(subject: Subject, attacked: Attacked, i: int) -> str:
     results, aim = subject.results, subject.results.aim(subject.interpreter)
     number, image = results.indices[i], results.images[i]
     change = amplified_difference(attacked.images[i], image)
-    told = f"Difference of ADV² image {number} to the benign image, times ten around mid grey"
-    tiles, lines = [_tile(_picture(change, told))], ["ADV² − benign"]
+    alt = f"Difference of ADV² image {number} to the benign image, times ten around mid grey"
+    tiles, lines = [_tile(_picture(change, alt))], ["ADV² − benign"]
     if not np.array_equal(aim.target_maps[i], aim.benign_maps[i]):
         tiles.append(_overlay(image, aim.target_maps[i], f"Target map of image {number}"))
         lines.append("and the target map")
@@ -194,16 +193,16 @@ def _film(subject: Subject, attack: str, attacked: Attacked, i: int) -> str:
     # maps in the size of their images: a browser that scaled their film would mix neighbours
     height, width, _ = frames[0].shape
     map_frames = [resample(one[..., None], height, width)[..., 0] for one in maps[i]]
-    told = f"{name} image {subject.results.indices[i]} after steps {', '.join(map(str, steps))}"
+    alt = f"{name} image {subject.results.indices[i]} after steps {', '.join(map(str, steps))}"
     return FILM.substitute(
         attack=attack,
         name=escape(name),
         frames=len(steps),
         steps=" ".join(map(str, steps)),
         confidence=" ".join(shown),
-        images=_img(np.concatenate(frames, axis=1), told, _kind(images[i][0], SMALL_SIDE)),
+        images=_img(np.concatenate(frames, axis=1), alt, _kind(images[i][0], SMALL_SIDE)),
         maps=_img(
-            levels(np.concatenate(map_frames, axis=1)), f"{subject.title} maps of {told}", "map"
+            levels(np.concatenate(map_frames, axis=1)), f"{subject.title} maps of {alt}", "map"
         ),
         captions="".join(f"<li>{step}<br>{p}</li>" for step, p in zip(steps, shown, strict=True)),
     )
@@ -226,8 +225,8 @@ def _overlay(image: Pixels, values: ArrayLike, alt: str) -> str:
 
 def _base(image: Pixels) -> str:
     """Draw an image in grey, to lay something upon; the picture above it has the description."""
-    small = thumbnail(grey(image), max_side=SMALL_SIDE)
-    return _img(small, "", f"base {_kind(image, SMALL_SIDE)}")
+    style = f"base {_kind(image, SMALL_SIDE)}"
+    return _img(thumbnail(grey(image), max_side=SMALL_SIDE), "", style)
 
 
 def _picture(pixels: Pixels, alt: str) -> str:
@@ -244,9 +243,8 @@ def _kind(pixels: Pixels, max_side: int) -> str:
 
 
 def _img(pixels: Pixels, alt: str, kind: str) -> str:
-    file = png(pixels, palette=PALETTE if kind == "map" else None)
-    data = base64.b64encode(file).decode("ascii")
-    return f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+    file = base64.b64encode(png(pixels, palette=PALETTE if kind == "map" else None))
+    return f'<img class="{kind}" src="data:image/png;base64,{file.decode()}" alt="{escape(alt)}">'
 
 
 SECTION = Template("""<section aria-labelledby="$anchor">

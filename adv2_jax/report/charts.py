@@ -54,9 +54,9 @@ def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Li
     """
     numbers: Numbers = np.asarray(values, float)
     numbers = numbers[np.isfinite(numbers[:, -1:]).all(axis=1)]
-    finite = np.isfinite(numbers).all(axis=0)
     if not numbers.size:
         return None
+    finite = np.isfinite(numbers).all(axis=0)
     numbers = numbers[:, finite]
     low, high = np.quantile(numbers, [0.25, 0.75], axis=0)
     return Line(name, kind, np.asarray(steps, float)[finite], numbers.mean(axis=0), low, high)
@@ -114,7 +114,7 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     def points(steps: Numbers, values: Numbers) -> str:
         return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(steps), y(values), strict=True))
 
-    told = "; ".join(
+    description = "; ".join(
         f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines
     )
     parts = [
@@ -142,7 +142,7 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg '
         f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{anchor}-title {anchor}-words">'
         f'<title id="{anchor}-title">{escape(title)}</title>'
-        f'<desc id="{anchor}-words">{escape(told)}, over steps {first:g} to {last:g}.</desc>'
+        f'<desc id="{anchor}-words">{escape(description)}, over steps {first:g} to {last:g}.</desc>'
         f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>'
         "</svg></figure>"
     )
@@ -186,9 +186,9 @@ def _arrow(i: int, j: int, down: float, right: float) -> str:
     if math.hypot(down, right) < CELL / 20:
         return ""
     shaft, across = np.array([[right, down], [-down, right]])
-    # strokes of the head, back from the tip and to either side
-    one, other = -0.35 * shaft + 0.2 * across, -0.35 * shaft - 0.2 * across
-    strokes = zip("llml", (shaft, one, -one, other), strict=True)
+    # the head: two strokes from the tip backwards, one to either side
+    left_barb, right_barb = -0.35 * shaft - 0.2 * across, -0.35 * shaft + 0.2 * across
+    strokes = zip("llml", (shaft, right_barb, -right_barb, left_barb), strict=True)
     return f"M{(j + 0.5) * CELL:g} {(i + 0.5) * CELL:g}" + "".join(
         f"{command}{round(x)} {round(y)}" for command, (x, y) in strokes
     )

@@ -13,15 +13,13 @@ from adv2_jax.report import words
 from adv2_jax.report.pictures import Pixels, amplified_difference, colour_map
 from adv2_jax.runs.schema import ATTACKS, Results, attack_name
 
-Look = Callable[[Pixels], NDArray[np.floating]]
-
 SIDE, GAP = 192, 6  # height of a picture, and the white around it
 LEFT, TOP, BELOW = 150, 52, 40  # row labels, column heads, what is written below a row
 LABEL, CAPTION, POWER = 30, 26, 20  # letters; a README shows 1600 pixels on 850
 INK, WARNING = (30, 30, 30), (176, 0, 32)
 
 
-def gallery(directory: Path | str, look: Look) -> bytes:
+def gallery(directory: Path | str, look: Callable[[Pixels], NDArray[np.floating]]) -> bytes:
     """Draw a typical image of a finished run under every interpreter.
 
     Typical is the image in the middle of the order by ADV²'s map distance.
@@ -71,8 +69,8 @@ def gallery(directory: Path | str, look: Look) -> bytes:
         for column, pixels in enumerate(pictures):
             # maps are smooth; small images show their pixels
             smooth = column in (1, 3, 5) or height > SIDE
-            way = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-            picture = Image.fromarray(pixels).resize((step - 2 * GAP, SIDE), way)
+            method = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+            picture = Image.fromarray(pixels).resize((step - 2 * GAP, SIDE), method)
             canvas.paste(picture, (LEFT + column * step + GAP, top))
         below = top + SIDE + BELOW / 2 - GAP
         for column, probabilities in zip((0, 2, 4), look(np.stack(images)), strict=True):

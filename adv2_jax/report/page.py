@@ -108,8 +108,7 @@ def document(title: str, body: str, size: Sequence[int] = (1, 1)) -> str:
         body: HTML.
         size: height and width of the pictures; maps of another size fill the same frame.
     """
-    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
-    scale = f"linear-gradient(90deg,{colours})"
+    scale = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
     return template("page.html").substitute(
         title=escape(title),
         style=f"{asset('style.css')}:root{{--ratio:{size[1]}/{size[0]};--scale:{scale}}}",

@@ -49,8 +49,8 @@ def colour_map(values: ArrayLike) -> Pixels:
 
 def amplified_difference(image: Pixels, benign: Pixels, *, gain: float = 10.0) -> Pixels:
     """Return the amplified change of an image, uint8 [H, W, 3], clipped; mid grey is no change."""
-    difference = image.astype(np.float64) - benign
-    return np.clip(128 + gain * difference, 0, 255).astype(np.uint8)
+    amplified = 128 + gain * (image.astype(np.float64) - benign)
+    return np.clip(amplified, 0, 255).astype(np.uint8)
 
 
 def grey(image: Pixels) -> Pixels:
@@ -84,10 +84,9 @@ def png(image: Pixels, *, palette: Pixels | None = None) -> bytes:
     filtered[1:] -= image[:-1]
     lines = np.insert(filtered.reshape(height, -1), 0, 2, axis=1)
     colour_type = 3 if palette is not None else {1: 0, 3: 2}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
     colours = [] if palette is None else [(b"PLTE", palette.tobytes())]
     chunks = [
-        (b"IHDR", header),
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)),
         *colours,
         (b"IDAT", zlib.compress(lines.tobytes())),
         (b"IEND", b""),

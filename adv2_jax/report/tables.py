@@ -54,9 +54,16 @@ def paired(differences: Sequence[Row]) -> str:
         difference, *ends = (
             _number(value, key, sign="+") for value in (row["difference"], *(row["ci"] or ()))
         )
-        names = [words.title(row["interpreter"]), row["threat"], _heading(key)]
-        numbers = [words.number(row["n"], 0), difference, " to ".join(ends) or words.DASH]
-        lines.append(names + numbers)
+        lines.append(
+            [
+                words.title(row["interpreter"]),
+                row["threat"],
+                _heading(key),
+                words.number(row["n"], 0),
+                difference,
+                " to ".join(ends) or words.DASH,
+            ]
+        )
     headings = ["Interpreter", "Threat", "Measure", "Images", "ADV² − plain", "95 % interval"]
     return _plain("Paired differences", headings, lines, kind="named")
 
@@ -99,8 +106,12 @@ def _heat(matrix: Mapping[str, Any], key: str) -> str:
         for source, numbers, colours in zip(matrix["sources"], values, shades, strict=True)
     ]
     headings = ["Made against", *map(words.title, matrix["interpreters"])]
-    caption = f"{_heading(key)}, explained by …"
-    return _table(f"Transfer, {_heading(key)}", headings, [lines], caption=caption)
+    return _table(
+        f"Transfer, {_heading(key)}",
+        headings,
+        [lines],
+        caption=f"{_heading(key)}, explained by …",
+    )
 
 
 def _paint(colour: NDArray[np.uint8]) -> str:
@@ -152,12 +163,12 @@ def _plain(
     label: str, headings: Iterable[str], lines: Iterable[Sequence[str]], kind: str = ""
 ) -> str:
     """Draw a table of texts."""
-    rows = [_line(first, map(escape, rest)) for first, *rest in lines]
-    return _table(label, headings, [rows], kind=kind)
+    group = [_line(name, map(escape, cells)) for name, *cells in lines]
+    return _table(label, headings, [group], kind=kind)
 
 
 def _line(name: str, cells: Iterable[str]) -> str:
-    """Return the cells of a line; all but the first are HTML."""
+    """Return the cells of a line as HTML; `cells` are HTML, `name` is text."""
     return f'<th scope="row">{escape(name)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells)
 
 

@@ -20,11 +20,10 @@ def write_training(directory: Path | str) -> Path:
     """
     folder = Path(directory)
     summary = read_summary(folder)
-    counts = summary["counts"]
     facts = {
         "Model": summary["config"]["model"],
-        "Images trained on": counts["train"],
-        "Held out": counts["held_out"],
+        "Images trained on": summary["counts"]["train"],
+        "Held out": summary["counts"]["held_out"],
     }
     accuracies = {
         "Held-out accuracy": summary.get("accuracy"),

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 DASH = "–"
-MINUS = "−"
 
 INTERPRETERS = {  # name, and what the map shows
     "grad": (
@@ -51,7 +50,7 @@ def number(value: float | None, decimals: int, *, sign: str = "") -> str:
     """Return a rounded number, or a dash where there is none; with `sign="+"` always signed."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:{sign},.{decimals}f}".replace("-", MINUS)
+    return f"{value:{sign},.{decimals}f}".replace("-", "−")  # as wide as the plus
 
 
 def text(value: object) -> str:
