@@ -1,4 +1,4 @@
-"""The page is parsed as a browser would and held against the numbers and pictures it was made from."""
+"""The page, parsed as a browser would, shows the numbers and pictures it was made from."""
 
 import base64
 import io
@@ -62,7 +62,7 @@ def opened(img):
 
 
 def map_colours(values):
-    """As the file has them: 256 colours."""
+    """Return the colours of maps as the file has them, one of 256."""
     return report.colour_map(np.round(255 * np.asarray(values, float)) / 255)
 
 
@@ -125,7 +125,7 @@ def make_results(n=3, height=16, width=16, interpreters=("cam",)):
 
 
 def with_everything(summary, results):
-    """The same run with all that a run may have: intervals, paired differences, transfer, curves, snapshots, flow fields."""
+    """Return the run with all it may have: intervals, paired, transfer, curves, snapshots, flow."""
     rng = np.random.default_rng(2)
     (n, height, width, _), names = results["images"].shape, summary["config"]["interpreters"]
     results = dict(results)

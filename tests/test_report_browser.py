@@ -1,4 +1,4 @@
-"""The page in a browser: its script runs without an error and does what its controls say. Skipped where there is no Chromium."""
+"""The page in a browser: its script does what its controls say. Skipped without Chromium."""
 
 import html
 import json
@@ -81,7 +81,10 @@ def run_in_browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    """Five images, two with snapshots; in the order of ADV²'s map distance: 3, 0, 4, 1, and 2, where it is not known."""
+    """Return a page of five images, two with snapshots.
+
+    Their order by the map distance of ADV² is 3, 0, 4, 1; that of image 2 is not known.
+    """
     rng = np.random.default_rng(0)
     pixels = lambda *shape: rng.integers(0, 256, (*shape, 16, 16, 3), dtype=np.uint8)  # noqa: E731
     results = {

@@ -1,4 +1,4 @@
-"""The pictures of a run: a section for each interpreter with its curves, and a card for each image."""
+"""The sections of a page: for each interpreter its curves, and a card for each image."""
 
 import base64
 import math
@@ -37,7 +37,7 @@ CURVES = (
 
 
 class Subject(NamedTuple):
-    """What the cards of one interpreter have in common."""
+    """An interpreter of a run, with all that its cards have in common."""
 
     interpreter: str
     threat: str | None

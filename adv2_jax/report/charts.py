@@ -139,8 +139,9 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
         for line in lines
     ]
     return (
-        f'<figure class="chart"><figcaption>{escape(title)}</figcaption><svg '
-        f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{anchor}-title {anchor}-words">'
+        f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-labelledby="{anchor}-title {anchor}-words">'
         f'<title id="{anchor}-title">{escape(title)}</title>'
         f'<desc id="{anchor}-words">{escape(description)}, over steps {first:g} to {last:g}.</desc>'
         f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>'

@@ -1,4 +1,4 @@
-"""A finished run as one HTML page."""
+"""A finished run as one HTML page, and the frame that it shares with the page of a training."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -82,7 +82,7 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
 
 
 def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
-    """Return what is said of the whole run; settings, where rows do not differ in them."""
+    """Return the facts of the head of the page; settings only where all rows agree."""
     rows, left_out = summary["rows"], summary.get("counts", {}).get("left_out")
     common = {key: row.get(key) for row in rows for key in tables.SETTINGS}
     settings = common | dict.fromkeys(tables.differing(rows)) | summary.get("config", {})

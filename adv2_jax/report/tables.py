@@ -1,4 +1,4 @@
-"""The tables of a page: measures with their intervals, paired differences, transfer, map quality."""
+"""Tables of a page: measures with their intervals, paired differences, transfer, map quality."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -69,7 +69,7 @@ def paired(differences: Sequence[Row]) -> str:
 
 
 def models(rows: Sequence[Row]) -> str:
-    """Draw what adversarial images do to other networks: a line for each network and attack."""
+    """Draw the transfer to other networks: a line for each network and source of images."""
     keys = ["n", "asr", *_paired_keys()]
     lines = [
         [row["model"], _source(row["source"]), words.title(row["interpreter"])]
@@ -125,7 +125,7 @@ def _paint(colour: NDArray[np.uint8]) -> str:
 
 
 def quality(rows: Sequence[Row]) -> str:
-    """Draw what was measured of the maps of a training: a line for each interpreter."""
+    """Draw the quality of the maps after a training: a line for each interpreter."""
     lines = [
         [words.title(interpreter)]
         + [words.number(one, 3) if isinstance(one, float) else words.text(one) for one in numbers]

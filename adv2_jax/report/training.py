@@ -43,7 +43,7 @@ def write_training(directory: Path | str) -> Path:
     return page.write_page(folder, page.document("Training", body))
 
 
-QUALITY = """On N held-out images that the network gets right. Confidence kept: the share that is left
-where only what the map marks is shown. Confidence removed: what is left where that is hidden.
+QUALITY = """On N held-out images that the network gets right. Confidence kept: the share that is
+left where only what the map marks is shown. Confidence removed: what is left where that is hidden.
 Inside, outside: the map on the object and beside it. Pointing game: share of maps that peak on the
 object. IoU: of the map at .5 and the object."""
