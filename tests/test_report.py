@@ -1,4 +1,4 @@
-"""The page is parsed as a browser would and held against the numbers and pictures it was made from."""
+"""The page, parsed as a browser would, shows the numbers and pictures it was made from."""
 
 import base64
 import io
@@ -17,7 +17,7 @@ VOID = {"meta", "img", "link", "br", "input"}
 
 
 class Page(HTMLParser):
-    """Collects tags and text, and fails on the first tag that does not match."""
+    """Collect tags and text, and fail on the first tag that does not match."""
 
     def __init__(self, html):
         super().__init__()
@@ -50,7 +50,7 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
     def pictures(self):
-        """Pairs of alternative text and pixels, in the order of the page, but for those that only lie below others."""
+        """Return pairs of alternative text and pixels, but for those that only lie below others."""
         images = [img for img in self.attributes("img") if "base" not in img["class"].split()]
         return [(img["alt"], np.asarray(opened(img).convert("RGB"))) for img in images]
 
@@ -62,7 +62,7 @@ def opened(img):
 
 
 def map_colours(values):
-    """As the file has them: 256 colours."""
+    """Return the colours of maps as the file has them, one of 256."""
     return report.colour_map(np.round(255 * np.asarray(values, float)) / 255)
 
 
@@ -125,7 +125,7 @@ def make_results(n=3, height=16, width=16, interpreters=("cam",)):
 
 
 def with_everything(summary, results):
-    """The same run with all that a run may have: intervals, paired differences, transfer, curves, snapshots, flow fields."""
+    """Return the run with all it may have: intervals, paired, transfer, curves, snapshots, flow."""
     rng = np.random.default_rng(2)
     (n, height, width, _), names = results["images"].shape, summary["config"]["interpreters"]
     results = dict(results)
@@ -447,14 +447,14 @@ def test_another_schema_is_refused():
 def make_training(**changes):
     config = {"command": "adv2 train classifier", "model": "tiny", "epochs": 2}
     counts = {"train": 900, "held_out": 100}
-    found = {"classes": ["cat", "ship"], "accuracy": 0.91234, "accuracy_before": None}
+    measured = {"classes": ["cat", "ship"], "accuracy": 0.91234, "accuracy_before": None}
     losses = [3.0, 2.0, 2.5, 1.0]
     return {
         "schema": 1,
         "config": config,
         "environment": {"python": "3.12"},
         "counts": counts,
-        **found,
+        **measured,
         "losses": losses,
         **changes,
     }
@@ -642,7 +642,7 @@ def test_transfer_is_a_table_of_readable_numbers_with_the_attacked_marked():
         attributes for attributes in page.attributes("td") if "heat" in attributes.get("class", "")
     ]
     assert len(cells) == 2 * 4 * 2
-    assert [k for k, cell in enumerate(cells[:8]) if "own" in cell["class"]] == [4, 7]
+    assert [k for k, cell in enumerate(cells[:8]) if "attacked" in cell["class"]] == [4, 7]
     numbers = [number for row in summary["transfer"]["map_l1"] for number in row]
     shown = [text for parent, text in page.text if parent == "td"]
     for number in numbers[1:]:

@@ -1,4 +1,4 @@
-"""The page in a browser: its script runs without an error and does what its controls say. Skipped where there is no Chromium."""
+"""The page in a browser: its script does what its controls say. Skipped without Chromium."""
 
 import html
 import json
@@ -37,17 +37,17 @@ const shown = () => [...document.querySelectorAll(".card:not([hidden]) h3")].map
 const said = () => one(".controls output").value;
 const later = (wait = 0) => new Promise((done) => setTimeout(done, wait));
 PROGRAM
-})().catch((error) => { errors.push(String(error)); }).then((found) => {
+})().catch((error) => { errors.push(String(error)); }).then((result) => {
   const outcome = document.createElement("output");
   outcome.id = "outcome";
-  outcome.textContent = JSON.stringify({ found, errors });
+  outcome.textContent = JSON.stringify({ result, errors });
   document.body.append(outcome);
 });</script>"""
 
 
 @pytest.fixture(scope="module")
 def run_in_browser(tmp_path_factory):
-    """Opens a page, runs a program in it and returns what the program does, and the errors there were."""
+    """Return a function that opens a page, runs a program in it and returns the result."""
     if BROWSER is None:
         pytest.skip("no Chromium on this machine (apt-get install chromium)")
 
@@ -74,14 +74,17 @@ def run_in_browser(tmp_path_factory):
         assert outcome, dump.stderr
         outcome = json.loads(html.unescape(outcome[1]))
         assert outcome["errors"] == []
-        return outcome["found"]
+        return outcome["result"]
 
     return run
 
 
 @pytest.fixture(scope="module")
 def page():
-    """Five images, two with snapshots; in the order of ADV²'s map distance: 3, 0, 4, 1, and 2, where it is not known."""
+    """Return a page of five images, two with snapshots.
+
+    Their order by the map distance of ADV² is 3, 0, 4, 1; that of image 2 is not known.
+    """
     rng = np.random.default_rng(0)
     pixels = lambda *shape: rng.integers(0, 256, (*shape, 16, 16, 3), dtype=np.uint8)  # noqa: E731
     results = {
@@ -113,50 +116,50 @@ def page():
 
 
 def test_cards_are_filtered_and_sorted(run_in_browser, page):
-    found = run_in_browser(
+    result = run_in_browser(
         page,
         """
-        const found = {start: [shown(), said()]};
-        set(form.success, "adv2 1"); found.success = [shown(), said()];
-        set(form.distance, "0.05"); found.both = [shown(), said()];
-        set(form.success, "pgd 1"); found.nothing = [shown(), said(), one(".none").hidden];
-        one("button[type=reset]").click(); await later(); found.reset = [shown(), said(), one(".none").hidden];
-        set(form.distance, "0.1"); found.distance = shown(); set(form.distance, "");
-        set(form.order, "adv2L1 1"); found.rising = shown();
-        set(form.order, "adv2L1 -1"); found.falling = shown();
-        set(form.order, "adv2P -1"); found.confidence = shown();
-        set(form.order, ""); found.back = shown();
-        return found;
+        const result = {start: [shown(), said()]};
+        set(form.success, "adv2 1"); result.success = [shown(), said()];
+        set(form.distance, "0.05"); result.both = [shown(), said()];
+        set(form.success, "pgd 1"); result.nothing = [shown(), said(), one(".none").hidden];
+        one("button[type=reset]").click(); await later(); result.reset = [shown(), said(), one(".none").hidden];
+        set(form.distance, "0.1"); result.distance = shown(); set(form.distance, "");
+        set(form.order, "adv2L1 1"); result.rising = shown();
+        set(form.order, "adv2L1 -1"); result.falling = shown();
+        set(form.order, "adv2P -1"); result.confidence = shown();
+        set(form.order, ""); result.back = shown();
+        return result;
         """,
     )
-    assert found["start"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown"]
-    assert found["success"] == [[0, 1, 3], "3 of 5 cards shown"]
-    assert found["both"] == [[0, 3], "2 of 5 cards shown"]
-    assert found["nothing"] == [[], "0 of 5 cards shown", False]
-    assert found["reset"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown", True]
-    assert found["distance"] == [0, 3, 4]
-    assert found["rising"] == [3, 0, 4, 1, 2] and found["falling"] == [1, 4, 0, 3, 2]
-    assert found["confidence"] == [1, 3, 0, 4, 2] and found["back"] == [0, 1, 2, 3, 4]
+    assert result["start"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown"]
+    assert result["success"] == [[0, 1, 3], "3 of 5 cards shown"]
+    assert result["both"] == [[0, 3], "2 of 5 cards shown"]
+    assert result["nothing"] == [[], "0 of 5 cards shown", False]
+    assert result["reset"] == [[0, 1, 2, 3, 4], "5 of 5 cards shown", True]
+    assert result["distance"] == [0, 3, 4]
+    assert result["rising"] == [3, 0, 4, 1, 2] and result["falling"] == [1, 4, 0, 3, 2]
+    assert result["confidence"] == [1, 3, 0, 4, 2] and result["back"] == [0, 1, 2, 3, 4]
 
 
 def test_slider_goes_through_the_steps_and_back(run_in_browser, page):
-    found = run_in_browser(
+    result = run_in_browser(
         page,
         """
         const slider = one(".slider input");
         const pictures = [...one("figure[data-attack=adv2]").querySelectorAll(".tile img")];
         const sheets = [...one(".film[data-attack=adv2]").querySelectorAll("img")];
-        const own = pictures.map((picture) => picture.src);
+        const delivered = pictures.map((picture) => picture.src);
         const state = () => [slider.value, one(".slider output").value, slider.getAttribute("aria-valuetext")];
-        const found = {sliders: document.querySelectorAll(".slider:not([hidden])").length, start: state()};
-        slider.focus(); found.focused = document.activeElement === slider;
-        set(slider, 1); await later(100); found.one = state();
-        found.playing = pictures.map((picture) => sheets.findIndex((sheet) => sheet.src === picture.src));
+        const result = {sliders: document.querySelectorAll(".slider:not([hidden])").length, start: state()};
+        slider.focus(); result.focused = document.activeElement === slider;
+        set(slider, 1); await later(100); result.one = state();
+        result.playing = pictures.map((picture) => sheets.findIndex((sheet) => sheet.src === picture.src));
         const [tile, picture] = [pictures[0].parentElement, pictures[0]].map((element) => element.getBoundingClientRect());
-        found.frame = [picture.width / tile.width, (tile.left - picture.left) / tile.width, picture.height / tile.height];
-        set(slider, 3); found.end = state();
-        found.same = pictures.every((picture, k) => picture.src === own[k] && !picture.classList.contains("frame"));
-        return found;
+        result.frame = [picture.width / tile.width, (tile.left - picture.left) / tile.width, picture.height / tile.height];
+        set(slider, 3); result.end = state();
+        result.same = pictures.every((picture, k) => picture.src === delivered[k] && !picture.classList.contains("frame"));
+        return result;
         """,
     )
     told = [("PGD step {0}: p {1}", "ADV² step {0}: p {1}")] * 2
@@ -164,13 +167,13 @@ def test_slider_goes_through_the_steps_and_back(run_in_browser, page):
     def words(*at):
         return [mark.join(both).format(*at) for mark, both in zip((" · ", ", "), told, strict=True)]
 
-    assert found["sliders"] == 2 and found["focused"] is True
-    assert found["start"] == found["end"] == ["3", *words(30, "0.98")]
-    assert found["one"] == ["1", *words(10, "0.25")]
+    assert result["sliders"] == 2 and result["focused"] is True
+    assert result["start"] == result["end"] == ["3", *words(30, "0.98")]
+    assert result["one"] == ["1", *words(10, "0.25")]
     # image, the grey below, map; the picture below the arrows stays
-    assert found["playing"] == [0, 0, 1, -1]
-    assert found["frame"] == pytest.approx([4, 1, 1], abs=0.01)
-    assert found["same"] is True
+    assert result["playing"] == [0, 0, 1, -1]
+    assert result["frame"] == pytest.approx([4, 1, 1], abs=0.01)
+    assert result["same"] is True
 
 
 def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, page):
@@ -196,7 +199,7 @@ def test_page_is_no_wider_than_its_window(run_in_browser, page, width):
 
 
 def test_what_is_reached_by_the_keyboard_is_seen(run_in_browser, page):
-    found = run_in_browser(
+    result = run_in_browser(
         page,
         """
         const controls = [...document.querySelectorAll("a, input, select, button, summary, [tabindex]")];
@@ -206,4 +209,4 @@ def test_what_is_reached_by_the_keyboard_is_seen(run_in_browser, page):
         });
         """,
     )
-    assert len(found) > 10 and all(focused and outlined for focused, outlined in found)
+    assert len(result) > 10 and all(focused and outlined for focused, outlined in result)

@@ -1,4 +1,4 @@
-"""The pictures of a run: a section for each interpreter with its curves, and a card for each image."""
+"""The sections of a page: for each interpreter its curves, and a card for each image."""
 
 import base64
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -16,7 +17,6 @@ from adv2_jax.report.pictures import (
     Pixels,
     amplified_difference,
     colour_map,
-    film,
     grey,
     levels,
     png,
@@ -25,9 +25,10 @@ from adv2_jax.report.pictures import (
 )
 from adv2_jax.runs.schema import Attacked, Results, attack_name
 
-SMALL_SIDE = 64  # of a frame of a film, and of what lies below a map
+SMALL_SIDE = 64  # longest side of a frame of a film, and of what lies below a map
 PALETTE = colour_map(np.arange(256) / 255)
 
+# Curves of an attack: their key, title, and numbers that the vertical axis must reach.
 CURVES = (
     ("loss", "Loss of the attack", ()),
     ("confidence", "Confidence in the target class", (0.0, 1.0)),
@@ -36,7 +37,7 @@ CURVES = (
 
 
 class Subject(NamedTuple):
-    """What the cards of one interpreter have in common."""
+    """An interpreter of a run, with all that its cards have in common."""
 
     interpreter: str
     threat: str | None
@@ -50,17 +51,19 @@ class Subject(NamedTuple):
 
     @property
     def anchor(self) -> str:
-        """Return the address of the section."""
-        return words.anchor(self.interpreter)
+        """Return the identifier of the section."""
+        return f"maps-{quote(self.interpreter, safe='')}"
 
     def name(self, attack: str) -> str:
-        """Return the name of an attack under this threat."""
+        """Return the name of an attack under this threat model."""
         return attack_name(attack, self.threat)
 
     def attacks(self) -> list[tuple[str, Attacked]]:
         """Return the attacks that there are, with their arrays."""
-        names = self.results.attacks(self.interpreter)
-        return [(name, self.results.attacked(self.interpreter, name)) for name in names]
+        return [
+            (name, self.results.attacked(self.interpreter, name))
+            for name in self.results.attacks(self.interpreter)
+        ]
 
 
 def section(subject: Subject, *, total: int, limit: int) -> str:
@@ -85,28 +88,28 @@ def section(subject: Subject, *, total: int, limit: int) -> str:
 
 def _curves(subject: Subject) -> str:
     figures: list[str] = []
-    known: dict[str, charts.Line] = {}
+    styles: dict[str, charts.Line] = {}  # of the legend: a line for each attack
     for key, title, limits in CURVES:
-        lines = []
-        for attack, attacked in subject.attacks():
-            values, steps = getattr(attacked, f"curve_{key}"), attacked.curve_steps
-            if values is not None and steps is not None:
-                line = charts.over_images(subject.name(attack), attack, steps, values)
-                lines += [] if line is None else [line]
-        if lines:
+        curves = [
+            charts.over_images(subject.name(attack), attack, attacked.curve_steps, values)
+            for attack, attacked in subject.attacks()
+            if attacked.curve_steps is not None
+            and (values := getattr(attacked, f"curve_{key}")) is not None
+        ]
+        if lines := [line for line in curves if line is not None]:
             anchor = f"{subject.anchor}-{key}"
             figures.append(charts.chart(lines, anchor=anchor, title=title, limits=limits))
-            known |= {line.name: line for line in lines}
+            styles |= {line.kind: line for line in lines}
     if not figures:
         return ""
-    legend = charts.legend(known.values(), "Mean over the images; band: quartiles.")
+    legend = charts.legend(styles.values(), "Mean over the images; band: quartiles.")
     return f'<div class="charts">{"".join(figures)}</div>{legend}'
 
 
 def _card(subject: Subject, i: int) -> str:
     """Draw image i: benign, as each attack made it, the change, and the films of the attacks."""
-    results, aim = subject.results, subject.results.aim(subject.interpreter)
-    number, benign, benign_map = results.indices[i], results.images[i], aim.benign_maps[i]
+    results, benign_map = subject.results, subject.results.aim(subject.interpreter).benign_maps[i]
+    number, benign = results.indices[i], results.images[i]
     true_class, target = (
         words.class_name(subject.classes, labels[i]) for labels in (results.labels, results.targets)
     )
@@ -114,29 +117,30 @@ def _card(subject: Subject, i: int) -> str:
         _tile(_picture(benign, f"Benign image {number}, class {true_class}")),
         _overlay(benign, benign_map, f"{subject.title} map of benign image {number}"),
     ]
-    figures, data, films = [_figure(tiles, "Benign", [true_class])], [], []
+    figures, data, films = [_figure(tiles, "Benign", [true_class])], "", ""
     for attack, attacked in subject.attacks():
         figures.append(_attacked(subject, attack, attacked, i, target))
-        numbers = {
-            "success": int(attacked.success[i]),
-            "l1": attacked.map_l1[i],
-            "p": attacked.confidence[i],
-        }
-        # what the script sorts and filters by; what is not a number is left out
-        known = {key: value for key, value in numbers.items() if math.isfinite(value)}
-        data += [f' data-{attack}-{key}="{value:.6g}"' for key, value in known.items()]
+        # what the script sorts and filters by; NaN is left out
+        data += "".join(
+            f' data-{attack}-{key}="{value:.6g}"'
+            for key, value in (
+                ("success", int(attacked.success[i])),
+                ("l1", attacked.map_l1[i]),
+                ("p", attacked.confidence[i]),
+            )
+            if math.isfinite(value)
+        )
         if attacked.snapshot_images is not None and i < len(attacked.snapshot_images):
-            films.append(_film(subject, attack, attacked, i))
+            films += _film(subject, attack, attacked, i)
         if attack == "adv2":
             figures.append(_difference(subject, attacked, i))
     name = "" if results.names is None else f" ({results.names[i]})"
-    # the slider is for those with a script; it takes its pictures from the films
-    steps = STEPS.substitute(anchor=f"{subject.anchor}-{i}", films="".join(films)) if films else ""
     return CARD.substitute(
-        data="".join(data),
+        data=data,
         heading=escape(f"Image {number}{name}: {true_class} → {target}"),
         figures="".join(figures),
-        steps=steps,
+        # the slider is for those with a script; it takes its pictures from the films
+        steps=STEPS.substitute(anchor=f"{subject.anchor}-{i}", films=films) if films else "",
     )
 
 
@@ -154,65 +158,60 @@ def _attacked(subject: Subject, attack: str, attacked: Attacked, i: int, target:
     if attacked.flow is not None:
         flow = attacked.flow[i]
         longest = f"{np.linalg.norm(flow, axis=-1).max():.2f} px"
-        arrows = charts.arrows(flow, f"Flow of {name} image {number}, at most {longest}")
-        tiles.append(_tile(_base(subject.results.images[i]) + arrows))
+        alt = f"Flow of {name} image {number}, at most {longest}"
+        tiles.append(_tile(_base(subject.results.images[i]) + charts.arrows(flow, alt)))
         lines.append(f"shift up to {longest}")
     return _figure(tiles, name, lines, attack)
 
 
 def _difference(subject: Subject, attacked: Attacked, i: int) -> str:
-    """Draw the ADV² perturbation; then the target map where it is another than the benign map,
-    or else the true object if it is known.
+    """Draw the ADV² perturbation, and the target map where it is another than the benign map.
+
+    Where it is the same, the true object takes its place if it is known.
     """
     results, aim = subject.results, subject.results.aim(subject.interpreter)
-    number, image, masks = results.indices[i], results.images[i], results.masks
+    number, image = results.indices[i], results.images[i]
     change = amplified_difference(attacked.images[i], image)
-    told = f"Difference of ADV² image {number} to the benign image, times ten around mid grey"
-    tiles, lines = [_tile(_picture(change, told))], ["ADV² − benign"]
+    alt = f"Difference of ADV² image {number} to the benign image, times ten around mid grey"
+    tiles, lines = [_tile(_picture(change, alt))], ["ADV² − benign"]
     if not np.array_equal(aim.target_maps[i], aim.benign_maps[i]):
         tiles.append(_overlay(image, aim.target_maps[i], f"Target map of image {number}"))
         lines.append("and the target map")
-    elif masks is not None:
-        object_map = _map(thumbnail(levels(masks[i])), f"True object in image {number}")
-        tiles.append(_tile(object_map))
+    elif results.masks is not None:
+        tiles.append(_tile(_map(results.masks[i], f"True object in image {number}")))
         lines.append("and the true object")
     return _figure(tiles, "Difference ×10", lines)
 
 
 def _film(subject: Subject, attack: str, attacked: Attacked, i: int) -> str:
-    """Draw what image i and its map were at some steps, side by side."""
-    images, maps, confidences, at = (
-        attacked.snapshot_images,
-        attacked.snapshot_maps,
-        attacked.snapshot_confidence,
-        attacked.snapshot_steps,
+    """Draw image i and its map at some steps of an attack, side by side."""
+    steps, images, maps, confidences = (
+        getattr(attacked, f"snapshot_{key}") for key in ("steps", "images", "maps", "confidence")
     )
-    assert images is not None and maps is not None and confidences is not None and at is not None
-    name, steps = subject.name(attack), at.tolist()
-    shown = [words.number(p, 2) for p in confidences[i]]
-    sheet = film(images[i], max_side=SMALL_SIDE)
-    height, width = sheet.shape[0], sheet.shape[1] // len(steps)
+    name, shown = subject.name(attack), [words.number(p, 2) for p in confidences[i]]
+    frames = [thumbnail(frame, max_side=SMALL_SIDE) for frame in images[i]]
     # maps in the size of their images: a browser that scaled their film would mix neighbours
-    frames = [levels(resample(one[..., None], height, width)[..., 0]) for one in maps[i]]
-    told = f"{name} image {subject.results.indices[i]} after steps {', '.join(map(str, steps))}"
-    captions = [f"<li>{step}<br>{p}</li>" for step, p in zip(steps, shown, strict=True)]
+    height, width, _ = frames[0].shape
+    map_frames = [resample(one[..., None], height, width)[..., 0] for one in maps[i]]
+    alt = f"{name} image {subject.results.indices[i]} after steps {', '.join(map(str, steps))}"
     return FILM.substitute(
         attack=attack,
         name=escape(name),
         frames=len(steps),
         steps=" ".join(map(str, steps)),
         confidence=" ".join(shown),
-        images=_img(sheet, told, kind=_kind(images[i][0], SMALL_SIDE)),
-        maps=_map(np.concatenate(frames, axis=1), f"{subject.title} maps of {told}"),
-        captions="".join(captions),
+        images=_img(np.concatenate(frames, axis=1), alt, _kind(images[i][0], SMALL_SIDE)),
+        maps=_img(
+            levels(np.concatenate(map_frames, axis=1)), f"{subject.title} maps of {alt}", "map"
+        ),
+        captions="".join(f"<li>{step}<br>{p}</li>" for step, p in zip(steps, shown, strict=True)),
     )
 
 
 def _figure(tiles: Iterable[str], heading: str, lines: Iterable[str], attack: str = "") -> str:
     details = "".join(f"<span>{escape(line)}</span>" for line in lines)
-    data = f' data-attack="{attack}"' if attack else ""
     caption = f"<figcaption><b>{escape(heading)}</b>{details}</figcaption>"
-    return f"<figure{data}>{''.join(tiles)}{caption}</figure>"
+    return f'<figure data-attack="{attack}">{"".join(tiles)}{caption}</figure>'
 
 
 def _tile(content: str) -> str:
@@ -220,32 +219,32 @@ def _tile(content: str) -> str:
 
 
 def _overlay(image: Pixels, values: ArrayLike, alt: str) -> str:
-    """Draw a map over its image in grey; how much of the image is seen is a matter of style."""
-    return _tile(_base(image) + _map(thumbnail(levels(values)), alt))
+    """Draw a map over its image in grey; the style says how much of the image is seen."""
+    return _tile(_base(image) + _map(values, alt))
 
 
 def _base(image: Pixels) -> str:
-    """Draw an image in grey, to lay something upon; the picture above says what it is."""
-    small = thumbnail(grey(image), max_side=SMALL_SIDE)
-    return _img(small, "", kind=f"base {_kind(image, SMALL_SIDE)}")
+    """Draw an image in grey, to lay something upon; the picture above it has the description."""
+    style = f"base {_kind(image, SMALL_SIDE)}"
+    return _img(thumbnail(grey(image), max_side=SMALL_SIDE), "", style)
 
 
 def _picture(pixels: Pixels, alt: str) -> str:
-    return _img(thumbnail(pixels), alt, kind=_kind(pixels, MAX_SIDE))
+    return _img(thumbnail(pixels), alt, _kind(pixels, MAX_SIDE))
 
 
-def _map(values: Pixels, alt: str) -> str:
-    return _img(values, alt, kind="map", palette=PALETTE)
+def _map(values: ArrayLike, alt: str) -> str:
+    return _img(thumbnail(levels(values)), alt, "map")
 
 
 def _kind(pixels: Pixels, max_side: int) -> str:
-    """Return the style: pixels are shown as they are; what was shrunk, smoothly."""
+    """Return the style: a picture that was shrunk is smoothed, another shows its pixels."""
     return "pixels" if max(pixels.shape[:2]) <= max_side else "photo"
 
 
-def _img(pixels: Pixels, alt: str, *, kind: str, palette: Pixels | None = None) -> str:
-    data = base64.b64encode(png(pixels, palette=palette)).decode("ascii")
-    return f'<img class="{kind}" src="data:image/png;base64,{data}" alt="{escape(alt)}">'
+def _img(pixels: Pixels, alt: str, kind: str) -> str:
+    file = base64.b64encode(png(pixels, palette=PALETTE if kind == "map" else None))
+    return f'<img class="{kind}" src="data:image/png;base64,{file.decode()}" alt="{escape(alt)}">'
 
 
 SECTION = Template("""<section aria-labelledby="$anchor">

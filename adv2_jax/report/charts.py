@@ -1,7 +1,8 @@
 """Drawings in SVG: curves over the steps of an attack or a training, and arrows of a flow field."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from html import escape
 from typing import Any, NamedTuple
 
@@ -13,19 +14,19 @@ from adv2_jax.report.pictures import resample
 Numbers = NDArray[np.float64]
 
 WIDTH, HEIGHT = 340, 210  # of a chart, its text included
-# edges of the plot in it; half of the last number of steps lies beyond
+# edges of the plot in the chart; right of it is room for half of the last number of steps
 LEFT, RIGHT, TOP, BOTTOM = (48, 320, 12, 176)
 ARROWS = 14  # in a row, at most: more are too small to see
-CELL = 40  # side of the square of an arrow
+CELL = 40  # side of a square of the grid of arrows, in units of the drawing
 
 
 class Line(NamedTuple):
-    """A curve and the band around it.
+    """A curve with a band around it.
 
     Attributes:
         name: in the legend.
-        kind: its style: pgd, adv2 or loss.
-        steps: [n], rising.
+        kind: style: pgd, adv2 or loss.
+        steps: [n], increasing.
         middle, low, high: [n] finite numbers.
     """
 
@@ -37,24 +38,11 @@ class Line(NamedTuple):
     high: Numbers
 
 
-class Axis(NamedTuple):
-    """From numbers to the drawing: `start` and `end` lie at `near` and `far`."""
-
-    start: float
-    end: float
-    near: float
-    far: float
-
-    def __call__(self, values: ArrayLike) -> Numbers:
-        """Places of some numbers."""
-        return self.near + (np.asarray(values, float) - self.start) * (self.far - self.near) / (
-            self.end - self.start
-        )
-
-
 def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Line | None:
-    """The mean over the images that have a number at the end, with the quartiles as the band, where
-    all of them have one.
+    """Return the mean over the images, with the quartiles as the band.
+
+    Images without a finite last number, which failed, do not count. Steps at which one of the
+    others has no finite number are left out.
 
     Args:
         name, kind: as of `Line`.
@@ -65,47 +53,49 @@ def over_images(name: str, kind: str, steps: ArrayLike, values: ArrayLike) -> Li
         The curve; None if there is nothing to draw.
     """
     numbers: Numbers = np.asarray(values, float)
-    numbers = numbers[np.isfinite(numbers[:, -1])] if numbers.size else numbers
-    finite = np.isfinite(numbers).all(axis=0)
-    if not numbers.size or not finite.any():
+    numbers = numbers[np.isfinite(numbers[:, -1:]).all(axis=1)]
+    if not numbers.size:
         return None
-    low, high = np.quantile(numbers[:, finite], [0.25, 0.75], axis=0)
-    return Line(
-        name, kind, np.asarray(steps, float)[finite], numbers[:, finite].mean(axis=0), low, high
-    )
+    finite = np.isfinite(numbers).all(axis=0)
+    numbers = numbers[:, finite]
+    low, high = np.quantile(numbers, [0.25, 0.75], axis=0)
+    return Line(name, kind, np.asarray(steps, float)[finite], numbers.mean(axis=0), low, high)
 
 
 def over_steps(name: str, values: Sequence[float], *, points: int = 200) -> Line:
-    """The loss of every step of a training, as means of consecutive steps with their range as the
-    band.
+    """Return the loss of every step of a training: means of consecutive steps, and their range.
 
     Args:
         name: in the legend.
         values: one number a step, at least one.
-        points: how many means, at most.
+        points: number of means, at most.
     """
-    parts = np.array_split(np.asarray(values, float), min(points, len(values)))
-    steps, middle, low, high = np.array(
-        [(len(part), np.mean(part), np.min(part), np.max(part)) for part in parts]
+    groups = np.array_split(np.asarray(values, float), min(points, len(values)))
+    sizes, middle, low, high = np.array(
+        [(len(group), np.mean(group), np.min(group), np.max(group)) for group in groups]
     ).T
-    return Line(name, "loss", np.cumsum(steps), middle, low, high)
+    return Line(name, "loss", np.cumsum(sizes), middle, low, high)
 
 
 def ticks(low: float, high: float, *, at_most: int = 6) -> Numbers:
-    """Round numbers, 1, 2 or 5 times a power of ten apart, the first not above `low` and the last not below `high`."""
+    """Return round numbers that reach from `low` or below to `high` or above.
+
+    Their distance is 1, 2 or 5 times a power of ten.
+    """
     least = (high - low or abs(high) or 1.0) / (at_most - 2)
     power = 10.0 ** math.floor(math.log10(least))
+    # 1e-9 absorbs rounding: 3 * 0.1 / 0.1 is a little more than 3
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= least * (1 - 1e-9))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return step * np.arange(first, max(last, first + 1) + 1, dtype=np.float64)
 
 
 def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[float] = ()) -> str:
-    """Curves over the steps in one plot, with axes, and words for those who do not see it.
+    """Draw curves over the steps in one plot, with axes and a description in words.
 
     Args:
         lines: at least one.
-        anchor: unique on the page; its names are made of it.
+        anchor: unique on the page; the identifiers of title and description begin with it.
         title: what is drawn, with its unit.
         limits: numbers that the vertical axis must reach.
 
@@ -115,92 +105,91 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     heights = np.concatenate([np.ravel([line.low, line.high, line.middle]) for line in lines])
     levels = ticks(min([heights.min(), *limits]), max([heights.max(), *limits]))
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
-    x = Axis(first, last if last > first else first + 1, LEFT, RIGHT)
-    y = Axis(levels[0], levels[-1], BOTTOM, TOP)
-    parts = [_level(y, level, levels) for level in levels]
-    parts += [_step(x, step) for step in ticks(first, last, at_most=8) if first <= step <= last]
-    parts += [_band(line, x, y) for line in lines] + [_curve(line, x, y) for line in lines]
-    told = "; ".join(
+
+    x: Callable[[ArrayLike], Any] = partial(
+        np.interp, xp=[first, max(last, first + 1)], fp=[LEFT, RIGHT]
+    )
+    y: Callable[[ArrayLike], Any] = partial(np.interp, xp=[levels[0], levels[-1]], fp=[BOTTOM, TOP])
+
+    def points(steps: Numbers, values: Numbers) -> str:
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x(steps), y(values), strict=True))
+
+    description = "; ".join(
         f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines
     )
+    parts = [
+        f'<path class="grid" d="M{LEFT} {y(level):.1f}H{RIGHT}"/>'
+        f'<text x="{LEFT - 6}" y="{y(level) + 3.5:.1f}" text-anchor="end">{level:g}</text>'
+        for level in levels
+    ]
+    parts += [
+        f'<path class="axis" d="M{x(step):.1f} {BOTTOM}v4"/>'
+        f'<text x="{x(step):.1f}" y="{BOTTOM + 16}" text-anchor="middle">{step:g}</text>'
+        for step in ticks(first, last, at_most=8)
+        if first <= step <= last
+    ]
+    # bands first: none is to hide a curve
+    parts += [
+        f'<polygon class="{line.kind}" points="{points(line.steps, line.high)} '
+        f'{points(line.steps[::-1], line.low[::-1])}"/>'
+        for line in lines
+    ]
+    parts += [
+        f'<polyline class="{line.kind}" points="{points(line.steps, line.middle)}"/>'
+        for line in lines
+    ]
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-labelledby="{anchor}-title {anchor}-words">'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-labelledby="{anchor}-title {anchor}-words">'
         f'<title id="{anchor}-title">{escape(title)}</title>'
-        f'<desc id="{anchor}-words">{escape(told)}, over steps {first:g} to {last:g}.</desc>'
-        f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text></svg></figure>'
+        f'<desc id="{anchor}-words">{escape(description)}, over steps {first:g} to {last:g}.</desc>'
+        f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>'
+        "</svg></figure>"
     )
 
 
-def legend(lines: Iterable[Line], words: str) -> str:
-    """The style of each curve with its name, and what the curves and bands are."""
+def legend(lines: Iterable[Line], note: str) -> str:
+    """Draw the style of each curve with its name, and a note on what curves and bands are."""
     samples = (
-        f'<span><svg class="sample" viewBox="0 0 36 8" aria-hidden="true"><path class="{line.kind}" d="M0 4H36"/></svg> '
-        f"{escape(line.name)}</span>"
+        f'<span><svg class="sample" viewBox="0 0 36 8" aria-hidden="true">'
+        f'<path class="{line.kind}" d="M0 4H36"/></svg> {escape(line.name)}</span>'
         for line in lines
     )
-    return f'<p class="note legend">{" ".join(samples)} <span>{escape(words)}</span></p>'
-
-
-def _level(y: Axis, level: float, levels: Numbers) -> str:
-    """A horizontal line with its number, which has the decimals that the distance of the lines asks for."""
-    decimals = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
-    height = y(level)
-    return (
-        f'<path class="grid" d="M{LEFT} {height:.1f}H{RIGHT}"/>'
-        f'<text x="{LEFT - 6}" y="{height + 3.5:.1f}" text-anchor="end">{round(level, decimals) + 0:g}</text>'
-    )
-
-
-def _step(x: Axis, step: float) -> str:
-    place = f"{x(step):.1f}"
-    return f'<path class="axis" d="M{place} {BOTTOM}v4"/><text x="{place}" y="{BOTTOM + 16}" text-anchor="middle">{step:g}</text>'
-
-
-def _band(line: Line, x: Axis, y: Axis) -> str:
-    outline = _points(x(line.steps), y(line.high)) + _points(x(line.steps), y(line.low))[::-1]
-    return f'<polygon class="{line.kind}" points="{" ".join(outline)}"/>'
-
-
-def _curve(line: Line, x: Axis, y: Axis) -> str:
-    return f'<polyline class="{line.kind}" points="{" ".join(_points(x(line.steps), y(line.middle)))}"/>'
-
-
-def _points(x: Numbers, y: Numbers) -> list[str]:
-    return [f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True)]
+    return f'<p class="note legend">{" ".join(samples)} <span>{escape(note)}</span></p>'
 
 
 def arrows(flow: NDArray[Any], alt: str) -> str:
-    """A flow field on a coarse grid, the longest arrow as long as the distance of two.
+    """Draw a flow field on a coarse grid; the longest arrow is as long as a square of the grid.
 
     Args:
         flow: [H, W, 2], (dy, dx) of each pixel.
-        alt: what it is, for those who do not see it.
+        alt: description in words.
 
     Returns:
-        A drawing of the proportions of the flow.
+        A drawing with the proportions of the flow.
     """
     height, width = flow.shape[:2]
     cell = max(height, width) / min(max(height, width), ARROWS)
     coarse = resample(flow, round(height / cell) or 1, round(width / cell) or 1)
-    longest = np.max(np.linalg.norm(coarse, axis=-1))
     rows, columns = coarse.shape[:2]
-    scaled = coarse * CELL / longest if longest > 0 else coarse
-    path = "".join(_arrow(i, j, *scaled[i, j]) for i in range(rows) for j in range(columns))
+    longest = np.linalg.norm(coarse, axis=-1).max() or 1.0  # no flow: nothing is drawn
+    scaled = coarse * CELL / longest
+    path = "".join(_arrow(i, j, *scaled[i, j]) for i, j in np.ndindex(rows, columns))
     return (
-        f'<svg class="arrows" viewBox="0 0 {columns * CELL} {rows * CELL}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(alt)}"><path d="{path}"/></svg>'
+        f'<svg class="arrows" viewBox="0 0 {columns * CELL} {rows * CELL}" '
+        f'preserveAspectRatio="none" role="img" aria-label="{escape(alt)}"><path d="{path}"/></svg>'
     )
 
 
 def _arrow(i: int, j: int, down: float, right: float) -> str:
-    """From the middle of a square of the grid; nothing where the flow is too small to be seen."""
+    """Draw an arrow from the middle of square (i, j); nothing if it is too short to be seen."""
     if math.hypot(down, right) < CELL / 20:
         return ""
-    shaft = np.array([right, down])
-    across = np.array([-down, right])
-    one, other = -0.35 * shaft + 0.2 * across, -0.35 * shaft - 0.2 * across
-    strokes = zip("llml", (shaft, one, -one, other), strict=True)
+    shaft, across = np.array([[right, down], [-down, right]])
+    # the head: two strokes from the tip backwards, one to either side
+    left_barb, right_barb = -0.35 * shaft - 0.2 * across, -0.35 * shaft + 0.2 * across
+    strokes = zip("llml", (shaft, right_barb, -right_barb, left_barb), strict=True)
     return f"M{(j + 0.5) * CELL:g} {(i + 0.5) * CELL:g}" + "".join(
-        f"{kind}{round(x)} {round(y)}" for kind, (x, y) in strokes
+        f"{command}{round(x)} {round(y)}" for command, (x, y) in strokes
     )

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,15 +13,13 @@ from adv2_jax.report import words
 from adv2_jax.report.pictures import Pixels, amplified_difference, colour_map
 from adv2_jax.runs.schema import ATTACKS, Results, attack_name
 
-Look = Callable[[Pixels], NDArray[np.floating]]
-
 SIDE, GAP = 192, 6  # height of a picture, and the white around it
 LEFT, TOP, BELOW = 150, 52, 40  # row labels, column heads, what is written below a row
 LABEL, CAPTION, POWER = 30, 26, 20  # letters; a README shows 1600 pixels on 850
 INK, WARNING = (30, 30, 30), (176, 0, 32)
 
 
-def gallery(directory: Path | str, look: Look) -> bytes:
+def gallery(directory: Path | str, look: Callable[[Pixels], NDArray[np.floating]]) -> bytes:
     """Draw a typical image of a finished run under every interpreter.
 
     Typical is the image in the middle of the order by ADV²'s map distance.
@@ -37,10 +36,8 @@ def gallery(directory: Path | str, look: Look) -> bytes:
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    results, summary = (
-        Results(read_arrays(Path(directory) / "results.npz")),
-        read_summary(Path(directory)),
-    )
+    folder = Path(directory)
+    results, summary = Results(read_arrays(folder / "results.npz")), read_summary(folder)
     label, caption, power = (ImageFont.load_default(size) for size in (LABEL, CAPTION, POWER))
     names = list(dict.fromkeys(row["interpreter"] for row in summary["rows"]))
     height, width = results.images.shape[1:3]
@@ -48,22 +45,21 @@ def gallery(directory: Path | str, look: Look) -> bytes:
     canvas = Image.new("RGB", (LEFT + 7 * step, TOP + len(names) * (SIDE + BELOW)), "white")
     pen = ImageDraw.Draw(canvas)
 
-    def middle(column: int) -> float:
-        return LEFT + (column + 0.5) * step
+    def write(column: int, y: float, text: str, font: Any, colour: Any = INK) -> None:
+        pen.text((LEFT + (column + 0.5) * step, y), text, colour, font, anchor="mm")
 
     plain, joint = (attack_name(one, summary["rows"][0].get("threat")) for one in ATTACKS)
     heads = ("benign", "its map", plain, "its map", joint, "its map", "change x10")
     for column, head in enumerate(heads):
-        word, square, _ = head.partition("²")  # which Pillow's own font lacks
-        pen.text((middle(column), TOP / 2), word, INK, label, anchor="mm")
+        # Pillow's own font lacks the ², which is drawn as a small 2
+        word, square, _ = head.partition("²")
+        write(column, TOP / 2, word, label)
         if square:
-            end = middle(column) + pen.textlength(word, label) / 2
+            end = LEFT + (column + 0.5) * step + pen.textlength(word, label) / 2
             pen.text((end, TOP / 2), "2", INK, power, anchor="lb")
     for line, name in enumerate(names):
-        attacked, top = (
-            [results.attacked(name, one) for one in ATTACKS],
-            TOP + line * (SIDE + BELOW),
-        )
+        top = TOP + line * (SIDE + BELOW)
+        attacked = [results.attacked(name, one) for one in ATTACKS]
         i = int(np.argsort(attacked[-1].map_l1)[(len(results.labels) - 1) // 2])
         images = [results.images[i], *(one.images[i] for one in attacked)]
         maps = [results.aim(name).benign_maps[i], *(one.maps[i] for one in attacked)]
@@ -71,22 +67,19 @@ def gallery(directory: Path | str, look: Look) -> bytes:
         pictures.append(amplified_difference(images[-1], images[0]))
         pen.text((GAP, top + SIDE / 2), words.title(name), INK, label, anchor="lm")
         for column, pixels in enumerate(pictures):
-            # maps are smooth; small images are shown by their pixels
+            # maps are smooth; small images show their pixels
             smooth = column in (1, 3, 5) or height > SIDE
-            way = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
-            picture = Image.fromarray(pixels).resize((step - 2 * GAP, SIDE), way)
+            method = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
+            picture = Image.fromarray(pixels).resize((step - 2 * GAP, SIDE), method)
             canvas.paste(picture, (LEFT + column * step + GAP, top))
-        captions = {}
+        below = top + SIDE + BELOW / 2 - GAP
         for column, probabilities in zip((0, 2, 4), look(np.stack(images)), strict=True):
-            found = int(probabilities.argmax())
-            shown = words.number(float(probabilities[found]), 2)
-            text = f"{words.class_name(summary['classes'], found)} {shown}"
-            captions[column] = (text, INK if found == results.labels[i] else WARNING)
+            predicted = int(probabilities.argmax())
+            class_name = words.class_name(summary["classes"], predicted)
+            colour = INK if predicted == results.labels[i] else WARNING
+            write(column, below, f"{class_name} {probabilities[predicted]:.2f}", caption, colour)
         for column, one in zip((3, 5), attacked, strict=True):
-            captions[column] = (f"L1 {words.number(float(one.map_l1[i]), 3)}", INK)
-        for column, (text, colour) in captions.items():
-            place = (middle(column), top + SIDE + BELOW / 2 - GAP)
-            pen.text(place, text, colour, caption, anchor="mm")
+            write(column, below, f"L1 {one.map_l1[i]:.3f}", caption)
     file = io.BytesIO()
     canvas.save(file, "png", optimize=True)
     return file.getvalue()

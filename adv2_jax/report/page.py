@@ -1,6 +1,6 @@
-"""A finished run as one HTML page."""
+"""A finished run as one HTML page, and the frame that it shares with the page of a training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
@@ -9,10 +9,10 @@ from typing import Any
 
 from adv2_jax.files import atomic, check_schema, read_arrays, read_summary
 from adv2_jax.report import cards, tables, words
-from adv2_jax.report.pictures import INFERNO, Pixels
+from adv2_jax.report.pictures import INFERNO
 from adv2_jax.runs.schema import Arrays, Results
 
-LIMIT = 64  # images shown
+LIMIT = 64  # images shown for each interpreter
 
 
 def write(directory: Path | str) -> Path:
@@ -37,9 +37,9 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
 
     Args:
         summary: the content of `summary.json`.
-        arrays: the content of `results.npz`, pictures of at least the first `limit` images; only
-            what is there is shown.
-        limit: number of images shown per interpreter; the page says so when it cuts.
+        arrays: the content of `results.npz`, with pictures of at least the first `limit` images;
+            only what is there is shown.
+        limit: number of images shown for each interpreter; the page says so when it cuts.
 
     Raises:
         ValueError: the summary has another schema.
@@ -52,32 +52,44 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
         for name in dict.fromkeys(row["interpreter"] for row in rows)
         if results.explained(name)
     ]
-    # of pictures only the first may be here
+    # `arrays` may hold pictures of the first images only, but all labels
     total = len(arrays.get("labels", results.images))
     extras = [extra for extra in EXTRAS if summary.get(extra[0])]
-    sections = [cards.section(subject, total=total, limit=limit) for subject in subjects]
-    plain = CONTROLS.substitute(plain=subjects[0].name("pgd")) if subjects and total else ""
-    interval = any(row.get("ci") for row in rows)
-    links = [("summary", "Summary"), *(extra[:2] for extra in extras)]
-    links += [(subject.anchor, subject.title) for subject in subjects]
-    links += [("reproduce", "Reproduce")]
+    links = [
+        ("summary", "Summary"),
+        *((key, name) for key, name, *_ in extras),
+        *((subject.anchor, subject.title) for subject in subjects),
+        ("reproduce", "Reproduce"),
+    ]
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     body = template("run.html").substitute(
         title=escape(title),
         facts=words.definitions(_facts(summary, total), "facts"),
         navigation="".join(f'<a href="#{to}">{escape(name)}</a>' for to, name in links),
         table=tables.summary(rows),
-        intervals=" In small print: 95 % intervals, Wilson's of proportions, bootstrap of means."
-        if interval
-        else "",
+        intervals=INTERVALS if any(row.get("ci") for row in rows) else "",
         extras="".join(
-            frame.substitute(table=draw(summary[key])) for key, _, draw, frame in extras
+            section(key, heading, draw(summary[key]), note)
+            for key, _, heading, draw, note in extras
         ),
-        controls=plain,
-        sections="".join(sections),
-        reproduction=reproduction(config, summary.get("environment", {})),
+        controls=template("controls.html").substitute(plain=subjects[0].name("pgd"))
+        if subjects and total
+        else "",
+        sections="".join(cards.section(one, total=total, limit=limit) for one in subjects),
+        reproduction=reproduction(summary),
     )
-    return document(title, body, style(results.images))
+    return document(title, body, results.images.shape[1:3])
+
+
+def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
+    """Return the facts of the head of the page; settings only where all rows agree."""
+    rows, left_out = summary["rows"], summary.get("counts", {}).get("left_out")
+    common = {key: row.get(key) for row in rows for key in tables.SETTINGS}
+    settings = common | dict.fromkeys(tables.differing(rows)) | summary.get("config", {})
+    keys = ("model", "threat", "epsilon", "target_map", "preset")
+    facts = {"Images attacked": attacked, "Left out, already misclassified": left_out}
+    facts |= {words.heading(key): settings.get(key) for key in keys}
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def write_page(folder: Path, html: str) -> Path:
@@ -88,103 +100,84 @@ def write_page(folder: Path, html: str) -> Path:
     return page
 
 
-def document(title: str, body: str, style: str) -> str:
-    """Return a whole page: what stands in its body, with style and script."""
-    frame, script = template("page.html"), asset("script.js")
-    return frame.substitute(title=escape(title), style=style, body=body, script=script)
+def document(title: str, body: str, size: Sequence[int] = (1, 1)) -> str:
+    """Return a whole page with style and script.
 
-
-def style(images: Pixels | None = None) -> str:
-    """Return the style sheet, with the shape of the pictures and the colours of the scale.
-
-    Maps of another size fill the same frame.
+    Args:
+        title: of the window.
+        body: HTML.
+        size: height and width of the pictures; maps of another size fill the same frame.
     """
-    height, width = (1, 1) if images is None else images.shape[1:3]
-    colours = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
-    scale = f"linear-gradient(90deg,{colours})"
-    return f"{asset('style.css')}:root{{--ratio:{width}/{height};--scale:{scale}}}"
+    scale = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
+    return template("page.html").substitute(
+        title=escape(title),
+        style=f"{asset('style.css')}:root{{--ratio:{size[1]}/{size[0]};--scale:{scale}}}",
+        body=body,
+        script=asset("script.js"),
+    )
 
 
-def reproduction(config: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
-    """Return the command, the settings and the versions."""
-    options = dict(config)
-    command = escape(words.text(options.pop("command", "")))
+def section(anchor: str, heading: str, content: str, note: str) -> str:
+    """Return a section of a page, with a note below its content."""
+    return (
+        f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{heading}</h2>\n{content}\n'
+        f'<p class="note">{note}</p>\n</section>\n'
+    )
+
+
+def reproduction(summary: Mapping[str, Any]) -> str:
+    """Return the command, the settings and the versions of a run or training."""
+    options = dict(summary.get("config", {}))
+    command = options.pop("command", None)
     lists = [
         f"<div><h3>{name}</h3>{words.definitions(values, 'list')}</div>"
-        for name, values in (("Configuration", options), ("Environment", environment))
+        for name, values in (
+            ("Configuration", options),
+            ("Environment", summary.get("environment")),
+        )
         if values
     ]
-    code = f"<pre><code>{command}</code></pre>" if "command" in config else ""
+    code = "" if command is None else f"<pre><code>{escape(command)}</code></pre>"
     return f'{code}<div class="columns">{"".join(lists)}</div>'
 
 
-def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
-    facts: dict[str, object] = {"Images attacked": attacked}
-    if "left_out" in summary.get("counts", {}):
-        facts["Left out, already misclassified"] = summary["counts"]["left_out"]
-    rows, config = summary["rows"], summary.get("config", {})
-    for key in ("model", "threat", "epsilon", "target_map", "preset"):
-        value = config.get(key, tables.common(rows, key) if key in tables.SETTINGS else None)
-        if value is not None:
-            facts[words.heading(key)] = value
-    return facts
-
-
 def asset(name: str) -> str:
-    """Return a file that lies beside this module: style, script, or a frame."""
+    """Return the text of a file beside this module: style, script, or a piece of HTML."""
     return (resources.files("adv2_jax.report") / name).read_text(encoding="utf-8")
 
 
 def template(name: str) -> Template:
-    """Return a frame, to be filled in."""
+    """Return a piece of HTML that is to be filled in."""
     return Template(asset(name))
 
 
-PAIRED = Template("""<section aria-labelledby="paired">
-<h2 id="paired">Image by image</h2>
-<div class="scroll" role="region" aria-label="Paired differences" tabindex="0">$table</div>
-<p class="note">The mean over the images of what ADV² has more or less than the plain attack on the same image,
-with its 95 % bootstrap interval: where that leaves out 0, the difference is more than chance.</p>
-</section>
-""")
+INTERVALS = " In small print: 95 % intervals, Wilson's of proportions, bootstrap of means."
 
-TRANSFER = Template("""<section aria-labelledby="transfer">
-<h2 id="transfer">From interpreter to interpreter</h2>
-<div class="columns">$table</div>
-<p class="note">Images made against the interpreter of the row, explained by that of the column and compared with its own
-map of the benign image. A frame marks the interpreter that was attacked; its neighbours show what the attack gives away.</p>
-</section>
-""")
-
-MODELS = Template("""<section aria-labelledby="models">
-<h2 id="models">To other networks</h2>
-<div class="scroll" role="region" aria-label="Transfer to other networks" tabindex="0">$table</div>
-<p class="note">The same images, classified and explained by networks they were not made against.</p>
-</section>
-""")
-
-EXTRAS = (  # of the summary, where it has them: key and anchor, name, table, frame
-    ("paired", "Image by image", tables.paired, PAIRED),
-    ("transfer", "Transfer", tables.transfer, TRANSFER),
-    ("models", "Networks", tables.models, MODELS),
+# Sections of what a summary may have: its key, name in the navigation, heading, table, note.
+EXTRAS = (
+    (
+        "paired",
+        "Image by image",
+        "Image by image",
+        tables.paired,
+        "The mean over the images of what ADV² has more or less than the plain attack on the same "
+        "image, with its 95 % bootstrap interval: where that leaves out 0, the difference is more "
+        "than chance.",
+    ),
+    (
+        "transfer",
+        "Transfer",
+        "From interpreter to interpreter",
+        tables.transfer,
+        "Images made against the interpreter of the row, explained by that of the column and "
+        "compared with its own map of the benign image. A frame marks the interpreter that was "
+        "attacked; its neighbours show what the attack gives away.",
+    ),
+    (
+        "models",
+        "Networks",
+        "To other networks",
+        tables.models,
+        "The same images, classified and explained by networks they were not made against.",
+    ),
 )
-
-CONTROLS = Template("""<form class="controls" aria-label="The cards below" autocomplete="off">
-<fieldset><legend>Maps</legend>
-<label><input type="radio" name="maps" id="over" checked> over the image</label>
-<label><input type="radio" name="maps" id="bare"> alone</label></fieldset>
-<div class="scripted" hidden>
-<label>Show <select name="success"><option value="">all images</option>
-<option value="adv2 1">ADV² succeeds</option><option value="adv2 0">ADV² fails</option>
-<option value="pgd 1">$plain succeeds</option><option value="pgd 0">$plain fails</option></select></label>
-<label>ADV² map L1 at most <input type="number" name="distance" min="0" max="1" step="any" placeholder="any"></label>
-<label>Sort by <select name="order"><option value="">order of the images</option>
-<option value="adv2L1 1">ADV² map L1, low first</option><option value="adv2L1 -1">ADV² map L1, high first</option>
-<option value="pgdL1 1">$plain map L1, low first</option><option value="pgdL1 -1">$plain map L1, high first</option>
-<option value="adv2P 1">ADV² confidence, low first</option><option value="adv2P -1">ADV² confidence, high first</option>
-</select></label>
-<button type="reset">Reset</button>
-<output aria-live="polite"></output></div>
-</form>
-<p class="note scale">Maps: 0 <i role="img" aria-label="colour scale from dark to light"></i> 1</p>
-""")

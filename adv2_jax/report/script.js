@@ -65,15 +65,15 @@ function player(card, film) {
   const figure = card.querySelector(`figure[data-attack="${film.dataset.attack}"]`);
   const [images, maps] = film.querySelectorAll("img");
   const [image, base, map] = figure.querySelectorAll(".tile img"); // what comes after them is of the delivered image alone
-  const pictures = [[image, images], [base, images], [map, maps]].map(([picture, sheet]) => ({ picture, sheet, own: picture.src }));
+  const pictures = [[image, images], [base, images], [map, maps]].map(([picture, sheet]) => ({ picture, sheet, delivered: picture.src }));
   const end = steps.length - 1;
 
   function play(k) {
     figure.classList.toggle("playing", k < end);
     figure.style.setProperty("--frames", steps.length);
     figure.style.setProperty("--frame", k);
-    for (const { picture, sheet, own } of pictures) {
-      picture.src = k < end ? sheet.src : own;
+    for (const { picture, sheet, delivered } of pictures) {
+      picture.src = k < end ? sheet.src : delivered;
       picture.classList.toggle("frame", k < end);
     }
     return `${film.dataset.name} step ${steps[k]}: p ${confidence[k]}`;

@@ -1,15 +1,13 @@
-"""What things are called on a page, and how numbers and pieces of HTML are written."""
+"""Words of a page: names of interpreters and classes, numbers, and values of files."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
-from urllib.parse import quote
 
 DASH = "–"
-MINUS = "−"
 
-INTERPRETERS = {
+INTERPRETERS = {  # name, and what the map shows
     "grad": (
         "GRAD",
         "How strongly each pixel moves the score of the class: the absolute gradient.",
@@ -28,57 +26,44 @@ INTERPRETERS = {
 
 
 def title(interpreter: str) -> str:
-    """The name of an interpreter as readers know it."""
+    """Return the name of an interpreter as readers know it."""
     return INTERPRETERS.get(interpreter, (interpreter, ""))[0]
 
 
 def description(interpreter: str) -> str:
-    """What an interpreter shows, in one sentence; nothing of a user's own."""
+    """Return what an interpreter shows, in one sentence; nothing for one of a user's own."""
     return INTERPRETERS.get(interpreter, (interpreter, ""))[1]
 
 
-def anchor(interpreter: str) -> str:
-    """The address of an interpreter's section on the page."""
-    return f"maps-{quote(interpreter, safe='')}"
-
-
 def class_name(classes: Sequence[str] | None, label: int) -> str:
-    """The name of a class, or its number."""
-    if classes is None or not 0 <= label < len(classes):
-        return f"class {label}"
-    return str(classes[label])
+    """Return the name of a class, or its number where there is no name."""
+    names = classes or ()
+    return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
 def heading(key: str) -> str:
-    """A key of a file as the heading of its column."""
+    """Return a key of a file as the heading of its column."""
     return "IoU" if key == "iou" else key.replace("_", " ").capitalize()
 
 
-def number(value: float | None, decimals: int) -> str:
-    """A number with so many decimals, or a dash."""
+def number(value: float | None, decimals: int, *, sign: str = "") -> str:
+    """Return a rounded number, or a dash where there is none; with `sign="+"` always signed."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:,.{decimals}f}"
-
-
-def signed(value: float | None, decimals: int) -> str:
-    """A difference: `number` with a plus or a minus sign."""
-    if value is None or not math.isfinite(value):
-        return DASH
-    return f"{value:+,.{decimals}f}".replace("-", MINUS)
+    return f"{value:{sign},.{decimals}f}".replace("-", "−")  # as wide as the plus
 
 
 def text(value: object) -> str:
-    """A value of a file as words."""
+    """Return a value of a file as text: JSON, but for a string as it is and nothing as a dash."""
     if value is None or value == "":
         return DASH
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def definitions(values: Mapping[str, object], kind: str) -> str:
-    """Names and values as a list of the given style."""
+def definitions(values: Mapping[str, object], style: str) -> str:
+    """Return names and values as an HTML list of the given style: facts or list."""
     entries = (
         f"<div><dt>{escape(key)}</dt><dd>{escape(text(value))}</dd></div>"
         for key, value in values.items()
     )
-    return f'<dl class="{kind}">{"".join(entries)}</dl>'
+    return f'<dl class="{style}">{"".join(entries)}</dl>'
