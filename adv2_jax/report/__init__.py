@@ -6,7 +6,7 @@ the slider over the steps. No network is run here, and nothing is needed but Num
 `gallery`. Shapes: N images, H x W pixels, maps of h x w values in [0, 1].
 """
 
-from adv2_jax.report.gallery import gallery
+from adv2_jax.report.labelled import gallery
 from adv2_jax.report.page import render, write
 from adv2_jax.report.pictures import amplified_difference, colour_map, png
 from adv2_jax.report.training import write_training
