@@ -13,8 +13,7 @@ from adv2_jax.activations import relu
 from adv2_jax.data import ImageSet
 from adv2_jax.files import read_arrays
 from adv2_jax.interpreters import INTERPRETERS, grad_interpreter
-from adv2_jax.runs.run import run
-from adv2_jax.runs.task import Settings
+from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.transfer import load_run, transfer_matrix
 
 NAMES = [name for name in INTERPRETERS if name != "rts"]

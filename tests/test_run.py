@@ -14,8 +14,7 @@ from adv2_jax.data import ImageSet, targets
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
 from adv2_jax.runs import store
-from adv2_jax.runs.run import run
-from adv2_jax.runs.task import Settings
+from adv2_jax.runs.run import Settings, run
 
 
 class Mean(nnx.Module):

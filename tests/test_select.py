@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from adv2_jax.data import ImageSet
-from adv2_jax.runs.select import _by_chance, select
+from adv2_jax.runs.select import _p_value, select
 
 
 class Mean(nnx.Module):
@@ -205,7 +205,7 @@ def test_a_weak_network_is_not_refused_for_its_range():
 def test_sign_test_against_all_outcomes():
     outcomes = [bin(i).count("1") for i in range(2**7)]
     for gained in range(8):
-        assert _by_chance(gained, 7 - gained) == np.mean(np.array(outcomes) >= gained)
+        assert _p_value(gained, 7) == np.mean(np.array(outcomes) >= gained)
 
 
 def test_indices_are_places_in_the_source():

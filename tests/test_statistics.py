@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adv2_jax.runs.statistics import interval, paired
+from adv2_jax.runs.schema import interval, paired
 
 
 def values(n, seed=0):

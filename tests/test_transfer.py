@@ -10,10 +10,9 @@ from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.runs import schema
-from adv2_jax.runs.run import run
+from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.schema import Results
 from adv2_jax.runs.tables import TABLES, by_rows, make_table
-from adv2_jax.runs.task import Settings
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
 FACES = {"grad": interpreters.grad, "cam": interpreters.cam}

@@ -8,7 +8,7 @@ from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS, Preset
-from adv2_jax.runs.task import Settings, interpreter_of
+from adv2_jax.runs.run import Settings, interpreter_of
 from adv2_jax.types import Classifier
 
 

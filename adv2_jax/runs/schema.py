@@ -1,6 +1,6 @@
-"""What a run writes: the measures of its rows, and the arrays of results.npz. Every name has its one owner here.
+"""What a run writes: the measures of its rows with their statistics, and the arrays of results.npz.
 
-To add a measure, add a row to `MEASURES`: summary, log, tables and report read it there.
+Every key has its one owner here. To add a measure, add a row to `MEASURES`: summary, log, tables and report read it there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +19,10 @@ from adv2_jax.threats import flow_penalty
 
 Row = dict[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
+Measures = Mapping[str, NDArray[Any]]  # by key, [N] numbers, one an image
+
+RESAMPLES = 2000  # of a bootstrap
+BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
 
@@ -186,26 +190,102 @@ def measure(evaluated: Evaluated) -> dict[str, NDArray[Any]]:
     return {"failed": failed} | {key: one for key, one in numbers.items() if one is not None}
 
 
+def mean(values: NDArray[Any], total: Any = np.mean) -> float | None:
+    """Return the mean of some numbers, or another total; None of none."""
+    return float(total(values)) if len(values) else None
+
+
+def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> list[float] | None:
+    """Return the percentile bootstrap interval of a mean, or Wilson's of a proportion.
+
+    Wilson's is wide where all images agree, [.81, 1] for 16 of 16; a bootstrap would say [1, 1].
+
+    Args:
+        values: numbers [N], one an image; booleans are those of a proportion.
+        seed: of the resampling; equal values and seed give the same interval.
+        confidence: share of intervals that hold the true mean or proportion.
+
+    Returns:
+        [low, high]; None of no image, and of a single number, which says nothing of how much
+        images differ.
+    """
+    from scipy.stats import binomtest, bootstrap  # takes a second: only where it is used
+
+    values = np.asarray(values)
+    proportion, n = values.dtype == bool, len(values)
+    if n == 0 or (n == 1 and not proportion):
+        return None
+    if proportion:
+        ends = binomtest(int(values.sum()), n).proportion_ci(confidence, method="wilson")
+    else:
+        ends = bootstrap(
+            (values.astype(np.float64),),
+            np.mean,
+            axis=0,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            batch=max(BLOCK // n, 1),
+            confidence_level=confidence,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return [float(ends.low), float(ends.high)]
+
+
+def row(measures: Measures, *, seed: int | None = None) -> Row:
+    """Return the numbers of a row: totals over the `n` images that did not fail.
+
+    Args:
+        measures: as `measure` returns them.
+        seed: of the bootstrap; without it there are no intervals.
+
+    Returns:
+        `n`; `failed`, the number of images that did; a total for each measure, None where there
+        is nothing to be averaged; `ci`, the intervals of most.
+    """
+    good = ~measures["failed"]
+    numbers: Row = {"n": int(good.sum()), "failed": int((~good).sum())}
+    intervals = {}
+    for one in MEASURES:
+        if one.key in measures:
+            counted = good & measures["asr"] if one.of_successes else good
+            values = measures[one.key][counted]
+            numbers[one.key] = mean(values, one.total)
+            if one.interval and seed is not None and (ends := interval(values, seed=seed)):
+                intervals[one.key] = ends
+    return numbers | {"ci": intervals}
+
+
+def paired(pgd: Measures, adv2: Measures, *, seed: int) -> list[Row]:
+    """Return ADV² - PGD on the images on which neither failed, a row for each paired measure."""
+    both = ~(pgd["failed"] | adv2["failed"])
+    rows = []
+    for one in MEASURES:
+        if one.paired:
+            values = (adv2[one.key] - pgd[one.key])[both]
+            numbers = {"n": len(values), "difference": mean(values)}
+            rows.append({"measure": one.key, **numbers, "ci": interval(values, seed=seed)})
+    return rows
+
+
 class Entry:
     """An array of results.npz, read when it is asked for; a KeyError where there is none."""
-
-    def __init__(self, per_image: bool = True):
-        self.per_image = per_image
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, view: Any, owner: type) -> NDArray[Any]:
-        array: NDArray[Any] = view.arrays[view.prefix + self.name]
-        return array
+    def __get__(self, view: "View", owner: type) -> NDArray[Any]:
+        return view.arrays[view.prefix + self.name]
 
 
 class OptionalEntry(Entry):
     """An array that a run may lack; None where it does."""
 
-    def __get__(self, view: Any, owner: type) -> NDArray[Any] | None:  # type: ignore[override]
-        array: NDArray[Any] | None = view.arrays.get(view.prefix + self.name)
-        return array
+    def __get__(self, view: "View", owner: type) -> NDArray[Any] | None:  # type: ignore[override]
+        return view.arrays.get(view.prefix + self.name)
+
+
+class SharedEntry(OptionalEntry):
+    """An array without an axis of images: all batches have the same."""
 
 
 @dataclass(frozen=True)
@@ -259,17 +339,17 @@ class Attacked(View):
     map_l1 = Entry()  # [N]
     map_iou75 = Entry()  # [N]
     flow = OptionalEntry()  # [N, H, W, 2], (dy, dx) in pixels
-    curve_steps = OptionalEntry(per_image=False)  # [S]
+    curve_steps = SharedEntry()  # [S]
     curve_loss = OptionalEntry()  # [N, S]
     curve_confidence = OptionalEntry()  # [N, S]
     curve_map_l1 = OptionalEntry()  # [N, S]
-    snapshot_steps = OptionalEntry(per_image=False)  # [T]
+    snapshot_steps = SharedEntry()  # [T]
     snapshot_images = OptionalEntry()  # uint8 [M, T, H, W, 3]
     snapshot_maps = OptionalEntry()  # [M, T, h, w]
     snapshot_confidence = OptionalEntry()  # [M, T]
 
 
-SHARED = {entry.name for entry in Attacked.entries() if not entry.per_image}
+SHARED = {entry.name for entry in Attacked.entries() if isinstance(entry, SharedEntry)}
 
 
 class Results(Images):
@@ -300,8 +380,6 @@ class Stored(Mapping[str, NDArray[Any]]):
         self._path = path
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self.headers:
-            raise KeyError(name)
         return read_some(self._path, name.__eq__)[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from adv2_jax.files import Headers, Stream, atomic, intact, read_some, stored, write_streams
 from adv2_jax.identity import changes
 from adv2_jax.runs import schema
-from adv2_jax.runs.schema import SHARED, Arrays
-from adv2_jax.runs.statistics import mean
+from adv2_jax.runs.schema import SHARED, Arrays, row
 
 FOLDER = "batches"
 # is there from the first finished part until the run is over
@@ -64,7 +63,8 @@ class Store:
     def begin(self, *, resume: bool) -> None:
         """Check that there is a run to resume, or none that a new one would overwrite.
 
-        Starting and resuming are both explicit: a forgotten flag cannot cost a run.
+        Starting and resuming are both explicit: a forgotten flag cannot cost a run. The log of a
+        resumed run is written again: its last line may be missing or cut short.
 
         Raises:
             ValueError: the directory holds an unfinished run although `resume` is False, none
@@ -72,8 +72,10 @@ class Store:
         """
         there = is_unfinished(self.directory)
         if there and not resume:
-            advice = f"go on with it (--resume), or remove {self._folder} to start anew"
-            raise ValueError(f"{self.directory} holds an unfinished run: {advice}")
+            raise ValueError(
+                f"{self.directory} holds an unfinished run: "
+                f"go on with it (--resume), or remove {self._folder} to start anew"
+            )
         if resume and not there:
             raise ValueError(f"nothing to resume: {self.directory} holds no unfinished run")
         if resume:
@@ -81,12 +83,9 @@ class Store:
                 was = dict(json.loads(self._known.read_text(encoding="utf-8")))
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
-
-    def write_log(self) -> None:
-        """Write the log of a resumed run again: its last line may be missing or cut short."""
-        lines = [self._line(part) for part in self.parts if self.has(part)]
-        with self._writing(self._log), atomic(self._log, "w") as log:
-            log.writelines(lines)
+            lines = [self._line(part) for part in self.parts if self.has(part)]
+            with self._writing(self._log), atomic(self._log, "w") as log:
+                log.writelines(lines)
 
     def has(self, part: Part) -> bool:
         """Return whether a part is finished."""
@@ -121,7 +120,7 @@ class Store:
         parts = [self._measures(part) for part in self.parts if part[:2] == (interpreter, attack)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def write_results(self, own: Arrays) -> None:
+    def write_results(self, whole: Arrays) -> None:
         """Write results.npz: the arrays of all images, then those of the parts.
 
         Raises:
@@ -129,7 +128,7 @@ class Store:
         """
         made, results = self._folder / "results.npz", self.directory / "results.npz"
         with self._writing(results):
-            write_streams(made, self._streams(own))
+            write_streams(made, self._streams(whole))
             os.replace(made, results)
 
     def remove(self) -> None:
@@ -163,13 +162,11 @@ class Store:
     def _line(self, part: Part) -> str:
         measures = self._measures(part)
         with intact(self._path(part)):
-            good = ~measures["failed"]
-            logged = [one for one in schema.MEASURES if one.key in measures and not one.page_only]
-            numbers = {one.key: mean(measures[one.key][good], one.total) for one in logged}
-            numbers["seconds"] = mean(measures["seconds"])
-        line = part._asdict() | {"n": int(good.sum()), "failed": int((~good).sum())}
-        for name, number in numbers.items():
-            line[name] = None if number is None else round(number, 6)
+            numbers = row(measures) | {"seconds": float(measures["seconds"][0])}
+        logged = [one.key for one in schema.MEASURES if not one.page_only and one.key in numbers]
+        line = part._asdict()
+        for key in ("n", "failed", *logged, "seconds"):
+            line[key] = None if numbers[key] is None else round(numbers[key], 6)
         return json.dumps(line) + "\n"
 
     def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
@@ -198,10 +195,11 @@ def _joined(name: str, headers: Mapping[Path, Headers]) -> Stream:
     shape, dtype = headers[paths[0]][name]
     n = 0
     for path in paths:
-        own, kind = headers[path][name]
-        if not own or (own[1:], kind) != (shape[1:], dtype):
-            message = f"{name} is {kind} {list(own)}, before {dtype} {list(shape)}"
-            raise ValueError(f"cannot read {path}: {message}")
-        n += own[0]
+        held, kind = headers[path][name]
+        if not held or (held[1:], kind) != (shape[1:], dtype):
+            raise ValueError(
+                f"cannot read {path}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}"
+            )
+        n += held[0]
     blocks = (read_some(path, name.__eq__)[name] for path in paths)
     return Stream((n, *shape[1:]), dtype, blocks)

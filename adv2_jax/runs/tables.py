@@ -8,10 +8,9 @@ from adv2_jax.data import ImageSet
 from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
-from adv2_jax.runs.run import Progress, fingerprints, identity, run
+from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
 from adv2_jax.runs.schema import COSTS, Row, attack_name, columns
 from adv2_jax.runs.store import is_unfinished
-from adv2_jax.runs.task import Settings
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
@@ -76,16 +75,8 @@ class Sheet(NamedTuple):
 
 def by_rows(title: str, keys: Sequence[str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
     """Return a line for each row of a run; means with their intervals if `spread`."""
-    lines = [
-        [
-            row["interpreter"],
-            attack_name(row["attack"], row["threat"]),
-            str(row["n"]),
-            *(_cell(row, key, spread) for key in keys),
-        ]
-        for row in rows
-    ]
-    return Sheet(title, ["interpreter", "attack", "n", *_headings(keys)], lines)
+    names = [[row["interpreter"], attack_name(row["attack"], row["threat"])] for row in rows]
+    return _sheet(title, ["interpreter", "attack"], names, keys, rows, spread)
 
 
 def after_a_run(rows: Sequence[Row]) -> Sheet:
@@ -108,20 +99,24 @@ def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
 def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     """Return a line for each source of images and interpreter, on another network."""
     keys = ["asr", *(one.key for one in schema.MEASURES if one.paired)]
+    names = [[row["source"], row["interpreter"]] for row in rows]
+    return _sheet(title, ["made against", "interpreter"], names, keys, rows)
+
+
+def _sheet(
+    title: str,
+    headings: Sequence[str],
+    names: Sequence[Sequence[str]],
+    keys: Sequence[str],
+    rows: Sequence[Row],
+    spread: bool = True,
+) -> Sheet:
+    """Return a line for each row: its names, its number of images, and its numbers by key."""
     lines = [
-        [
-            row["source"],
-            row["interpreter"],
-            str(row["n"]),
-            *(_cell(row, key, True) for key in keys),
-        ]
-        for row in rows
+        [*name, str(row["n"]), *(_cell(row, key, spread) for key in keys)]
+        for name, row in zip(names, rows, strict=True)
     ]
-    return Sheet(title, ["made against", "interpreter", "n", *_headings(keys)], lines)
-
-
-def _headings(keys: Sequence[str]) -> list[str]:
-    return [columns()[key].heading for key in keys]
+    return Sheet(title, [*headings, "n", *(columns()[key].heading for key in keys)], lines)
 
 
 def _cell(row: Row, key: str, spread: bool) -> str:
@@ -164,7 +159,6 @@ def make_table(
     table, place = TABLES[name], directory / TABLES[name].run
     place.mkdir(exist_ok=True)
     if not (resume and _is_finished(place, identity(config, fingerprints(model, image_set)))):
-        unfinished = resume and is_unfinished(place)
         run(
             model,
             image_set,
@@ -172,7 +166,7 @@ def make_table(
             place,
             limit=limit,
             config=config,
-            resume=unfinished,
+            resume=resume and is_unfinished(place),
             progress=progress,
             publish=publish,
         )
@@ -190,8 +184,8 @@ def make_table(
     }
     with atomic(directory / "table.md", "w") as file:
         file.write(sheet.markdown())
-    head = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
-    write_summary(directory, head | shown)
+    made = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
+    write_summary(directory, made | shown)
     return sheet
 
 

@@ -12,14 +12,25 @@ import numpy as np
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.files import atomic, intact, read_summary, write_summary
+from adv2_jax.files import Headers, atomic, intact, read_summary, write_summary
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import from_dict
 from adv2_jax.runs import schema
-from adv2_jax.runs.schema import ATTACKS, Evaluated, Results, Row, Stored
-from adv2_jax.runs.statistics import interval, mean
-from adv2_jax.runs.task import interpreter_of
+from adv2_jax.runs.run import interpreter_of
+from adv2_jax.runs.run import interpreter_of
+from adv2_jax.runs.schema import (
+    ATTACKS,
+    Aim,
+    Attacked,
+    Evaluated,
+    Images,
+    Results,
+    Row,
+    Stored,
+    interval,
+    mean,
+)
 from adv2_jax.types import Classifier
 
 
@@ -55,41 +66,40 @@ def load_run(directory: Path) -> Run:
         ValueError: names the directory and what is wrong with it.
     """
     summary = read_summary(directory)
-    with intact(directory / "summary.json"):
-        made = {row["interpreter"]: row for row in summary.get("rows", [])}  # ADV² comes last
-    if not made:
+    if not summary.get("rows"):
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
+        presets = {row["interpreter"]: row["preset"] for row in summary["rows"]}  # ADV² comes last
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         interpreters = {one.name: one for one in asked if not isinstance(one, str)}
-        for name in made.keys() - interpreters.keys():
-            preset = from_dict(name, {"interpreter": made[name]["preset"]["interpreter"]})
+        for name in presets.keys() - interpreters.keys():
+            preset = from_dict(name, {"interpreter": presets[name]["interpreter"]})
             assert preset.interpreter is not None
             interpreters[name] = preset.interpreter
-        interpreters = {name: interpreters[name] for name in made}
+        interpreters = {name: interpreters[name] for name in presets}
     with intact(path := directory / "results.npz"):
         arrays = Stored(path)
-        _check_arrays(arrays, interpreters)
+        _check_arrays(arrays.headers, interpreters)
     return Run(directory, summary, interpreters, Results(arrays))
 
 
-def _check_arrays(arrays: Stored, interpreters: Iterable[str]) -> None:
+def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
     """Refuse results that lack an array that is looked at, or have one of another shape."""
-    headers: Any = arrays.headers
-    results: Any = Results(headers)  # a view of shapes and types in place of arrays
-    n, *size, _ = results.images[0]
-    pictures, classes, maps = ("u", (n, *size, 3)), ("i", (n,)), ("f", (n, None, None))
-    wanted = [("images", results.images, pictures)]
-    wanted += [(name, getattr(results, name), classes) for name in ("labels", "targets")]
+    n, *size, _ = headers["images"][0]
+    # kind of type, and shape; maps may be of any size
+    pictures: Any = ("u", (n, *size, 3))
+    classes: Any = ("i", (n,))
+    maps: Any = ("f", (n, None, None))
+    expected = Images.named(images=pictures, labels=classes, targets=classes)
     for name in interpreters:
-        wanted.append((f"target maps of {name}", results.aim(name).target_maps, maps))
+        expected |= Aim.named(f"{name}/", target_maps=maps)
         for attack in ATTACKS:
-            images = results.attacked(name, attack).images
-            wanted.append((f"images of {attack} on {name}", images, pictures))
-    for name, (held, dtype), (kind, shape) in wanted:
-        fits = len(held) == len(shape) and min(held) > 0 and dtype.kind == kind
-        if not (fits and all(b in (a, None) for a, b in zip(held, shape, strict=True))):
-            raise ValueError(f"{name}: {dtype} {list(held)}")
+            expected |= Attacked.named(f"{name}/{attack}/", images=pictures)
+    for name, (kind, wanted) in expected.items():
+        shape, dtype = headers[name]
+        fits = len(shape) == len(wanted) and min(shape) > 0 and dtype.kind == kind
+        if not (fits and all(b in (a, None) for a, b in zip(shape, wanted, strict=True))):
+            raise ValueError(f"{name}: {dtype} {list(shape)}")
 
 
 def check_network(run: Run, model: Classifier) -> None:
@@ -126,12 +136,18 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
     """
     matrix: dict[str, Any] = {"interpreters": list(run.interpreters), "sources": run.sources}
     matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
-    options: dict[str, Any] = {"batch_size": batch_size, "all_may_fail": True}
     for name, interpreter in run.interpreters.items():
         target_maps = run.results.aim(name).target_maps
         for i, source in enumerate(run.sources):
             images, classes = run.images(source, name), run.classes(source)
-            _, maps = explain(model, images, classes, interpreter=interpreter, **options)
+            _, maps = explain(
+                model,
+                images,
+                classes,
+                interpreter=interpreter,
+                batch_size=batch_size,
+                all_may_fail=True,
+            )
             for key, distance in _distances(maps, target_maps).items():
                 matrix[key][i].append(distance)
     return matrix
@@ -166,15 +182,17 @@ def transfer_to(
         logits, benign_maps = explain(model, run.results.images, labels, **options)
         right = logits.argmax(-1) == labels
         if not right.any():
-            images = f"the {len(right)} images of {run.directory}"
-            raise ValueError(f"{name} gets none of {images} right: nothing can transfer to it")
+            raise ValueError(
+                f"{name} gets none of the {len(right)} images of {run.directory} right: "
+                "nothing can transfer to it"
+            )
         for source in run.sources:
             images, classes = run.images(source, column)[right], run.classes(source)[right]
             logits, maps = explain(model, images, classes, all_may_fail=True, **options)
             hits = metrics.success(logits, run.results.targets[right])
             row: Row = {"model": name, "source": source, "n": len(hits), "asr": mean(hits)}
-            row |= {"interpreter": column, **_distances(maps, benign_maps[right])}
-            rows.append(row | {"ci": {"asr": interval(hits)}})
+            distances = _distances(maps, benign_maps[right])
+            rows.append(row | {"interpreter": column, **distances, "ci": {"asr": interval(hits)}})
     return rows
 
 
