@@ -234,15 +234,18 @@ def interpreter_of(name: str) -> str | Interpreter:
     if name in INTERPRETERS:
         return name
     if not user.is_reference(name):
-        known = ", ".join(INTERPRETERS)
-        raise ValueError(f"interpreter {name!r} is not one of {known}, or path/to/file.py:name")
+        raise ValueError(
+            f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name"
+        )
     made, kind = user.named("interpreter", name), "an adv2_jax Interpreter"
     if callable(made):
-        failure = f"{name} must be {kind}, or a function that makes one of nothing"
-        made = user.attempt(failure, made)
+        made = user.attempt(
+            f"{name} must be {kind}, or a function that makes one of nothing", made
+        )
     if not isinstance(made, Interpreter):
-        neither = f"neither {kind} nor a function that makes one"
-        raise ValueError(f"{name} is {neither}, but {type(made).__name__}")
+        raise ValueError(
+            f"{name} is neither {kind} nor a function that makes one, but {type(made).__name__}"
+        )
     return made
 
 
@@ -327,8 +330,9 @@ def check_interpreters(model: Classifier, task: Task, interpreters: Sequence[Int
     for one in interpreters:
         expected = [len(task.targets), *check_interpreter(model, shape, one, attacked=True)]
         if maps is not None and list(maps.shape) != expected:
-            given = list(maps.shape)
-            raise ValueError(f"target_maps must be {expected} for {one.name}, got {given}")
+            raise ValueError(
+                f"target_maps must be {expected} for {one.name}, got {list(maps.shape)}"
+            )
 
 
 class Job(NamedTuple):
@@ -445,7 +449,7 @@ def attack_batch(
             keys=keys,
         )
         seconds = np.array([time.perf_counter() - start])
-        flows = None if displacement is None else jax.vmap(displacement)(result.params)
+        flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
         for interpreter in job.interpreters:
             maps, float_maps = result.maps, result.float_maps
             if attacked is None:
@@ -487,7 +491,7 @@ def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, n
         success=measures["asr"],
         map_l1=measures["map_l1"],
         map_iou75=measures["map_iou75"],
-        flow=None if evaluated.flows is None else np.asarray(evaluated.flows),
+        flow=evaluated.flows,
         # a curve that no step reports is left out
         **{name: values for name, values in curves.items() if not np.isnan(values).all()},
     )
@@ -542,10 +546,20 @@ def _rows(
         measures = {kind: store.measures(name, kind) for kind in ATTACKS}
         for kind, numbers in measures.items():
             job, seconds = job_of[name, kind], float(numbers.pop("seconds").sum())
-            own = {"attack": kind, "target_map": target_map, **row(numbers, seed=settings.seed)}
-            cost = {"gradient_evaluations": job.cost, "seconds": round(seconds, 2)}
-            rows.append(head | own | cost | {"preset": to_dict(job.preset)})
+            rows.append(
+                {
+                    **head,
+                    "attack": kind,
+                    "target_map": target_map,
+                    **row(numbers, seed=settings.seed),
+                    "gradient_evaluations": job.cost,
+                    "seconds": round(seconds, 2),
+                    "preset": to_dict(job.preset),
+                }
+            )
             failed.append(numbers["failed"])
-        pairs = paired(measures["pgd"], measures["adv2"], seed=settings.seed)
-        differences += [head | pair for pair in pairs]
+        differences += [
+            head | pair
+            for pair in paired(measures["pgd"], measures["adv2"], seed=settings.seed)
+        ]
     return rows, differences, np.any(failed, axis=0)

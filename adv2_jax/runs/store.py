@@ -38,11 +38,6 @@ class Part(NamedTuple):
     batch: int
 
 
-def is_unfinished(directory: Path) -> bool:
-    """Return whether a directory holds a run that was begun, and is not over."""
-    return (directory / UNFINISHED).exists()
-
-
 class Store:
     """The parts of one run. What is held in memory is one array of one part, whatever their number.
 
@@ -70,7 +65,7 @@ class Store:
             ValueError: the directory holds an unfinished run although `resume` is False, none
                 although it is True, or one with other settings (says what they were and are).
         """
-        there = is_unfinished(self.directory)
+        there = self._known.exists()
         if there and not resume:
             raise ValueError(
                 f"{self.directory} holds an unfinished run: "
@@ -104,12 +99,11 @@ class Store:
         """
         path = self._path(part)
         with self._writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             if not self._known.exists():
-                self._folder.mkdir(exist_ok=True)
                 self._log.unlink(missing_ok=True)
                 with atomic(self._known, "w") as file:
                     json.dump(self._settings, file, indent=2)
-            path.parent.mkdir(exist_ok=True)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
             with self._log.open("a", encoding="utf-8") as log:

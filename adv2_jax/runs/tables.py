@@ -10,7 +10,7 @@ from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
 from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
 from adv2_jax.runs.schema import COSTS, Row, attack_name, columns
-from adv2_jax.runs.store import is_unfinished
+from adv2_jax.runs.store import UNFINISHED
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
@@ -158,7 +158,10 @@ def make_table(
     """
     table, place = TABLES[name], directory / TABLES[name].run
     place.mkdir(exist_ok=True)
-    if not (resume and _is_finished(place, identity(config, fingerprints(model, image_set)))):
+    unfinished = (place / UNFINISHED).exists()
+    if resume and not unfinished and (place / "summary.json").exists():
+        _check_settings(place, identity(config, fingerprints(model, image_set)))
+    else:
         run(
             model,
             image_set,
@@ -166,7 +169,7 @@ def make_table(
             place,
             limit=limit,
             config=config,
-            resume=resume and is_unfinished(place),
+            resume=resume and unfinished,
             progress=progress,
             publish=publish,
         )
@@ -189,13 +192,10 @@ def make_table(
     return sheet
 
 
-def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
-    """Return whether a directory holds a finished run; refuse one of other settings."""
-    if is_unfinished(directory) or not (directory / "summary.json").exists():
-        return False
+def _check_settings(directory: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse a finished run of other settings."""
     summary = read_summary(directory)
     with intact(directory / "summary.json"):
         was = identity(summary["config"], summary["fingerprints"])
     if changed := changes(was, asked):
         raise ValueError(f"{directory} holds a run with other settings: {changed}")
-    return True

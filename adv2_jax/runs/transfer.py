@@ -4,7 +4,7 @@ Both questions are put to a finished run: its images are looked at, nothing is a
 images is held at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,8 @@ from adv2_jax.runs.schema import (
     Stored,
     interval,
     mean,
+    measure,
+    row,
 )
 from adv2_jax.types import Classifier
 
@@ -47,16 +49,17 @@ class Run(NamedTuple):
         """Return whose images there are: benign, of plain PGD, of ADV² against each interpreter."""
         return ["benign", "pgd", *self.interpreters]
 
-    def images(self, source: str, interpreter: str) -> np.ndarray:
-        """Return uint8 [N, H, W, 3] of a source; PGD's as set against an interpreter's budget."""
-        if source == "benign":
-            return self.results.images
-        attack = (interpreter, "pgd") if source == "pgd" else (source, "adv2")
-        return self.results.attacked(*attack).images
+    def inputs(self, interpreter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield each source, its images uint8 [N, H, W, 3], and the classes [N] they are explained for.
 
-    def classes(self, source: str) -> np.ndarray:
-        """Return [N], what maps are drawn for: labels of benign images, targets of others."""
-        return self.results.labels if source == "benign" else self.results.targets
+        These are labels of benign images, and targets of others. Plain PGD is set against the
+        budget of an interpreter: its images are those of the interpreter that is asked for.
+        """
+        results = self.results
+        yield "benign", results.images, results.labels
+        yield "pgd", results.attacked(interpreter, "pgd").images, results.targets
+        for name in self.interpreters:
+            yield name, results.attacked(name, "adv2").images, results.targets
 
 
 def load_run(directory: Path) -> Run:
@@ -138,8 +141,7 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
     matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
     for name, interpreter in run.interpreters.items():
         target_maps = run.results.aim(name).target_maps
-        for i, source in enumerate(run.sources):
-            images, classes = run.images(source, name), run.classes(source)
+        for i, (_, images, classes) in enumerate(run.inputs(name)):
             _, maps = explain(
                 model,
                 images,
@@ -173,7 +175,8 @@ def transfer_to(
     Raises:
         ValueError: if the other network gets no image right, or cannot take the images.
     """
-    rows, labels = [], run.results.labels
+    rows: list[Row] = []
+    labels = run.results.labels
     for column in interpreters:
         options: dict[str, Any] = {
             "interpreter": run.interpreters[column],
@@ -186,21 +189,29 @@ def transfer_to(
                 f"{name} gets none of the {len(right)} images of {run.directory} right: "
                 "nothing can transfer to it"
             )
-        for source in run.sources:
-            images, classes = run.images(source, column)[right], run.classes(source)[right]
-            logits, maps = explain(model, images, classes, all_may_fail=True, **options)
+        for source, images, classes in run.inputs(column):
+            logits, maps = explain(
+                model, images[right], classes[right], all_may_fail=True, **options
+            )
             hits = metrics.success(logits, run.results.targets[right])
-            row: Row = {"model": name, "source": source, "n": len(hits), "asr": mean(hits)}
-            distances = _distances(maps, benign_maps[right])
-            rows.append(row | {"interpreter": column, **distances, "ci": {"asr": interval(hits)}})
+            rows.append(
+                {
+                    "model": name,
+                    "source": source,
+                    "n": len(hits),
+                    "asr": mean(hits),
+                    "interpreter": column,
+                    **_distances(maps, benign_maps[right]),
+                    "ci": {"asr": interval(hits)},
+                }
+            )
     return rows
 
 
 def _distances(maps: np.ndarray, target_maps: np.ndarray) -> dict[str, float | None]:
     """Return the mean of each distance over the images whose maps are finite, by key."""
-    evaluated = Evaluated(maps=maps, target_maps=target_maps)
-    distances = {one.key: np.asarray(one(evaluated)) for one in schema.MEASURES if one.paired}
-    return {key: mean(values[np.isfinite(values)]) for key, values in distances.items()}
+    numbers = row(measure(Evaluated(maps=maps, target_maps=target_maps)))
+    return {one.key: numbers[one.key] for one in schema.MEASURES if one.paired}
 
 
 def add(
