@@ -1,4 +1,4 @@
-"""What makes a run or a training the one it is: fingerprints of its arrays, its settings, and the machine it ran on."""
+"""The identity of a run or a training: fingerprints of arrays, settings, and the machine."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, in words; empty if nothing does."""
+    """Return how two settings differ, in words; empty if they do not."""
     names = [name for name in {**now, **was} if was.get(name) != now.get(name)]
     return "; ".join(f"{name} was {was.get(name)}, is {now.get(name)}" for name in names)
 
@@ -28,20 +28,20 @@ def fingerprint(arrays: Iterable[Any]) -> str:
 
 
 def tree_fingerprint(tree: Any) -> str:
-    """The fingerprint of the arrays in a network or an image set."""
-    return fingerprint(
-        map(_plain, (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")))
-    )
+    """Return the fingerprint of the arrays in a network or an image set."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype"))
+    return fingerprint(map(_plain, leaves))
 
 
 def _plain(leaf: Any) -> np.ndarray:
-    """A leaf as an array of NumPy, which knows no random keys (a network with dropout holds some)."""
+    """Return a leaf as an array of NumPy, of a random key its raw data."""
+    # NumPy knows no random keys, and a network with dropout holds some
     is_key = isinstance(leaf, jax.Array) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
     return np.asarray(jax.random.key_data(leaf) if is_key else leaf)
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for the summary."""
+    """Return versions and machine, for the summary."""
     packages = ("adv2_jax", "jax", "jaxlib", "flax", "optax", "numpy")
     return {
         "python": platform.python_version(),

@@ -2,7 +2,6 @@
 
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cache, partial
@@ -58,7 +57,7 @@ CURVE_POINTS = 100  # at most
 
 
 class Settings(NamedTuple):
-    """What a run is asked for, beyond the network and the images.
+    """The settings of a run, beyond the network and the images.
 
     Attributes:
         interpreters: names, or interpreters with options of their own.
@@ -85,8 +84,36 @@ class Settings(NamedTuple):
     snapshots: int = 16
 
 
+def interpreter_of(name: str) -> str | Interpreter:
+    """Return an interpreter by its name, which stays a name, or by the file it is written in.
+
+    Args:
+        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter`
+            or a function that makes one.
+
+    Raises:
+        ValueError: there is no such interpreter, or the file or the function fails (says how).
+    """
+    if name in INTERPRETERS:
+        return name
+    if not user.is_reference(name):
+        raise ValueError(
+            f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name"
+        )
+    made, kind = user.named("interpreter", name), "an adv2_jax Interpreter"
+    if callable(made):
+        made = user.attempt(
+            f"{name} must be {kind}, or a function that makes one of nothing", made
+        )
+    if not isinstance(made, Interpreter):
+        raise ValueError(
+            f"{name} is neither {kind} nor a function that makes one, but {type(made).__name__}"
+        )
+    return made
+
+
 class Outcome(NamedTuple):
-    """What a run found.
+    """The numbers of a finished run.
 
     Attributes:
         rows, paired: rows and paired differences of the summary.
@@ -214,39 +241,12 @@ def _presets(settings: Settings) -> dict[Interpreter, Preset]:
         resolve(settings.preset, one, threat=settings.threat, **numbers)
         for one in settings.interpreters
     ]
-    given = Counter(one.interpreter.name for one in resolved if one.interpreter is not None)
-    name, times = given.most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"interpreter {name!r} is given {times} times; each needs its own name")
-    return {one.interpreter: one for one in resolved if one.interpreter is not None}
-
-
-def interpreter_of(name: str) -> str | Interpreter:
-    """Return an interpreter by its name, which stays a name, or by the file it is written in.
-
-    Args:
-        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter`
-            or a function that makes one.
-
-    Raises:
-        ValueError: there is no such interpreter, or the file or the function fails (says how).
-    """
-    if name in INTERPRETERS:
-        return name
-    if not user.is_reference(name):
-        raise ValueError(
-            f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name"
-        )
-    made, kind = user.named("interpreter", name), "an adv2_jax Interpreter"
-    if callable(made):
-        made = user.attempt(
-            f"{name} must be {kind}, or a function that makes one of nothing", made
-        )
-    if not isinstance(made, Interpreter):
-        raise ValueError(
-            f"{name} is neither {kind} nor a function that makes one, but {type(made).__name__}"
-        )
-    return made
+    interpreters = [one.interpreter for one in resolved if one.interpreter is not None]
+    names = [interpreter.name for interpreter in interpreters]
+    for name in names:
+        if (times := names.count(name)) > 1:
+            raise ValueError(f"interpreter {name!r} is given {times} times; each needs its own name")
+    return dict(zip(interpreters, resolved, strict=True))
 
 
 class Task(NamedTuple):
@@ -351,7 +351,7 @@ class Job(NamedTuple):
     cost: float
 
     def parts(self, batch: int) -> list[Part]:
-        """Return what it finishes of a batch."""
+        """Return the parts of a batch that it makes."""
         return [Part(interpreter.name, self.attack, batch) for interpreter in self.interpreters]
 
 
@@ -417,15 +417,17 @@ def attack_batch(
         task: the images of the run.
         jobs: the attacks.
         places: [B] of the batch among the images; the last batch is padded by repeating its last
-            image, of which only one is returned.
+            image, so that all have one size and one compilation. Padding is not returned.
         settings: of the run.
         on_step: called with the number of steps newly done.
     """
     chosen, targets = task.images.take(places), task.targets[places]
     assert chosen.labels is not None
-    labels, valid = chosen.labels, int(np.ptp(places)) + 1
+    labels, valid = chosen.labels, int(np.ptp(places)) + 1  # without padding
+    # of the image's place in its source: no batch size changes what is drawn
     keys = image_keys(settings.seed, task.indices[places])
 
+    # several jobs ask for the maps of one interpreter
     @cache
     def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
         benign = maps_of(model, chosen.images, labels, interpreter)
@@ -452,7 +454,7 @@ def attack_batch(
         flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
         for interpreter in job.interpreters:
             maps, float_maps = result.maps, result.float_maps
-            if attacked is None:
+            if attacked is None:  # plain PGD draws no maps
                 maps = maps_of(model, result.images, targets, interpreter)
                 float_maps = maps_of(model, result.float_images, targets, interpreter)
             evaluated = Evaluated(
@@ -495,7 +497,7 @@ def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, n
         # a curve that no step reports is left out
         **{name: values for name, values in curves.items() if not np.isnan(values).all()},
     )
-    if attack == "pgd":  # what no attack made stands in one part alone
+    if attack == "pgd":  # these maps are of both attacks: one part holds them
         arrays |= Aim.named(benign_maps=evaluated.benign_maps, target_maps=evaluated.target_maps)
     return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
 
@@ -513,7 +515,7 @@ def _snapshots(
     targets: np.ndarray,
     result: Result,
 ) -> dict[str, np.ndarray]:
-    """Return what an interpreter sees of the first images on the way."""
+    """Return snapshots of the first images, their maps by an interpreter, and their confidences."""
     images = result.snapshots
     if not len(images):
         return {}

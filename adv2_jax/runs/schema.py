@@ -1,6 +1,7 @@
-"""What a run writes: the measures of its rows with their statistics, and the arrays of results.npz.
+"""The schema of a run: measures, rows of their means with intervals, and arrays of results.npz.
 
-Every key has its one owner here. To add a measure, add a row to `MEASURES`: summary, log, tables and report read it there.
+Every key has its one owner here. To add a measure, add a row to `MEASURES`: summary, log, tables
+and report read it there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +35,7 @@ def attack_name(attack: str, threat: str | None) -> str:
 
 
 class Evaluated(NamedTuple):
-    """What measures are functions of: N images under an attack. What is not known is None.
+    """N images under an attack, the arguments of measures. What is not known is None.
 
     Attributes:
         benign: uint8 [N, H, W, 3], before the attack.
@@ -72,7 +73,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Measure(Column):
-    """A number an image, and how those of all images make one of a row.
+    """A number for each image, and how those of all images make one of a row.
 
     Attributes:
         function: -> [N] numbers, or booleans for a proportion.
@@ -297,7 +298,7 @@ class View:
 
     @classmethod
     def entries(cls) -> list[Entry]:
-        """Return what there may be under the prefix."""
+        """Return the arrays that there may be under the prefix."""
         return [entry for entry in vars(cls).values() if isinstance(entry, Entry)]
 
     @classmethod
@@ -309,7 +310,7 @@ class View:
 
 
 class Images(View):
-    """What was attacked: images uint8 [N, H, W, 3], classes [N], positions in the source [N]."""
+    """The attacked images: uint8 [N, H, W, 3], classes [N], positions in the source [N]."""
 
     images = Entry()
     labels = Entry()
@@ -320,16 +321,16 @@ class Images(View):
 
 
 class Aim(View):
-    """What an interpreter shows of the benign images, and is to show: [N, h, w] in [0, 1]."""
+    """The maps of an interpreter before an attack, and its target maps: [N, h, w] in [0, 1]."""
 
     benign_maps = Entry()
     target_maps = Entry()
 
 
 class Attacked(View):
-    """What an attack made, seen by an interpreter. Curves are thinned to S steps.
+    """The outcome of an attack, as an interpreter sees it. Curves are thinned to S steps.
 
-    Pictures on the way are of the first M images, at T steps.
+    Snapshots, pictures on the way, are of the first M images, at T steps.
     """
 
     images = Entry()  # uint8 [N, H, W, 3]
@@ -368,7 +369,7 @@ class Results(Images):
         return f"{interpreter}/benign_maps" in self.arrays
 
     def attacks(self, interpreter: str) -> list[str]:
-        """Return the attacks on an interpreter that there are."""
+        """Return the names of the attacks on an interpreter whose images there are."""
         return [name for name in ATTACKS if f"{interpreter}/{name}/images" in self.arrays]
 
 

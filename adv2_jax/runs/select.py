@@ -1,4 +1,4 @@
-"""Which images are attacked, those the network gets right, and whether it is used as it was trained."""
+"""The choice of images a network gets right, and checks that it is used as it was trained."""
 
 import dataclasses
 import logging
@@ -28,7 +28,8 @@ RANGES = {  # scale and shift of the [0, 1] image
     ),
 }
 TRIED = 64  # images that the other ranges are tried on
-SIGNIFICANCE = 1e-3  # probability of refusing a network that is indifferent to the range or the order
+# probability of refusing a network that is indifferent to the range or the order
+SIGNIFICANCE = 1e-3
 DOUBT = (
     "the order of its classes may be another than that of the labels, "
     "or the range of its images another than [0, 1]"

@@ -1,4 +1,4 @@
-"""The finished parts of a run under way: whoever interrupts it loses one of them and no more.
+"""The finished parts of a run under way, on disk: an interrupt costs one part and no more.
 
 DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz
 is a finished part, and DIR/log.jsonl has a line for each. All are written atomically, and removed,
@@ -23,11 +23,11 @@ from adv2_jax.runs import schema
 from adv2_jax.runs.schema import SHARED, Arrays, row
 
 FOLDER = "batches"
-# is there from the first finished part until the run is over
+# exists from the first finished part until the run is over
 UNFINISHED = f"{FOLDER}/settings.json"
-MEASURE = "measure/"  # and a key: one number an image
-SECONDS = "measure/seconds"  # of the part
-ROWS = 64  # of a whole array, written at a time
+MEASURE = "measure/"  # before a key: [B] numbers, one an image of the part
+SECONDS = f"{MEASURE}seconds"  # [1], of the part
+ROWS = 64  # entries of a whole array that are compressed and written at a time
 
 
 class Part(NamedTuple):
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class Store:
-    """The parts of one run. What is held in memory is one array of one part, whatever their number.
+    """The parts of one run; only one array of one part is held in memory, whatever their number.
 
     Args:
         directory: of the run.
@@ -52,7 +52,7 @@ class Store:
     def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
         self.directory, self.parts = directory, parts
         self._folder, self._log = directory / FOLDER, directory / "log.jsonl"
-        self._known = directory / UNFINISHED
+        self._settings_path = directory / UNFINISHED
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
@@ -65,7 +65,7 @@ class Store:
             ValueError: the directory holds an unfinished run although `resume` is False, none
                 although it is True, or one with other settings (says what they were and are).
         """
-        there = self._known.exists()
+        there = self._settings_path.exists()
         if there and not resume:
             raise ValueError(
                 f"{self.directory} holds an unfinished run: "
@@ -74,8 +74,8 @@ class Store:
         if resume and not there:
             raise ValueError(f"nothing to resume: {self.directory} holds no unfinished run")
         if resume:
-            with intact(self._known):
-                was = dict(json.loads(self._known.read_text(encoding="utf-8")))
+            with intact(self._settings_path):
+                was = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
             lines = [self._line(part) for part in self.parts if self.has(part)]
@@ -100,9 +100,9 @@ class Store:
         path = self._path(part)
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._known.exists():
+            if not self._settings_path.exists():
                 self._log.unlink(missing_ok=True)
-                with atomic(self._known, "w") as file:
+                with atomic(self._settings_path, "w") as file:
                     json.dump(self._settings, file, indent=2)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
@@ -120,20 +120,22 @@ class Store:
         Raises:
             ValueError: names the file and why it cannot be written.
         """
-        made, results = self._folder / "results.npz", self.directory / "results.npz"
+        # written in the folder of parts: what a kill leaves of it is removed with the folder
+        written, results = self._folder / "results.npz", self.directory / "results.npz"
         with self._writing(results):
-            write_streams(made, self._streams(whole))
-            os.replace(made, results)
+            write_streams(written, self._streams(whole))
+            os.replace(written, results)
 
     def remove(self) -> None:
-        """Remove the parts: the run is over. Without its settings what a kill leaves of them is no run any more."""
+        """Remove the parts: the run is over."""
+        # first the settings: without them, what a kill leaves of the folder is no run any more;
         # there may be none, or a file of somebody's in place of the folder
         with contextlib.suppress(OSError):
-            self._known.unlink()
+            self._settings_path.unlink()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def resume_hint(self) -> str:
-        """Return how to go on, for a message; if no part is finished, nothing, and remove the run."""
+        """Return how to go on, for a message; if no part is finished, "", and remove the run."""
         n = sum(map(self.has, self.parts))
         if n == 0:
             self.remove()
@@ -171,19 +173,24 @@ class Store:
             headers = {path: stored(path) for path in map(self._path, parts)}
             for name in next(iter(headers.values())):
                 if not name.startswith(MEASURE):
-                    yield f"{interpreter}/{name}", _joined(name, headers)
+                    yield f"{interpreter}/{name}", _join(name, headers)
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Raise what cannot be written, and leave no folder of parts without a part."""
+        """Turn an error of the disk into one line; leave no folder of parts without a part."""
         try:
             yield
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
 
 
-def _joined(name: str, headers: Mapping[Path, Headers]) -> Stream:
-    """Return an array of several parts as one; of what has no axis of images, that of the first."""
+def _join(name: str, headers: Mapping[Path, Headers]) -> Stream:
+    """Return an array of several parts as one; of what has no axis of images, that of the first.
+
+    Raises:
+        ValueError: names a part whose array has another shape or type.
+    """
+    # not every part has snapshots, or a curve that some step reports
     paths = [path for path, header in headers.items() if name in header]
     paths = paths[:1] if name.rpartition("/")[2] in SHARED else paths
     shape, dtype = headers[paths[0]][name]

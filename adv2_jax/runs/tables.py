@@ -18,11 +18,11 @@ NAMES = ("interpreter", "attack", "made against")  # headings of columns without
 
 
 class Table(NamedTuple):
-    """What a table shows.
+    """The run and the columns of a table.
 
     Attributes:
-        title: above it.
-        keys: of the columns; none for the transfer matrix.
+        title: above the table.
+        keys: of the columns; empty for the transfer matrix.
         threat: name of the threat model of the run.
         target_map: of the run.
     """
@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
     @property
     def run(self) -> str:
-        """Return the name of the run, and of its folder; tables that share it share the work."""
+        """Return the name of the run, which is that of its folder; tables may share a run."""
         return f"{self.threat}-{self.target_map}"
 
 
@@ -80,7 +80,7 @@ def by_rows(title: str, keys: Sequence[str], rows: Sequence[Row], *, spread: boo
 
 
 def after_a_run(rows: Sequence[Row]) -> Sheet:
-    """Return what is shown when a run is over: the main measures and the cost of each row."""
+    """Return the table shown when a run is over: main measures and cost of each row."""
     keys = [one.key for one in schema.MEASURES if not one.page_only]
     title = "PGD against ADV² on the same images"
     return by_rows(title, keys + [one.key for one in COSTS], rows, spread=False)
@@ -142,16 +142,16 @@ def make_table(
     progress: Progress = lambda images, steps, done: lambda new: None,
     publish: Callable[[Path], object] = lambda directory: None,
 ) -> Sheet:
-    """Run what a table needs, and write `table.md` and `summary.json`.
+    """Make the run that a table needs, and write `table.md` and `summary.json`.
 
     Args:
-        name: key of `TABLES`; `settings` are to have its threat model and target map.
+        name: key of `TABLES`; `settings` must have its threat model and target map.
         model, image_set, settings, config, limit, progress, publish: as for `run`.
-        directory: of the table; the run has a folder in it.
+        directory: of the table; the run gets a folder in it.
         resume: go on with an unfinished run; one that is finished is taken as it is.
 
     Returns:
-        the table.
+        The table.
 
     Raises:
         ValueError: as for `run`; or a finished run had other settings.

@@ -1,7 +1,6 @@
-"""Do adversarial inputs made against one interpreter, or one network, fool another?
+"""Transfer: adversarial inputs made against one interpreter or network, shown to another.
 
-Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of
-images is held at a time.
+The inputs are those of a finished run; nothing is attacked. One set of images is held at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,14 +45,14 @@ class Run(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Return whose images there are: benign, of plain PGD, of ADV² against each interpreter."""
+        """Return the names of `inputs`: benign, plain PGD, and ADV² by the interpreter it fools."""
         return ["benign", "pgd", *self.interpreters]
 
     def inputs(self, interpreter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-        """Yield each source, its images uint8 [N, H, W, 3], and the classes [N] they are explained for.
+        """Yield each source, its images uint8 [N, H, W, 3], and their classes [N] to be explained.
 
-        These are labels of benign images, and targets of others. Plain PGD is set against the
-        budget of an interpreter: its images are those of the interpreter that is asked for.
+        The classes are the labels of benign images, and the targets of others. Plain PGD has the
+        budget of the interpreter that is asked for: interpreters need not share its images.
         """
         results = self.results
         yield "benign", results.images, results.labels
@@ -63,7 +62,7 @@ class Run(NamedTuple):
 
 
 def load_run(directory: Path) -> Run:
-    """Return a finished run, with interpreters as its rows have them; those of files made again.
+    """Return a finished run; its interpreters are made again from its rows, or from their files.
 
     Raises:
         ValueError: names the directory and what is wrong with it.
@@ -87,7 +86,12 @@ def load_run(directory: Path) -> Run:
 
 
 def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
-    """Refuse results that lack an array that is looked at, or have one of another shape."""
+    """Refuse results that lack an array of a transfer, or have one of another shape or type.
+
+    Raises:
+        KeyError: names an array that is not there.
+        ValueError: names an array with its type and shape.
+    """
     n, *size, _ = headers["images"][0]
     # kind of type, and shape; maps may be of any size
     pictures: Any = ("u", (n, *size, 3))
