@@ -174,6 +174,7 @@ def run(
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = make_task(model, image_set, selection, settings)
     check_interpreters(model, task, list(presets))
+    # ADV² of each interpreter, and plain PGD of the same cost
     jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
     parts = [Part(one.name, kind, i) for one in presets for kind in ATTACKS for i in range(count)]
@@ -236,6 +237,7 @@ def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, 
 
 def _presets(settings: Settings) -> dict[Interpreter, Preset]:
     """Return a preset for each interpreter; refuse two of one name, by which results are known."""
+    # None leaves the preset's own number
     numbers = {"warm_steps": settings.warm_steps, "steps": settings.steps}
     resolved = [
         resolve(settings.preset, one, threat=settings.threat, **numbers)
@@ -245,7 +247,9 @@ def _presets(settings: Settings) -> dict[Interpreter, Preset]:
     names = [interpreter.name for interpreter in interpreters]
     for name in names:
         if (times := names.count(name)) > 1:
-            raise ValueError(f"interpreter {name!r} is given {times} times; each needs its own name")
+            raise ValueError(
+                f"interpreter {name!r} is given {times} times; each needs its own name"
+            )
     return dict(zip(interpreters, resolved, strict=True))
 
 

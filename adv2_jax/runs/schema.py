@@ -63,7 +63,7 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a row, and how it is shown: heading, decimals, factor from the row to the page."""
+    """A number of a row and its display: heading, decimals, factor from the row to the page."""
 
     key: str
     heading: str
@@ -94,12 +94,6 @@ class Measure(Column):
     interval: bool = field(default=True, kw_only=True)
     paired: bool = field(default=False, kw_only=True)
     page_only: bool = field(default=False, kw_only=True)
-
-    def __call__(self, evaluated: Evaluated) -> NDArray[Any] | None:
-        """Return the numbers [N]; None where one of the arguments is not known."""
-        arguments = [getattr(evaluated, name) for name in self.of]
-        known = all(argument is not None for argument in arguments)
-        return np.asarray(self.function(*arguments)) if known else None
 
 
 OUTPUT, MAPS, IMAGES = ("logits", "targets"), ("maps", "target_maps"), ("images", "benign")
@@ -185,10 +179,14 @@ def measure(evaluated: Evaluated) -> dict[str, NDArray[Any]]:
 
     `failed` says which images gave no finite numbers: what else is said of these means nothing.
     """
+    known = {name: value for name, value in evaluated._asdict().items() if value is not None}
+    numbers = {
+        one.key: np.asarray(one.function(*(known[name] for name in one.of)))
+        for one in MEASURES
+        if known.keys() >= set(one.of)
+    }
     maps = (evaluated.maps, evaluated.float_maps, evaluated.target_maps)
-    numbers = {one.key: one(evaluated) for one in MEASURES}
-    failed = ~finite((evaluated.logits, maps))
-    return {"failed": failed} | {key: one for key, one in numbers.items() if one is not None}
+    return {"failed": ~finite((evaluated.logits, maps)), **numbers}
 
 
 def mean(values: NDArray[Any], total: Any = np.mean) -> float | None:

@@ -161,8 +161,9 @@ def _check_range(
         hits = predict(rescaled, images, batch_size, all_may_fail=True).argmax(-1) == labels
         if _does_better(hits, right, labels):
             raise ValueError(
-                f"the network gets {hits.sum()} of {n} images right when they are scaled to {name}, "
-                f"{right.sum()} in [0, 1]: features must take images in [0, 1] and scale them inside"
+                f"the network gets {hits.sum()} of {n} images right "
+                f"when they are scaled to {name}, {right.sum()} in [0, 1]: "
+                "features must take images in [0, 1] and scale them inside"
             )
 
 

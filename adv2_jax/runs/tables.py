@@ -156,29 +156,30 @@ def make_table(
     Raises:
         ValueError: as for `run`; or a finished run had other settings.
     """
-    table, place = TABLES[name], directory / TABLES[name].run
-    place.mkdir(exist_ok=True)
-    unfinished = (place / UNFINISHED).exists()
-    if resume and not unfinished and (place / "summary.json").exists():
-        _check_settings(place, identity(config, fingerprints(model, image_set)))
+    table, folder = TABLES[name], directory / TABLES[name].run
+    folder.mkdir(exist_ok=True)
+    # a run that is made anew has its old summary until it is over: that does not count
+    unfinished = (folder / UNFINISHED).exists()
+    if resume and not unfinished and (folder / "summary.json").exists():
+        _check_settings(folder, identity(config, fingerprints(model, image_set)))
     else:
         run(
             model,
             image_set,
             settings,
-            place,
+            folder,
             limit=limit,
             config=config,
             resume=resume and unfinished,
             progress=progress,
             publish=publish,
         )
-    summary = read_summary(place)
+    summary = read_summary(folder)
     if table.keys:
-        with intact(place / "summary.json"):
+        with intact(folder / "summary.json"):
             sheet = by_rows(table.title, table.keys, summary["rows"])
     else:
-        finished = load_run(place)
+        finished = load_run(folder)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
         add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
@@ -187,8 +188,8 @@ def make_table(
     }
     with atomic(directory / "table.md", "w") as file:
         file.write(sheet.markdown())
-    made = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
-    write_summary(directory, made | shown)
+    head = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
+    write_summary(directory, head | shown)
     return sheet
 
 

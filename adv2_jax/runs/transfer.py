@@ -72,13 +72,14 @@ def load_run(directory: Path) -> Run:
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
         presets = {row["interpreter"]: row["preset"] for row in summary["rows"]}  # ADV² comes last
+        # a row says how to make one of the package again; one of a file is made by the file
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         interpreters = {one.name: one for one in asked if not isinstance(one, str)}
         for name in presets.keys() - interpreters.keys():
             preset = from_dict(name, {"interpreter": presets[name]["interpreter"]})
             assert preset.interpreter is not None
             interpreters[name] = preset.interpreter
-        interpreters = {name: interpreters[name] for name in presets}
+        interpreters = {name: interpreters[name] for name in presets}  # in the order of the rows
     with intact(path := directory / "results.npz"):
         arrays = Stored(path)
         _check_arrays(arrays.headers, interpreters)
@@ -115,6 +116,7 @@ def check_network(run: Run, model: Classifier) -> None:
     Raises:
         ValueError: says what the run was made with.
     """
+    # a summary without fingerprints is of any network
     with intact(run.directory / "summary.json"):
         made = run.summary.get("fingerprints", {}).get("network")
         config = dict(run.summary.get("config", {}))
@@ -223,6 +225,7 @@ def add(
 ) -> None:
     """Add entries to the summary of a run, and publish it; if that fails, it stays as it was."""
     summary = run.directory / "summary.json"
+    # to the byte: what was published of it stays true
     before = summary.read_bytes()
     write_summary(run.directory, run.summary | entries)
     try:
