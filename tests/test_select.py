@@ -84,7 +84,7 @@ def test_unlabelled_images_get_the_network_s_own_prediction():
 
 
 class Trained(Mean):
-    """Right on images that lie within a range, and on no others: class 0 is for whatever does not."""
+    """Right on images that lie within a range; all others are of class 0."""
 
     def __init__(self, low, high):
         self.low, self.high = low, high
@@ -177,7 +177,7 @@ class Guess(Mean):
 
 @pytest.mark.parametrize("labels", [[0, 1, 2] * 8, [0, 1, 2, 0], [0], [1] * 24, [0] * 20 + [1] * 2])
 def test_wrong_labels_are_not_blamed_on_the_range(labels, caplog):
-    """Classes 0 and 1 are in the other order: a network that guesses class 0 does better, and not well."""
+    """Classes 0 and 1 are swapped: a network that guesses class 0 does better, and not well."""
     image_set = extreme(labels)
     try:
         select(Guess(), image_set)
