@@ -107,7 +107,9 @@ def test_maps_of_other_images_are_those_of_images_of_the_target_class(tmp_path):
     source = varied()
     run(Mean(), source, QUICK._replace(target_map="image"), tmp_path)
     arrays = results(tmp_path)
-    for i, t, m in zip(arrays["indices"], arrays["targets"], arrays["cam/target_maps"], strict=True):
+    for i, t, m in zip(
+        arrays["indices"], arrays["targets"], arrays["cam/target_maps"], strict=True
+    ):
         donors = np.flatnonzero(source.labels == t)
         assert i not in donors
         _, maps = explain(Mean(), source.images[donors], np.full(len(donors), t), interpreter="cam")
@@ -336,11 +338,15 @@ def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
     arrays = results(tmp_path)
     preset = resolve("default", "cam", warm_steps=1, steps=150)
     arguments = Mean(), arrays["images"], arrays["targets"], arrays["cam/target_maps"]
-    whole = attack(*arguments, interpreter="cam", threat=settings.threat, preset=preset, snapshots=16)
+    whole = attack(
+        *arguments, interpreter="cam", threat=settings.threat, preset=preset, snapshots=16
+    )
     steps = arrays["cam/adv2/curve_steps"]
     assert len(steps) == 100 and (steps[0], steps[-1]) == (0, 150) and (np.diff(steps) > 0).all()
     for name, values in whole.curves._asdict().items():
-        np.testing.assert_array_equal(arrays[f"cam/adv2/curve_{name}"], np.asarray(values)[:, steps])
+        np.testing.assert_array_equal(
+            arrays[f"cam/adv2/curve_{name}"], np.asarray(values)[:, steps]
+        )
     assert "cam/pgd/curve_map_l1" not in arrays and arrays["cam/pgd/curve_loss"].shape == (19, 100)
     np.testing.assert_array_equal(arrays["cam/adv2/snapshot_images"], whole.snapshots)
     np.testing.assert_array_equal(arrays["cam/adv2/snapshot_steps"], snapshot_steps(preset))

@@ -102,9 +102,7 @@ def interpreter_of(name: str) -> str | Interpreter:
         )
     made, kind = user.named("interpreter", name), "an adv2_jax Interpreter"
     if callable(made):
-        made = user.attempt(
-            f"{name} must be {kind}, or a function that makes one of nothing", made
-        )
+        made = user.attempt(f"{name} must be {kind}, or a function that makes one of nothing", made)
     if not isinstance(made, Interpreter):
         raise ValueError(
             f"{name} is neither {kind} nor a function that makes one, but {type(made).__name__}"
@@ -565,7 +563,6 @@ def _rows(
             )
             failed.append(numbers["failed"])
         differences += [
-            head | pair
-            for pair in paired(measures["pgd"], measures["adv2"], seed=settings.seed)
+            head | pair for pair in paired(measures["pgd"], measures["adv2"], seed=settings.seed)
         ]
     return rows, differences, np.any(failed, axis=0)

@@ -17,7 +17,6 @@ from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import from_dict
 from adv2_jax.runs import schema
 from adv2_jax.runs.run import interpreter_of
-from adv2_jax.runs.run import interpreter_of
 from adv2_jax.runs.schema import (
     ATTACKS,
     Aim,
