@@ -1,4 +1,4 @@
-"""An image on which the network gives no finite numbers costs that image, never the batch or the run."""
+"""An image on which the network gives no finite numbers fails alone: not its batch, not the run."""
 
 import dataclasses
 import json
@@ -13,8 +13,7 @@ from adv2_jax.activations import relu
 from adv2_jax.data import ImageSet
 from adv2_jax.files import read_arrays
 from adv2_jax.interpreters import INTERPRETERS, grad_interpreter
-from adv2_jax.runs.run import run
-from adv2_jax.runs.task import Settings
+from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.transfer import load_run, transfer_matrix
 
 NAMES = [name for name in INTERPRETERS if name != "rts"]
@@ -24,7 +23,7 @@ WIDE = threats.linf(0.2)
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Standardised:
-    """Images are standardised, each by itself: on a uniform one logits are finite, and the gradient is 0/0."""
+    """Each image is standardised: on a uniform one logits are finite, and the gradient is 0/0."""
 
     mix: jax.Array
 
@@ -131,7 +130,7 @@ def test_a_map_with_some_numbers_that_are_not_finite_is_refused(mix, images):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
-    """Store of one: a batch in which all fail."""
+    """In batches of one image there is one in which all fail."""
     labels = (
         explain(Standardised(mix), images, np.zeros(4, int), interpreter="cam")[0]
         .argmax(-1)
@@ -157,9 +156,9 @@ def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
     assert all(pair["n"] == 3 for pair in summary["paired"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sum(line["failed"] for line in lines) == 4 and sum(line["n"] for line in lines) == 12
-    found = read_arrays(tmp_path / "results.npz")
-    assert np.isnan(found["cam/adv2/map_l1"]).tolist() == [False, True, False, False]
-    np.testing.assert_array_equal(found["cam/adv2/images"][1], images[1])
+    arrays = read_arrays(tmp_path / "results.npz")
+    assert np.isnan(arrays["cam/adv2/map_l1"]).tolist() == [False, True, False, False]
+    np.testing.assert_array_equal(arrays["cam/adv2/images"][1], images[1])
     assert "Failed" in (tmp_path / "report.html").read_text(encoding="utf-8")
     matrix = transfer_matrix(load_run(tmp_path), Standardised(mix))
     json.dumps(matrix, allow_nan=False)

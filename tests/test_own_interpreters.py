@@ -13,7 +13,7 @@ from adv2_jax.activations import relu_curved
 from adv2_jax.capabilities import logits_of
 from adv2_jax.interpreters import Context, from_explain, grad_interpreter, mask_interpreter
 from adv2_jax.losses import log_odds
-from adv2_jax.runs.task import interpreter_of
+from adv2_jax.runs.run import interpreter_of
 
 FILE = Path(__file__).parents[1] / "notebooks" / "integrated_gradients.py"
 WIDE = threats.linf(0.1)

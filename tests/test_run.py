@@ -1,4 +1,4 @@
-"""A run: which images it takes, that its rows are what the arrays say, and that nothing that is finished is lost."""
+"""A run: its images, its rows against its arrays, and that nothing that is finished is lost."""
 
 import errno
 import json
@@ -14,8 +14,7 @@ from adv2_jax.data import ImageSet, targets
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
 from adv2_jax.runs import store
-from adv2_jax.runs.run import run
-from adv2_jax.runs.task import Settings
+from adv2_jax.runs.run import Settings, run
 
 
 class Mean(nnx.Module):
@@ -46,19 +45,19 @@ def test_rows_are_what_the_arrays_say(tmp_path):
     )
     arrays = read_arrays(tmp_path / "results.npz")
     for row in outcome.rows:
-        found = {
+        attacked = {
             key.split("/")[-1]: value
             for key, value in arrays.items()
             if key.startswith(f"cam/{row['attack']}/")
         }
-        difference = (found["images"].astype(float) - arrays["images"]) / 255
+        difference = (attacked["images"].astype(float) - arrays["images"]) / 255
         # float32 means of a handful of values
         assert row["linf"] == pytest.approx(abs(difference).max(), rel=1e-5)
         assert row["l2"] == pytest.approx(np.sqrt((difference**2).sum((1, 2, 3))).mean(), rel=1e-5)
-        assert row["asr"] == found["success"].mean() == 1
-        assert row["mc"] == pytest.approx(found["confidence"].mean(), rel=1e-6)
-        apart = abs(found["maps"] - arrays["cam/target_maps"])
-        np.testing.assert_allclose(found["map_l1"], apart.mean((1, 2)), rtol=1e-5)
+        assert row["asr"] == attacked["success"].mean() == 1
+        assert row["mc"] == pytest.approx(attacked["confidence"].mean(), rel=1e-6)
+        apart = abs(attacked["maps"] - arrays["cam/target_maps"])
+        np.testing.assert_allclose(attacked["map_l1"], apart.mean((1, 2)), rtol=1e-5)
         assert row["map_l1"] == pytest.approx(apart.mean(), rel=1e-5)
         assert row["linf"] <= 0.1
         # a tiny network: the weights of its head count
@@ -98,8 +97,8 @@ def results(directory):
 
 def test_patches_are_shown_wherever_the_image_stands(tmp_path):
     run(Mean(), varied(), QUICK._replace(target_map="patch", seed=4), tmp_path)
-    found = results(tmp_path)
-    for i, m in zip(found["indices"], found["cam/target_maps"], strict=True):
+    arrays = results(tmp_path)
+    for i, m in zip(arrays["indices"], arrays["cam/target_maps"], strict=True):
         np.testing.assert_array_equal(m, targets.patch((4, 4), seed=4, index=int(i)))
     assert {row["target_map"] for row in read_summary(tmp_path)["rows"]} == {"patch"}
 
@@ -107,8 +106,10 @@ def test_patches_are_shown_wherever_the_image_stands(tmp_path):
 def test_maps_of_other_images_are_those_of_images_of_the_target_class(tmp_path):
     source = varied()
     run(Mean(), source, QUICK._replace(target_map="image"), tmp_path)
-    found = results(tmp_path)
-    for i, t, m in zip(found["indices"], found["targets"], found["cam/target_maps"], strict=True):
+    arrays = results(tmp_path)
+    for i, t, m in zip(
+        arrays["indices"], arrays["targets"], arrays["cam/target_maps"], strict=True
+    ):
         donors = np.flatnonzero(source.labels == t)
         assert i not in donors
         _, maps = explain(Mean(), source.images[donors], np.full(len(donors), t), interpreter="cam")
@@ -152,7 +153,7 @@ def test_batch_size_changes_nothing(tmp_path):
 
 
 def interrupt_at(step):
-    """Progress that is interrupted when so many steps are done."""
+    """Return progress that is interrupted when so many steps are done."""
     done = 0
 
     def tick(new):
@@ -214,7 +215,7 @@ def test_log_has_a_line_for_each_part(tmp_path):
     assert sorted((line["batch"], line["attack"], line["n"]) for line in lines) == [
         (i, kind, 1 if i == 3 else 2) for i in range(4) for kind in ("adv2", "pgd")
     ]
-    found = results(tmp_path)
+    arrays = results(tmp_path)
     for line in lines:
         assert line.keys() == {
             "batch",
@@ -229,9 +230,15 @@ def test_log_has_a_line_for_each_part(tmp_path):
             "seconds",
         }
         images = slice(2 * line["batch"], 2 * line["batch"] + 2)
+        success = arrays[f"cam/{line['attack']}/success"][images]
+        confidence = arrays[f"cam/{line['attack']}/confidence"][images]
+        assert line["asr"] == success.mean()
+        # of successes only, as in the rows
+        expected = confidence[success].mean() if success.any() else None
+        assert line["mc"] == pytest.approx(expected, abs=1e-6)
         # six digits
         assert line["map_l1"] == pytest.approx(
-            found[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6
+            arrays[f"cam/{line['attack']}/map_l1"][images].mean(), abs=1e-6
         )
 
 
@@ -242,7 +249,7 @@ def test_resuming_must_be_said_and_settings_stay(tmp_path):
         run(Mean(), varied(), QUICK, tmp_path, resume=True)
     with pytest.raises(KeyboardInterrupt):
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
-    kept = sorted(tmp_path.rglob("*"))
+    files = sorted(tmp_path.rglob("*"))
     with pytest.raises(
         ValueError,
         match=rf"^{tmp_path} holds an unfinished run: go on with it \(--resume\), or remove ",
@@ -258,11 +265,11 @@ def test_resuming_must_be_said_and_settings_stay(tmp_path):
         match=r"with other settings: image set was .* numbers [0-9a-f]{16}, is .* numbers [0-9a-f]{16}$",
     ):
         run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
-    assert sorted(tmp_path.rglob("*")) == kept
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def full_disk(monkeypatch, module, name, call):
-    """The call-th use of a function, and every later one, finds the disk full, after having written something."""
+    """Make a function find the disk full, half-way, from its call-th use on."""
     original, calls = getattr(module, name), []
 
     def write(file, *arguments, **options):
@@ -328,22 +335,26 @@ def test_failure_to_publish_keeps_the_run(tmp_path):
 def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
     source, settings = varied(19), QUICK._replace(steps=150, batch_size=4)
     run(Mean(), source, settings, tmp_path)
-    found = results(tmp_path)
-    plan = resolve("default", "cam", warm_steps=1, steps=150)
-    arguments = Mean(), found["images"], found["targets"], found["cam/target_maps"]
-    whole = attack(*arguments, interpreter="cam", threat=settings.threat, preset=plan, snapshots=16)
-    steps = found["cam/adv2/curve_steps"]
+    arrays = results(tmp_path)
+    preset = resolve("default", "cam", warm_steps=1, steps=150)
+    arguments = Mean(), arrays["images"], arrays["targets"], arrays["cam/target_maps"]
+    whole = attack(
+        *arguments, interpreter="cam", threat=settings.threat, preset=preset, snapshots=16
+    )
+    steps = arrays["cam/adv2/curve_steps"]
     assert len(steps) == 100 and (steps[0], steps[-1]) == (0, 150) and (np.diff(steps) > 0).all()
     for name, values in whole.curves._asdict().items():
-        np.testing.assert_array_equal(found[f"cam/adv2/curve_{name}"], np.asarray(values)[:, steps])
-    assert "cam/pgd/curve_map_l1" not in found and found["cam/pgd/curve_loss"].shape == (19, 100)
-    np.testing.assert_array_equal(found["cam/adv2/snapshot_images"], whole.snapshots)
-    np.testing.assert_array_equal(found["cam/adv2/snapshot_steps"], snapshot_steps(plan))
+        np.testing.assert_array_equal(
+            arrays[f"cam/adv2/curve_{name}"], np.asarray(values)[:, steps]
+        )
+    assert "cam/pgd/curve_map_l1" not in arrays and arrays["cam/pgd/curve_loss"].shape == (19, 100)
+    np.testing.assert_array_equal(arrays["cam/adv2/snapshot_images"], whole.snapshots)
+    np.testing.assert_array_equal(arrays["cam/adv2/snapshot_steps"], snapshot_steps(preset))
     np.testing.assert_array_equal(
-        found["cam/adv2/snapshot_maps"][:, -1], found["cam/adv2/maps"][:16]
+        arrays["cam/adv2/snapshot_maps"][:, -1], arrays["cam/adv2/maps"][:16]
     )
     np.testing.assert_array_equal(
-        found["cam/adv2/snapshot_confidence"][:, -1], found["cam/adv2/confidence"][:16]
+        arrays["cam/adv2/snapshot_confidence"][:, -1], arrays["cam/adv2/confidence"][:16]
     )
 
 
@@ -351,14 +362,14 @@ def test_curves_and_snapshots_are_those_of_the_attack(tmp_path):
 
 
 def test_intervals_hold_the_means(whole):
-    summary, found = read_summary(whole), results(whole)
+    summary, arrays = read_summary(whole), results(whole)
     for row in summary["rows"]:
         assert row["ci"].keys() >= {"asr", "map_l1", "map_l2", "map_iou75", "map_iou50"}
         assert all(low <= row[key] <= high for key, (low, high) in row["ci"].items())
-    difference = found["cam/adv2/map_l1"] - found["cam/pgd/map_l1"]
+    difference = arrays["cam/adv2/map_l1"] - arrays["cam/pgd/map_l1"]
     pair = next(pair for pair in summary["paired"] if pair["measure"] == "map_l1")
     assert pair["difference"] == pytest.approx(difference.mean(), abs=1e-6)
     assert pair["n"] == 7 and pair["ci"][0] <= pair["difference"] <= pair["ci"][1]
-    assert found["cam/adv2/map_iou75"] == pytest.approx(
-        np.asarray(metrics.iou_quantile(found["cam/adv2/maps"], found["cam/target_maps"]))
+    assert arrays["cam/adv2/map_iou75"] == pytest.approx(
+        np.asarray(metrics.iou_quantile(arrays["cam/adv2/maps"], arrays["cam/target_maps"]))
     )

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from adv2_jax.data import ImageSet
-from adv2_jax.runs.select import _by_chance, select
+from adv2_jax.runs.select import _p_value, select
 
 
 class Mean(nnx.Module):
@@ -84,7 +84,7 @@ def test_unlabelled_images_get_the_network_s_own_prediction():
 
 
 class Trained(Mean):
-    """Right on images that lie within a range, and on no others: class 0 is for whatever does not."""
+    """Right on images that lie within a range; all others are of class 0."""
 
     def __init__(self, low, high):
         self.low, self.high = low, high
@@ -177,7 +177,7 @@ class Guess(Mean):
 
 @pytest.mark.parametrize("labels", [[0, 1, 2] * 8, [0, 1, 2, 0], [0], [1] * 24, [0] * 20 + [1] * 2])
 def test_wrong_labels_are_not_blamed_on_the_range(labels, caplog):
-    """Classes 0 and 1 are in the other order: a network that guesses class 0 does better, and not well."""
+    """Classes 0 and 1 are swapped: a network that guesses class 0 does better, and not well."""
     image_set = extreme(labels)
     try:
         select(Guess(), image_set)
@@ -205,7 +205,7 @@ def test_a_weak_network_is_not_refused_for_its_range():
 def test_sign_test_against_all_outcomes():
     outcomes = [bin(i).count("1") for i in range(2**7)]
     for gained in range(8):
-        assert _by_chance(gained, 7 - gained) == np.mean(np.array(outcomes) >= gained)
+        assert _p_value(gained, 7) == np.mean(np.array(outcomes) >= gained)
 
 
 def test_indices_are_places_in_the_source():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from adv2_jax.runs.statistics import interval, paired
+from adv2_jax.runs.schema import interval, paired
 
 
 def values(n, seed=0):
@@ -35,9 +35,9 @@ def test_many_images_give_the_normal_interval():
 
 
 def test_most_intervals_hold_the_true_mean():
-    found = [interval(values(40, seed), seed=seed) for seed in range(200)]
+    intervals = [interval(values(40, seed), seed=seed) for seed in range(200)]
     # the mean of the distribution is 2
-    share = np.mean([low <= 2.0 <= high for low, high in found])
+    share = np.mean([low <= 2.0 <= high for low, high in intervals])
     # 95 % in the limit, a little less at 40 skewed values; 200 trials: standard error 1.5 %
     assert 0.88 <= share <= 0.99
 
@@ -48,12 +48,12 @@ def test_equal_seeds_give_equal_intervals():
 
 @pytest.mark.parametrize(("hits", "n"), [(16, 16), (8, 8), (0, 5), (3, 40), (1, 1)])
 def test_a_proportion_has_wilsons_interval(hits, n):
-    """The proportions p with |hits / n - p| <= 1.96 sqrt(p (1 - p) / n), found by trying all (Wilson 1927)."""
+    """It holds all p with |hits / n - p| <= 1.96 sqrt(p (1 - p) / n): try them all (Wilson 1927)."""
     p = np.linspace(0, 1, 200_001)
     inside = p[np.abs(hits / n - p) <= 1.959964 * np.sqrt(p * (1 - p) / n) + 1e-9]
-    found = interval(np.arange(n) < hits)
+    ends = interval(np.arange(n) < hits)
     # the step of the grid, and 1e-9 at its end
-    np.testing.assert_allclose(found, [inside[0], inside[-1]], atol=1e-4)
+    np.testing.assert_allclose(ends, [inside[0], inside[-1]], atol=1e-4)
 
 
 def test_a_proportion_of_nothing_has_no_interval():

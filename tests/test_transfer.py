@@ -10,10 +10,9 @@ from adv2_jax import interpreters, threats
 from adv2_jax.data import ImageSet
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.runs import schema
-from adv2_jax.runs.run import run
+from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.schema import Results
 from adv2_jax.runs.tables import TABLES, by_rows, make_table
-from adv2_jax.runs.task import Settings
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
 FACES = {"grad": interpreters.grad, "cam": interpreters.cam}
@@ -41,10 +40,10 @@ def finished(model, image_set, settings, tmp_path_factory):
     return directory
 
 
-def plain_means(model, name, images, classes, wanted):
-    """Mean L1 and IoU of the maps above their 75th percentiles, an image after the other."""
+def plain_means(model, name, images, classes, target_maps):
+    """Return mean L1, and mean IoU above the 75th percentiles, an image after the other."""
     l1, iou = [], []
-    for image, label, target_map in zip(images, classes, wanted, strict=True):
+    for image, label, target_map in zip(images, classes, target_maps, strict=True):
         m = np.asarray(FACES[name](model, jnp.asarray(image / np.float32(255)), jnp.asarray(label)))
         l1.append(abs(m - target_map).mean())
         a, b = m > np.quantile(m, 0.75), target_map > np.quantile(target_map, 0.75)
@@ -54,8 +53,8 @@ def plain_means(model, name, images, classes, wanted):
 
 @pytest.mark.slow
 def test_matrix_against_a_plain_loop(finished, model):
-    found = transfer_matrix(load_run(finished), model, batch_size=5)
-    assert found["interpreters"] == ["grad", "cam"] and found["sources"] == [
+    matrix = transfer_matrix(load_run(finished), model, batch_size=5)
+    assert matrix["interpreters"] == ["grad", "cam"] and matrix["sources"] == [
         "benign",
         "pgd",
         "grad",
@@ -63,26 +62,26 @@ def test_matrix_against_a_plain_loop(finished, model):
     ]
     arrays = read_arrays(finished / "results.npz")
     for j, name in enumerate(FACES):
-        made = [
+        inputs = [
             arrays["images"],
             arrays[f"{name}/pgd/images"],
             arrays["grad/adv2/images"],
             arrays["cam/adv2/images"],
         ]
-        for i, images in enumerate(made):
+        for i, images in enumerate(inputs):
             classes = arrays["labels"] if i == 0 else arrays["targets"]
             l1, iou = plain_means(model, name, images, classes, arrays[f"{name}/benign_maps"])
             # GRAD in float32, in another batch
-            assert found["map_l1"][i][j] == pytest.approx(l1, abs=1e-4)
+            assert matrix["map_l1"][i][j] == pytest.approx(l1, abs=1e-4)
             # a pixel at the percentile may change sides
-            assert found["map_iou75"][i][j] == pytest.approx(iou, abs=0.02)
+            assert matrix["map_iou75"][i][j] == pytest.approx(iou, abs=0.02)
     own = {
         (row["interpreter"], row["attack"]): row["map_l1"] for row in read_summary(finished)["rows"]
     }
     for j, name in enumerate(FACES):
-        assert found["map_l1"][0][j] == pytest.approx(0, abs=1e-4)
-        assert found["map_l1"][1][j] == pytest.approx(own[name, "pgd"], abs=1e-4)
-        assert found["map_l1"][2 + j][j] == pytest.approx(own[name, "adv2"], abs=1e-4)
+        assert matrix["map_l1"][0][j] == pytest.approx(0, abs=1e-4)
+        assert matrix["map_l1"][1][j] == pytest.approx(own[name, "pgd"], abs=1e-4)
+        assert matrix["map_l1"][2 + j][j] == pytest.approx(own[name, "adv2"], abs=1e-4)
 
 
 def test_another_network_against_a_plain_loop(finished, make_small):
@@ -101,24 +100,24 @@ def test_another_network_against_a_plain_loop(finished, make_small):
         batch_size=4,
     )
     assert [row["source"] for row in rows] == ["benign", "pgd", "grad", "cam"]
-    wanted = [
+    benign_maps = [
         np.asarray(interpreters.cam(other, i / np.float32(255), c))
         for i, c in zip(arrays["images"], arrays["labels"], strict=True)
     ]
-    made = [
+    inputs = [
         arrays["images"],
         arrays["cam/pgd/images"],
         arrays["grad/adv2/images"],
         arrays["cam/adv2/images"],
     ]
-    for row, images in zip(rows, made, strict=True):
+    for row, images in zip(rows, inputs, strict=True):
         assert (row["model"], row["n"], row["interpreter"]) == ("other", 5, "cam")
         logits = [
             other.head(other.features(jnp.asarray(image / np.float32(255)))) for image in images[1:]
         ]
         assert row["asr"] == pytest.approx(np.mean(np.argmax(logits, -1) == arrays["targets"][1:]))
         classes = arrays["labels"] if row["source"] == "benign" else arrays["targets"]
-        l1, iou = plain_means(other, "cam", images[1:], classes[1:], wanted[1:])
+        l1, iou = plain_means(other, "cam", images[1:], classes[1:], benign_maps[1:])
         assert row["map_l1"] == pytest.approx(l1, abs=1e-5) and row["map_iou75"] == pytest.approx(
             iou, abs=0.02
         )

@@ -9,7 +9,7 @@ from adv2_jax.attacks import missing
 from adv2_jax.cli.arguments import EMBEDDED
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
-from adv2_jax.runs.task import Settings, interpreter_of
+from adv2_jax.runs.run import Settings, interpreter_of
 from adv2_jax.types import Classifier
 
 

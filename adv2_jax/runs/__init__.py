@@ -1,1 +1,1 @@
-"""What the command line runs: attacks on a set of images, and training. Experiments call `attack`, never the reverse."""
+"""Attacks on a set of images, as the command line runs them; `attack` never calls these modules."""

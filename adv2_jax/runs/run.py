@@ -1,37 +1,117 @@
 """One run: PGD and ADV² on the same images, a batch at a time, into rows and arrays."""
 
 import json
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from adv2_jax.attacks import batches, count_steps, gradient_evaluations
-from adv2_jax.data import ImageSet
+from adv2_jax import metrics
+from adv2_jax.attacks import (
+    Result,
+    attack,
+    batches,
+    check_interpreter,
+    count_steps,
+    explain,
+    gradient_evaluations,
+    image_keys,
+)
+from adv2_jax.crafting import snapshot_steps
+from adv2_jax.data import ImageSet, targets
 from adv2_jax.descent import OnStep
 from adv2_jax.files import intact, write_summary
 from adv2_jax.identity import environment, tree_fingerprint
-from adv2_jax.interpreters import Interpreter
+from adv2_jax.interpreters import INTERPRETERS, Interpreter
+from adv2_jax.models import user
 from adv2_jax.presets import Preset, resolve, to_dict
-from adv2_jax.runs.batch import Job, attack_batch
-from adv2_jax.runs.schema import ATTACKS, Images, Row
-from adv2_jax.runs.select import select
-from adv2_jax.runs.statistics import paired, row
-from adv2_jax.runs.store import Part, Store
-from adv2_jax.runs.task import Settings, Task, check_own_maps, make_task
+from adv2_jax.runs.schema import (
+    ATTACKS,
+    Aim,
+    Arrays,
+    Attacked,
+    Evaluated,
+    Images,
+    Row,
+    measure,
+    paired,
+    row,
+)
+from adv2_jax.runs.select import Selection, select
+from adv2_jax.runs.store import MEASURE, SECONDS, Part, Store
+from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
 
+# (images, steps in all, steps done) -> function called with the steps newly done
 Progress = Callable[[int, int, int], OnStep]
+TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 # of the command line, but not of the results: may change when a run is resumed
 UNRELATED = ("command", "out", "resume", "overwrite", "quiet", "table")
+CURVE_POINTS = 100  # at most
+
+
+class Settings(NamedTuple):
+    """The settings of a run, beyond the network and the images.
+
+    Attributes:
+        interpreters: names, or interpreters with options of their own.
+        threat: threat model.
+        preset: name, or presets by interpreter (`presets.read`).
+        warm_steps, steps: take the place of the preset's when given.
+        batch_size: images at a time.
+        seed: of target classes, target maps and bootstrap.
+        target_map: the map to be shown where the image set has no target maps of its own:
+            "benign", that of the unchanged image, which hides the attack; "image", that of another
+            image of the target class; "patch", a random figure.
+        snapshots: of how many images, the first, to keep what they were on the way: some eight
+            pictures an attack, each explained.
+    """
+
+    interpreters: Sequence[str | Interpreter]
+    threat: Threat
+    preset: str | Mapping[str, Preset] = "default"
+    warm_steps: int | None = None
+    steps: int | None = None
+    batch_size: int = 32
+    seed: int = 0
+    target_map: str = "benign"
+    snapshots: int = 16
+
+
+def interpreter_of(name: str) -> str | Interpreter:
+    """Return an interpreter by its name, which stays a name, or by the file it is written in.
+
+    Args:
+        name: a key of `interpreters.INTERPRETERS`, or `path/to/file.py:name` of an `Interpreter`
+            or a function that makes one.
+
+    Raises:
+        ValueError: there is no such interpreter, or the file or the function fails (says how).
+    """
+    if name in INTERPRETERS:
+        return name
+    if not user.is_reference(name):
+        raise ValueError(
+            f"interpreter {name!r} is not one of {', '.join(INTERPRETERS)}, or path/to/file.py:name"
+        )
+    made, kind = user.named("interpreter", name), "an adv2_jax Interpreter"
+    if callable(made):
+        made = user.attempt(f"{name} must be {kind}, or a function that makes one of nothing", made)
+    if not isinstance(made, Interpreter):
+        raise ValueError(
+            f"{name} is neither {kind} nor a function that makes one, but {type(made).__name__}"
+        )
+    return made
 
 
 class Outcome(NamedTuple):
-    """What a run found.
+    """The numbers of a finished run.
 
     Attributes:
         rows, paired: rows and paired differences of the summary.
@@ -91,37 +171,39 @@ def run(
     presets = _presets(settings)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = make_task(model, image_set, selection, settings)
-    attacked = _attacked(presets)
-    check_own_maps(model, task, attacked)
+    check_interpreters(model, task, list(presets))
+    # ADV² of each interpreter, and plain PGD of the same cost
     jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
-    parts = [Part(one.name, kind, i) for one in attacked for kind in ATTACKS for i in range(count)]
+    parts = [Part(one.name, kind, i) for one in presets for kind in ATTACKS for i in range(count)]
     store = Store(directory, identity(config or {}, prints), parts)
-    store.begin(resume=resume)
-    chosen = task.images
-    arrays = Images.named(
-        images=chosen.images,
-        labels=chosen.labels,
-        targets=task.targets,
-        indices=task.indices,
-        masks=chosen.objects,
-        names=chosen.names,
-    )
+    # what an interrupted run left may be damaged
+    reading = partial(intact, directory) if resume else nullcontext
     try:
-        if resume:
-            store.write_log()
+        store.begin(resume=resume)
         _attack_all(model, task, jobs, settings, store, progress)
-        # what an interrupted run left may be damaged
-        with intact(directory) if resume else nullcontext():
-            rows, differences, failed = _rows(jobs, attacked, store, settings, task.target_map)
-        names = task.indices if chosen.names is None else chosen.names
-        lost = names[failed].tolist()
-        store.write_results(arrays)
-        counts = {"images": len(image_set.images), "left_out": selection.left_out}
+        with reading():
+            rows, differences, failed = _rows(jobs, store, settings, task.target_map)
+        images = task.images
+        lost = (task.indices if images.names is None else images.names)[failed].tolist()
+        store.write_results(
+            Images.named(
+                images=images.images,
+                labels=images.labels,
+                targets=task.targets,
+                indices=task.indices,
+                masks=images.objects,
+                names=images.names,
+            )
+        )
         summary = {
             "config": dict(config or {}),
             "environment": environment(),
-            "counts": counts | {"failed": len(lost)},
+            "counts": {
+                "images": len(image_set.images),
+                "left_out": selection.left_out,
+                "failed": len(lost),
+            },
             "failed": lost,
             "fingerprints": prints,
             "classes": image_set.classes,
@@ -129,7 +211,7 @@ def run(
             "paired": differences,
         }
         write_summary(directory, summary)
-        with intact(directory) if resume else nullcontext():
+        with reading():
             publish(directory)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(store.resume_hint()) from None
@@ -148,42 +230,154 @@ def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that bear on the results, and the fingerprints, as JSON reads them."""
     settings = {key: value for key, value in config.items() if key not in UNRELATED}
-    known: dict[str, Any] = json.loads(json.dumps(settings | dict(prints)))
-    return known
+    return dict(json.loads(json.dumps(settings | dict(prints))))
 
 
-def _presets(settings: Settings) -> list[Preset]:
+def _presets(settings: Settings) -> dict[Interpreter, Preset]:
     """Return a preset for each interpreter; refuse two of one name, by which results are known."""
-    own = {"warm_steps": settings.warm_steps, "steps": settings.steps}
-    threat, given = settings.threat, settings.interpreters
-    presets = [resolve(settings.preset, name, threat=threat, **own) for name in given]
-    name, times = Counter(interpreter.name for interpreter in _attacked(presets)).most_common(1)[0]
-    if times > 1:
-        raise ValueError(f"interpreter {name!r} is given {times} times; each needs its own name")
-    return presets
+    # None leaves the preset's own number
+    numbers = {"warm_steps": settings.warm_steps, "steps": settings.steps}
+    resolved = [
+        resolve(settings.preset, one, threat=settings.threat, **numbers)
+        for one in settings.interpreters
+    ]
+    interpreters = [one.interpreter for one in resolved if one.interpreter is not None]
+    names = [interpreter.name for interpreter in interpreters]
+    for name in names:
+        if (times := names.count(name)) > 1:
+            raise ValueError(
+                f"interpreter {name!r} is given {times} times; each needs its own name"
+            )
+    return dict(zip(interpreters, resolved, strict=True))
 
 
-def _attacked(presets: Sequence[Preset]) -> list[Interpreter]:
-    return [preset.interpreter for preset in presets if preset.interpreter is not None]
+class Task(NamedTuple):
+    """N images and what they are driven to.
+
+    Attributes:
+        images: those of the source that the network gets right.
+        indices: int [N], their positions in their source.
+        targets: int32 [N], target classes.
+        target_map: as in `Settings`, or "file": the set's own.
+        target_maps: (interpreter, places [B] among the N, benign maps [B, h, w]) -> target maps
+            [B, h, w].
+    """
+
+    images: ImageSet
+    indices: np.ndarray
+    targets: np.ndarray
+    target_map: str
+    target_maps: TargetMaps
+
+
+def make_task(
+    model: Classifier, image_set: ImageSet, selection: Selection, settings: Settings
+) -> Task:
+    """Return the images a network gets right, with their target classes and target maps.
+
+    Raises:
+        ValueError: an unknown target map, or one that cannot be had (says which, and why).
+    """
+    chosen, indices = selection.images, selection.indices
+    kind, seed, own_maps = settings.target_map, settings.seed, selection.images.target_maps
+    if own_maps is not None and kind != "benign":
+        raise ValueError(f"target map {kind!r}: the images come with target maps of their own")
+    if kind not in targets.TARGET_MAPS:
+        raise ValueError(f"target map {kind!r} is not one of {', '.join(targets.TARGET_MAPS)}")
+    classes = chosen.targets
+    if classes is None:
+        assert chosen.labels is not None
+        classes = targets.random_targets(
+            chosen.labels, selection.num_classes, seed=seed, indices=indices
+        )
+    if kind == "image":
+        donors = targets.donors(
+            selection.source_labels, classes, indices, seed=seed, classes=image_set.classes
+        )
+
+    def target_maps(interpreter: Interpreter, places: np.ndarray, benign: np.ndarray) -> np.ndarray:
+        if own_maps is not None:
+            return own_maps[places]
+        if kind == "benign":
+            return benign
+        if kind == "patch":
+            size = benign.shape[1:]
+            return np.stack([targets.patch(size, seed=seed, index=int(i)) for i in indices[places]])
+        return maps_of(model, image_set.images[donors[places]], classes[places], interpreter)
+
+    return Task(chosen, indices, classes, kind if own_maps is None else "file", target_maps)
+
+
+def maps_of(
+    model: Classifier, images: np.ndarray, classes: np.ndarray, interpreter: Interpreter
+) -> np.ndarray:
+    """Return the maps [B, h, w] of a batch; those of images on which they fail are not a number."""
+    return explain(
+        model,
+        images,
+        classes,
+        interpreter=interpreter,
+        batch_size=len(images),
+        all_may_fail=True,
+    )[1]
+
+
+def check_interpreters(model: Classifier, task: Task, interpreters: Sequence[Interpreter]) -> None:
+    """Refuse, before the work, interpreters that do not suit the model, and maps of other sizes.
+
+    Raises:
+        ValueError: names the interpreter, and what it wants.
+    """
+    maps, shape = task.images.target_maps, task.images.images.shape[1:]
+    for one in interpreters:
+        expected = [len(task.targets), *check_interpreter(model, shape, one, attacked=True)]
+        if maps is not None and list(maps.shape) != expected:
+            raise ValueError(
+                f"target_maps must be {expected} for {one.name}, got {list(maps.shape)}"
+            )
+
+
+class Job(NamedTuple):
+    """An attack on every batch. Interpreters of equal budget share one run of plain PGD.
+
+    Attributes:
+        attack: a name of `schema.ATTACKS`.
+        preset: its numbers.
+        interpreters: those it is made for.
+        cost: work on an image, in gradients of ℓ_prd.
+    """
+
+    attack: str
+    preset: Preset
+    interpreters: tuple[Interpreter, ...]
+    cost: float
+
+    def parts(self, batch: int) -> list[Part]:
+        """Return the parts of a batch that it makes."""
+        return [Part(interpreter.name, self.attack, batch) for interpreter in self.interpreters]
 
 
 def _jobs(
-    model: Classifier, shape: tuple[int, ...], presets: Sequence[Preset], settings: Settings
+    model: Classifier,
+    shape: tuple[int, ...],
+    presets: Mapping[Interpreter, Preset],
+    settings: Settings,
 ) -> list[Job]:
     """Return plain PGD, a job for each budget, then ADV² by each preset, which sets the budgets."""
-    threat = settings.threat
-    adv2: list[Job] = []
+
+    def job(attack: str, preset: Preset, interpreters: Sequence[Interpreter]) -> Job:
+        cost = gradient_evaluations(model, preset, settings.threat, shape)
+        return Job(attack, preset, tuple(interpreters), cost)
+
+    adv2 = [job("adv2", preset, [interpreter]) for interpreter, preset in presets.items()]
     sharing: dict[int, list[Interpreter]] = {}
-    for interpreter, preset in zip(_attacked(presets), presets, strict=True):
-        cost = gradient_evaluations(model, preset, threat, shape)
-        adv2.append(Job("adv2", preset, (interpreter,), cost))
+    for one in adv2:
         # a step of plain PGD is one unit of cost
-        sharing.setdefault(round(cost), []).append(interpreter)
-    pgd = []
-    for budget, served in sharing.items():
-        preset = resolve(settings.preset, None, threat=threat, steps=budget)
-        cost = gradient_evaluations(model, preset, threat, shape)
-        pgd.append(Job("pgd", preset, tuple(served), cost))
+        sharing.setdefault(round(one.cost), []).extend(one.interpreters)
+    pgd = [
+        job("pgd", resolve(settings.preset, None, threat=settings.threat, steps=budget), served)
+        for budget, served in sharing.items()
+    ]
     return pgd + adv2
 
 
@@ -197,35 +391,178 @@ def _attack_all(
 ) -> None:
     """Make every part that is not finished yet, a batch after the other."""
     n, size = len(task.targets), settings.batch_size
-    count = len(range(0, n, size))
-    todo = [[job for job in jobs if not all(map(store.has, job.parts(i)))] for i in range(count)]
-    every, *left = (sum(count_steps(job.preset, 1, size) for job in some) for some in (jobs, *todo))
-    on_step = progress(n, every * count, every * count - sum(left))
-    for i, places in enumerate(batches(np.arange(n), size)):
+    groups = list(batches(np.arange(n), size))
+    todo = [
+        [job for job in jobs if not all(map(store.has, job.parts(i)))] for i in range(len(groups))
+    ]
+    steps = sum(count_steps(job.preset, n, size) for job in jobs)
+    left = sum(count_steps(job.preset, 1, 1) for some in todo for job in some)
+    on_step = progress(n, steps, steps - left)
+    for i, places in enumerate(groups):
         for name, kind, arrays in attack_batch(model, task, todo[i], places, settings, on_step):
             if not store.has(part := Part(name, kind, i)):
                 store.save(part, arrays)
 
 
-def _rows(
+def attack_batch(
+    model: Classifier,
+    task: Task,
     jobs: Sequence[Job],
-    attacked: Sequence[Interpreter],
-    store: Store,
+    places: np.ndarray,
     settings: Settings,
-    target_map: str,
+    on_step: OnStep,
+) -> Iterator[tuple[str, str, Arrays]]:
+    """Yield interpreter, attack and arrays of each part of a batch.
+
+    Args:
+        model: the classifier.
+        task: the images of the run.
+        jobs: the attacks.
+        places: [B] of the batch among the images; the last batch is padded by repeating its last
+            image, so that all have one size and one compilation. Padding is not returned.
+        settings: of the run.
+        on_step: called with the number of steps newly done.
+    """
+    chosen, targets = task.images.take(places), task.targets[places]
+    assert chosen.labels is not None
+    labels, valid = chosen.labels, int(np.ptp(places)) + 1  # without padding
+    # of the image's place in its source: no batch size changes what is drawn
+    keys = image_keys(settings.seed, task.indices[places])
+
+    # several jobs ask for the maps of one interpreter
+    @cache
+    def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
+        benign = maps_of(model, chosen.images, labels, interpreter)
+        return benign, task.target_maps(interpreter, places, benign)
+
+    for job in jobs:
+        attacked, displacement = job.preset.interpreter, settings.threat.displacement
+        start = time.perf_counter()
+        result = attack(
+            model,
+            chosen.images,
+            targets,
+            None if attacked is None else aim(attacked)[1],
+            interpreter=attacked,
+            threat=settings.threat,
+            preset=job.preset,
+            batch_size=len(places),
+            on_step=on_step,
+            snapshots=int((np.unique(places) < settings.snapshots).sum()),
+            all_may_fail=True,
+            keys=keys,
+        )
+        seconds = np.array([time.perf_counter() - start])
+        flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
+        for interpreter in job.interpreters:
+            maps, float_maps = result.maps, result.float_maps
+            if attacked is None:  # plain PGD draws no maps
+                maps = maps_of(model, result.images, targets, interpreter)
+                float_maps = maps_of(model, result.float_images, targets, interpreter)
+            evaluated = Evaluated(
+                chosen.images,
+                targets,
+                chosen.objects,
+                *aim(interpreter),
+                result.images,
+                result.logits,
+                maps,
+                float_maps,
+                flows,
+            )
+            of_images = _of_images(job.attack, evaluated, result)
+            arrays = {key: values[:valid] for key, values in of_images.items()}
+            arrays |= Attacked.named(
+                f"{job.attack}/",
+                curve_steps=_curve_steps(result),
+                **_snapshots(model, interpreter, job.preset, targets, result),
+            )
+            yield interpreter.name, job.attack, arrays | {SECONDS: seconds}
+
+
+def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, np.ndarray]:
+    """Return the arrays of a part that have an entry for each image, and its measures."""
+    measures, steps = measure(evaluated), _curve_steps(result)
+    curves = {
+        f"curve_{name}": np.asarray(values)[:, steps]
+        for name, values in result.curves._asdict().items()
+    }
+    arrays = Attacked.named(
+        f"{attack}/",
+        images=evaluated.images,
+        maps=evaluated.maps,
+        confidence=measures["mc"],
+        success=measures["asr"],
+        map_l1=measures["map_l1"],
+        map_iou75=measures["map_iou75"],
+        flow=evaluated.flows,
+        # a curve that no step reports is left out
+        **{name: values for name, values in curves.items() if not np.isnan(values).all()},
+    )
+    if attack == "pgd":  # these maps are of both attacks: one part holds them
+        arrays |= Aim.named(benign_maps=evaluated.benign_maps, target_maps=evaluated.target_maps)
+    return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
+
+
+def _curve_steps(result: Result) -> np.ndarray:
+    """Return the steps that curves are thinned to, evenly, the first and the last among them."""
+    n = np.shape(result.curves.loss)[1]
+    return np.linspace(0, n - 1, min(n, CURVE_POINTS)).round().astype(np.int32)
+
+
+def _snapshots(
+    model: Classifier,
+    interpreter: Interpreter,
+    preset: Preset,
+    targets: np.ndarray,
+    result: Result,
+) -> dict[str, np.ndarray]:
+    """Return snapshots of the first images, their maps by an interpreter, and their confidences."""
+    images = result.snapshots
+    if not len(images):
+        return {}
+    m, s = images.shape[:2]
+    labels, frames = np.repeat(targets[:m], s), images.reshape(m * s, *images.shape[2:])
+    logits, maps = explain(
+        model,
+        frames,
+        labels,
+        interpreter=interpreter,
+        batch_size=len(targets),
+        all_may_fail=True,
+    )
+    return {
+        "snapshot_steps": np.array(snapshot_steps(preset), np.int32),
+        "snapshot_images": images,
+        "snapshot_maps": maps.reshape(m, s, *maps.shape[1:]),
+        "snapshot_confidence": metrics.confidence(logits, labels).reshape(m, s),
+    }
+
+
+def _rows(
+    jobs: Sequence[Job], store: Store, settings: Settings, target_map: str
 ) -> tuple[list[Row], list[Row], np.ndarray]:
     """Return two rows an interpreter, how they differ, and which images [N] failed somewhere."""
     job_of = {part[:2]: job for job in jobs for part in job.parts(0)}
     rows, differences, failed = [], [], []
-    for interpreter in attacked:
-        head = {"interpreter": interpreter.name, "threat": settings.threat.name}
-        measures = {kind: store.measures(interpreter.name, kind) for kind in ATTACKS}
+    for name in dict.fromkeys(part.interpreter for part in store.parts):
+        head = {"interpreter": name, "threat": settings.threat.name}
+        measures = {kind: store.measures(name, kind) for kind in ATTACKS}
         for kind, numbers in measures.items():
-            job, seconds = job_of[interpreter.name, kind], float(numbers.pop("seconds").sum())
-            own = {"attack": kind, "target_map": target_map, **row(numbers, seed=settings.seed)}
-            cost = {"gradient_evaluations": job.cost, "seconds": round(seconds, 2)}
-            rows.append(head | own | cost | {"preset": to_dict(job.preset)})
+            job, seconds = job_of[name, kind], float(numbers.pop("seconds").sum())
+            rows.append(
+                {
+                    **head,
+                    "attack": kind,
+                    "target_map": target_map,
+                    **row(numbers, seed=settings.seed),
+                    "gradient_evaluations": job.cost,
+                    "seconds": round(seconds, 2),
+                    "preset": to_dict(job.preset),
+                }
+            )
             failed.append(numbers["failed"])
-        pairs = paired(measures["pgd"], measures["adv2"], seed=settings.seed)
-        differences += [head | pair for pair in pairs]
+        differences += [
+            head | pair for pair in paired(measures["pgd"], measures["adv2"], seed=settings.seed)
+        ]
     return rows, differences, np.any(failed, axis=0)

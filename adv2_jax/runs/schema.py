@@ -1,6 +1,7 @@
-"""What a run writes: the measures of its rows, and the arrays of results.npz. Every name has its one owner here.
+"""The schema of a run: measures, rows of their means with intervals, and arrays of results.npz.
 
-To add a measure, add a row to `MEASURES`: summary, log, tables and report read it there.
+Every key has its one owner here. To add a measure, add a row to `MEASURES`: summary, log, tables
+and report read it there.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,10 @@ from adv2_jax.threats import flow_penalty
 
 Row = dict[str, Any]
 Arrays = Mapping[str, NDArray[Any]]
+Measures = Mapping[str, NDArray[Any]]  # by key, [N] numbers, one an image
+
+RESAMPLES = 2000  # of a bootstrap
+BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
 
@@ -30,7 +35,7 @@ def attack_name(attack: str, threat: str | None) -> str:
 
 
 class Evaluated(NamedTuple):
-    """What measures are functions of: N images under an attack. What is not known is None.
+    """N images under an attack, the arguments of measures. What is not known is None.
 
     Attributes:
         benign: uint8 [N, H, W, 3], before the attack.
@@ -58,7 +63,7 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a row, and how it is shown: heading, decimals, factor from the row to the page."""
+    """A number of a row and its display: heading, decimals, factor from the row to the page."""
 
     key: str
     heading: str
@@ -68,7 +73,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Measure(Column):
-    """A number an image, and how those of all images make one of a row.
+    """A number for each image, and how those of all images make one of a row.
 
     Attributes:
         function: -> [N] numbers, or booleans for a proportion.
@@ -89,12 +94,6 @@ class Measure(Column):
     interval: bool = field(default=True, kw_only=True)
     paired: bool = field(default=False, kw_only=True)
     page_only: bool = field(default=False, kw_only=True)
-
-    def __call__(self, evaluated: Evaluated) -> NDArray[Any] | None:
-        """Return the numbers [N]; None where one of the arguments is not known."""
-        arguments = [getattr(evaluated, name) for name in self.of]
-        known = all(argument is not None for argument in arguments)
-        return np.asarray(self.function(*arguments)) if known else None
 
 
 OUTPUT, MAPS, IMAGES = ("logits", "targets"), ("maps", "target_maps"), ("images", "benign")
@@ -180,32 +179,112 @@ def measure(evaluated: Evaluated) -> dict[str, NDArray[Any]]:
 
     `failed` says which images gave no finite numbers: what else is said of these means nothing.
     """
+    known = {name: value for name, value in evaluated._asdict().items() if value is not None}
+    numbers = {
+        one.key: np.asarray(one.function(*(known[name] for name in one.of)))
+        for one in MEASURES
+        if known.keys() >= set(one.of)
+    }
     maps = (evaluated.maps, evaluated.float_maps, evaluated.target_maps)
-    numbers = {one.key: one(evaluated) for one in MEASURES}
-    failed = ~finite((evaluated.logits, maps))
-    return {"failed": failed} | {key: one for key, one in numbers.items() if one is not None}
+    return {"failed": ~finite((evaluated.logits, maps)), **numbers}
+
+
+def mean(values: NDArray[Any], total: Any = np.mean) -> float | None:
+    """Return the mean of some numbers, or another total; None of none."""
+    return float(total(values)) if len(values) else None
+
+
+def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> list[float] | None:
+    """Return the percentile bootstrap interval of a mean, or Wilson's of a proportion.
+
+    Wilson's is wide where all images agree, [.81, 1] for 16 of 16; a bootstrap would say [1, 1].
+
+    Args:
+        values: numbers [N], one an image; booleans are those of a proportion.
+        seed: of the resampling; equal values and seed give the same interval.
+        confidence: share of intervals that hold the true mean or proportion.
+
+    Returns:
+        [low, high]; None of no image, and of a single number, which says nothing of how much
+        images differ.
+    """
+    from scipy.stats import binomtest, bootstrap  # takes a second: only where it is used
+
+    values = np.asarray(values)
+    proportion, n = values.dtype == bool, len(values)
+    if n == 0 or (n == 1 and not proportion):
+        return None
+    if proportion:
+        ends = binomtest(int(values.sum()), n).proportion_ci(confidence, method="wilson")
+    else:
+        ends = bootstrap(
+            (values.astype(np.float64),),
+            np.mean,
+            axis=0,
+            method="percentile",
+            n_resamples=RESAMPLES,
+            batch=max(BLOCK // n, 1),
+            confidence_level=confidence,
+            rng=np.random.default_rng(seed),
+        ).confidence_interval
+    return [float(ends.low), float(ends.high)]
+
+
+def row(measures: Measures, *, seed: int | None = None) -> Row:
+    """Return the numbers of a row: totals over the `n` images that did not fail.
+
+    Args:
+        measures: as `measure` returns them.
+        seed: of the bootstrap; without it there are no intervals.
+
+    Returns:
+        `n`; `failed`, the number of images that did; a total for each measure, None where there
+        is nothing to be averaged; `ci`, the intervals of most.
+    """
+    good = ~measures["failed"]
+    numbers: Row = {"n": int(good.sum()), "failed": int((~good).sum())}
+    intervals = {}
+    for one in MEASURES:
+        if one.key in measures:
+            counted = good & measures["asr"] if one.of_successes else good
+            values = measures[one.key][counted]
+            numbers[one.key] = mean(values, one.total)
+            if one.interval and seed is not None and (ends := interval(values, seed=seed)):
+                intervals[one.key] = ends
+    return numbers | {"ci": intervals}
+
+
+def paired(pgd: Measures, adv2: Measures, *, seed: int) -> list[Row]:
+    """Return ADV² - PGD on the images on which neither failed, a row for each paired measure."""
+    both = ~(pgd["failed"] | adv2["failed"])
+    rows = []
+    for one in MEASURES:
+        if one.paired:
+            values = (adv2[one.key] - pgd[one.key])[both]
+            numbers = {"n": len(values), "difference": mean(values)}
+            rows.append({"measure": one.key, **numbers, "ci": interval(values, seed=seed)})
+    return rows
 
 
 class Entry:
     """An array of results.npz, read when it is asked for; a KeyError where there is none."""
 
-    def __init__(self, per_image: bool = True):
-        self.per_image = per_image
-
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
-    def __get__(self, view: Any, owner: type) -> NDArray[Any]:
-        array: NDArray[Any] = view.arrays[view.prefix + self.name]
-        return array
+    def __get__(self, view: "View", owner: type) -> NDArray[Any]:
+        return view.arrays[view.prefix + self.name]
 
 
 class OptionalEntry(Entry):
     """An array that a run may lack; None where it does."""
 
-    def __get__(self, view: Any, owner: type) -> NDArray[Any] | None:  # type: ignore[override]
-        array: NDArray[Any] | None = view.arrays.get(view.prefix + self.name)
-        return array
+    def __get__(self, view: "View", owner: type) -> NDArray[Any] | None:  # type: ignore[override]
+        return view.arrays.get(view.prefix + self.name)
+
+
+class SharedEntry(OptionalEntry):
+    """An array without an axis of images: all batches have the same."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +296,7 @@ class View:
 
     @classmethod
     def entries(cls) -> list[Entry]:
-        """Return what there may be under the prefix."""
+        """Return the arrays that there may be under the prefix."""
         return [entry for entry in vars(cls).values() if isinstance(entry, Entry)]
 
     @classmethod
@@ -229,7 +308,7 @@ class View:
 
 
 class Images(View):
-    """What was attacked: images uint8 [N, H, W, 3], classes [N], positions in the source [N]."""
+    """The attacked images: uint8 [N, H, W, 3], classes [N], positions in the source [N]."""
 
     images = Entry()
     labels = Entry()
@@ -240,16 +319,16 @@ class Images(View):
 
 
 class Aim(View):
-    """What an interpreter shows of the benign images, and is to show: [N, h, w] in [0, 1]."""
+    """The maps of an interpreter before an attack, and its target maps: [N, h, w] in [0, 1]."""
 
     benign_maps = Entry()
     target_maps = Entry()
 
 
 class Attacked(View):
-    """What an attack made, seen by an interpreter. Curves are thinned to S steps.
+    """The outcome of an attack, as an interpreter sees it. Curves are thinned to S steps.
 
-    Pictures on the way are of the first M images, at T steps.
+    Snapshots, pictures on the way, are of the first M images, at T steps.
     """
 
     images = Entry()  # uint8 [N, H, W, 3]
@@ -259,17 +338,17 @@ class Attacked(View):
     map_l1 = Entry()  # [N]
     map_iou75 = Entry()  # [N]
     flow = OptionalEntry()  # [N, H, W, 2], (dy, dx) in pixels
-    curve_steps = OptionalEntry(per_image=False)  # [S]
+    curve_steps = SharedEntry()  # [S]
     curve_loss = OptionalEntry()  # [N, S]
     curve_confidence = OptionalEntry()  # [N, S]
     curve_map_l1 = OptionalEntry()  # [N, S]
-    snapshot_steps = OptionalEntry(per_image=False)  # [T]
+    snapshot_steps = SharedEntry()  # [T]
     snapshot_images = OptionalEntry()  # uint8 [M, T, H, W, 3]
     snapshot_maps = OptionalEntry()  # [M, T, h, w]
     snapshot_confidence = OptionalEntry()  # [M, T]
 
 
-SHARED = {entry.name for entry in Attacked.entries() if not entry.per_image}
+SHARED = {entry.name for entry in Attacked.entries() if isinstance(entry, SharedEntry)}
 
 
 class Results(Images):
@@ -288,7 +367,7 @@ class Results(Images):
         return f"{interpreter}/benign_maps" in self.arrays
 
     def attacks(self, interpreter: str) -> list[str]:
-        """Return the attacks on an interpreter that there are."""
+        """Return the names of the attacks on an interpreter whose images there are."""
         return [name for name in ATTACKS if f"{interpreter}/{name}/images" in self.arrays]
 
 
@@ -300,8 +379,6 @@ class Stored(Mapping[str, NDArray[Any]]):
         self._path = path
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        if name not in self.headers:
-            raise KeyError(name)
         return read_arrays(self._path, name.__eq__)[name]
 
     def __iter__(self) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Which images are attacked: those the network gets right. And whether the network is used as it was trained."""
+"""The choice of images a network gets right, and checks that it is used as it was trained."""
 
 import dataclasses
 import logging
@@ -28,15 +28,23 @@ RANGES = {  # scale and shift of the [0, 1] image
     ),
 }
 TRIED = 64  # images that the other ranges are tried on
-CHANCE = 1e-3  # of refusing a network that is indifferent to the range or the order
-DOUBT = "the order of its classes may be another than that of the labels, or the range of its images another than [0, 1]"
+# probability of refusing a network that is indifferent to the range or the order
+SIGNIFICANCE = 1e-3
+DOUBT = (
+    "the order of its classes may be another than that of the labels, "
+    "or the range of its images another than [0, 1]"
+)
 
 
 class Selection(NamedTuple):
-    """Images the network gets right, their positions [N] in the source, its number of classes, and
-    how many it gets wrong.
+    """The images that are attacked.
 
-    `source_labels` are the classes of all images.
+    Attributes:
+        images: N that the network gets right, with labels.
+        indices: int [N], their positions in the source.
+        num_classes: K of the network.
+        left_out: number of images that it gets wrong.
+        source_labels: [M], the classes of all images, right or wrong.
     """
 
     images: ImageSet
@@ -49,67 +57,65 @@ class Selection(NamedTuple):
 def select(
     model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32
 ) -> Selection:
-    """The images a network gets right, at most `limit` of them. Of unlabelled images the label is
-    the network's own prediction.
+    """Return the images a network gets right, at most `limit` of them.
+
+    The label of an unlabelled image is the network's own prediction. Where the network gets less
+    than half of the images right, and where its logits are not finite, a warning is logged.
 
     Raises:
         ValueError: if the model is not a classifier or cannot take the images, its logits are not
             finite or are probabilities, it does well, and clearly better, with labels one higher or
             lower (of two classes: swapped) or on images of another range than [0, 1], a class is
-            out of range, or no image is left. Few that are left are logged as a warning.
+            out of range, or no image is left.
     """
     logits = predict(model, image_set.images, batch_size)
-    _check_logits(logits)
-    check_classes(image_set, logits.shape[-1])
+    # would do as logits in part: the right classes, wrong confidences and gradients
+    if (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-3):
+        raise ValueError(
+            "head gives probabilities (0 or more, sum 1); it must give logits, before the softmax"
+        )
+    n, num_classes = logits.shape
+    check_classes(image_set, num_classes)
     predicted = logits.argmax(axis=-1).astype(np.int32)
     labels = predicted if image_set.labels is None else image_set.labels
-    sound = np.isfinite(logits).all(axis=-1)
-    if not sound.all():
+    finite = np.isfinite(logits).all(axis=-1)
+    if not finite.all():
+        names = np.arange(n) if image_set.names is None else image_set.names
         log.warning(
-            "the network gives logits that are not finite numbers on %s: left out",
-            _named(image_set, ~sound),
+            "the network gives logits that are not finite numbers on image %s: left out",
+            listed([str(name) for name in names[~finite]], ", "),
         )
-    image_set, right = image_set._replace(labels=labels), (predicted == labels) & sound
+    image_set, right = image_set._replace(labels=labels), (predicted == labels) & finite
     if not right.all():
-        _check_order(predicted, labels, logits.shape[-1])
-        _check_range(model, image_set, right, batch_size)
+        _check_order(predicted, labels, num_classes)
+        _check_range(model, image_set.images, labels, right, batch_size)
     if not right.any():
         advice = image_set.advice or DOUBT
         raise ValueError(
-            f"the network gets none of the {len(right)} images right: nothing to attack; {advice}"
+            f"the network gets none of the {n} images right: nothing to attack; {advice}"
         )
-    if 2 * right.sum() < len(right):
-        log.warning(
-            "the network gets %d of the %d images right; %s", right.sum(), len(right), DOUBT
-        )
-    index = np.flatnonzero(right).astype(np.int32)[:limit]
-    chosen = image_set.take(index)
-    positions = index if chosen.positions is None else chosen.positions
-    return Selection(chosen, positions, logits.shape[-1], int((~right).sum()), labels)
-
-
-def _named(image_set: ImageSet, which: np.ndarray) -> str:
-    """The names of some images, or their places."""
-    names = np.flatnonzero(which) if image_set.names is None else image_set.names[which]
-    return f"image {listed([str(name) for name in names], ', ')}"
+    if 2 * right.sum() < n:
+        log.warning("the network gets %d of the %d images right; %s", right.sum(), n, DOUBT)
+    indices = np.flatnonzero(right).astype(np.int32)[:limit]
+    chosen = image_set.take(indices)
+    positions = indices if chosen.positions is None else chosen.positions
+    return Selection(chosen, positions, num_classes, int((~right).sum()), labels)
 
 
 def predict(
     model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False
 ) -> np.ndarray:
-    """Logits [N, K] of images, as `explain` gives them."""
-    nobody = np.zeros(len(images), np.int32)
+    """Return the logits [N, K] of images, as `explain` gives them."""
+    # no map is drawn: any class will do
+    classes = np.zeros(len(images), np.int32)
     return explain(
-        model, images, nobody, interpreter=no_map, batch_size=batch_size, all_may_fail=all_may_fail
+        model,
+        images,
+        classes,
+        interpreter=no_map,
+        batch_size=batch_size,
+        all_may_fail=all_may_fail,
     )[0]
-
-
-def _check_logits(logits: np.ndarray) -> None:
-    """Probabilities would do as logits in part: the right class, the wrong confidence and gradients."""
-    if (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-3):
-        raise ValueError(
-            "head gives probabilities (0 or more, sum 1); it must give logits, before the softmax"
-        )
 
 
 @jax.tree_util.register_dataclass
@@ -122,70 +128,64 @@ class Rescaled:
     shift: Array
 
     def logits(self, image: Image, act: Activation | None = None) -> Logits:
-        """As the network's, of scale * image + shift."""
+        """Return the network's, of scale * image + shift."""
         return logits_of(self.model, self.scale[None, None] * image + self.shift[None, None], act)
 
 
 def _check_order(predicted: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
-    """Refuses labels that count classes from another number than the network, or two classes that are swapped."""
+    """Refuse labels that count classes from another number than the network, or swap two."""
+    right = predicted == labels
     for shift, word in ((-1, "lower"), (1, "higher")):
-        other = (labels + shift) % num_classes
-        if _does_better(predicted == other, predicted == labels, labels):
+        hits = predicted == (labels + shift) % num_classes
+        if _does_better(hits, right, labels):
+            change = "the two classes swapped" if num_classes == 2 else f"labels one {word}"
             raise ValueError(
-                f"the network gets {(predicted == labels).sum() or 'none'} of the {len(labels)} images right, but "
-                f"{(predicted == other).sum()} with {'the two classes swapped' if num_classes == 2 else f'labels one {word}'}: "
+                f"the network gets {right.sum() or 'none'} of the {len(labels)} images right, "
+                f"but {hits.sum()} with {change}: "
                 "labels must count from 0, in the order of the network's classes"
             )
 
 
 def _check_range(
-    model: Classifier, image_set: ImageSet, right: np.ndarray, batch_size: int
+    model: Classifier, images: np.ndarray, labels: np.ndarray, right: np.ndarray, batch_size: int
 ) -> None:
-    """Refuses a network that was trained on another range than [0, 1] and is not told to scale."""
+    """Refuse a network that was trained on another range than [0, 1] and does not rescale."""
     # not the first: folders are read a class after the other
     some = np.arange(0, len(right), -(-len(right) // TRIED))
-    image_set, right = image_set.take(some), right[some]
-    assert image_set.labels is not None
-    if right.any() and _by_chance(int((~right).sum()), 0) >= CHANCE:
+    images, labels, right = images[some], labels[some], right[some]
+    n, wrong = len(right), int((~right).sum())
+    if right.any() and _p_value(wrong, wrong) >= SIGNIFICANCE:
         return  # too few are wrong to tell
     for name, (scale, shift) in RANGES.items():
         rescaled = Rescaled(model, jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
-        better = (
-            predict(rescaled, image_set.images, batch_size, all_may_fail=True).argmax(-1)
-            == image_set.labels
-        )
-        if _does_better(better, right, image_set.labels):
+        hits = predict(rescaled, images, batch_size, all_may_fail=True).argmax(-1) == labels
+        if _does_better(hits, right, labels):
             raise ValueError(
-                f"the network gets {better.sum()} of {len(right)} images right when they are scaled to {name}, "
-                f"{right.sum()} in [0, 1]: features must take images in [0, 1] and scale them inside"
+                f"the network gets {hits.sum()} of {n} images right "
+                f"when they are scaled to {name}, {right.sum()} in [0, 1]: "
+                "features must take images in [0, 1] and scale them inside"
             )
 
 
-def _does_better(other: np.ndarray, right: np.ndarray, labels: np.ndarray) -> bool:
-    """Whether another way to use a network is right more often than the present one, and than one
-    answer for all images is.
+def _does_better(hits: np.ndarray, right: np.ndarray, labels: np.ndarray) -> bool:
+    """Return whether another use of a network beats the present one, and one answer for all images.
 
     Both count: where labels are wrong, a network does better on images that it cannot read.
+
+    Args:
+        hits: bool [N], where the other use is right.
+        right: bool [N], where the present one is.
+        labels: [N].
     """
+    n, k, share = len(labels), int(hits.sum()), max(np.bincount(labels)) / len(labels)
+    does_well = k > share * n and (k == n or _p_value(k, n, share) < SIGNIFICANCE)
+    # sign test: images on which the two agree say nothing
+    gained, lost = int((hits & ~right).sum()), int((right & ~hits).sum())
+    return does_well and (not right.any() or _p_value(gained, gained + lost) < SIGNIFICANCE)
+
+
+def _p_value(k: int, n: int, chance: float = 0.5) -> float:
+    """Return the probability of k hits or more in n trials; 1 of no trials (binomial test)."""
     from scipy.stats import binomtest  # takes a second: only where it is used
 
-    n, k, chance = len(labels), int(other.sum()), max(np.bincount(labels)) / len(labels)
-    if k <= chance * n or (
-        k < n and binomtest(k, n, chance, alternative="greater").pvalue >= CHANCE
-    ):
-        return False
-    return (
-        not right.any()
-        or _by_chance(int((other & ~right).sum()), int((right & ~other).sum())) < CHANCE
-    )
-
-
-def _by_chance(gained: int, lost: int) -> float:
-    """Sign test: the probability of so many gains or more if gains and losses were as likely."""
-    from scipy.stats import binomtest
-
-    return (
-        float(binomtest(gained, gained + lost, alternative="greater").pvalue)
-        if gained + lost
-        else 1.0
-    )
+    return float(binomtest(k, n, chance, alternative="greater").pvalue) if n else 1.0

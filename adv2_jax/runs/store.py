@@ -1,4 +1,4 @@
-"""The finished parts of a run under way: whoever interrupts it loses one of them and no more.
+"""The finished parts of a run under way, on disk: an interrupt costs one part and no more.
 
 DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz
 is a finished part, and DIR/log.jsonl has a line for each. All are written atomically, and removed,
@@ -20,15 +20,14 @@ from numpy.typing import NDArray
 from adv2_jax.files import Headers, Stream, atomic, intact, read_arrays, stored, write_streams
 from adv2_jax.identity import changes
 from adv2_jax.runs import schema
-from adv2_jax.runs.schema import SHARED, Arrays
-from adv2_jax.runs.statistics import mean
+from adv2_jax.runs.schema import SHARED, Arrays, row
 
 FOLDER = "batches"
-# is there from the first finished part until the run is over
+# exists from the first finished part until the run is over
 UNFINISHED = f"{FOLDER}/settings.json"
-MEASURE = "measure/"  # and a key: one number an image
-SECONDS = "measure/seconds"  # of the part
-ROWS = 64  # of a whole array, written at a time
+MEASURE = "measure/"  # before a key: [B] numbers, one an image of the part
+SECONDS = f"{MEASURE}seconds"  # [1], of the part
+ROWS = 64  # entries of a whole array that are compressed and written at a time
 
 
 class Part(NamedTuple):
@@ -39,13 +38,8 @@ class Part(NamedTuple):
     batch: int
 
 
-def is_unfinished(directory: Path) -> bool:
-    """Return whether a directory holds a run that was begun, and is not over."""
-    return (directory / UNFINISHED).exists()
-
-
 class Store:
-    """The parts of one run. What is held in memory is one array of one part, whatever their number.
+    """The parts of one run; only one array of one part is held in memory, whatever their number.
 
     Args:
         directory: of the run.
@@ -58,35 +52,35 @@ class Store:
     def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
         self.directory, self.parts = directory, parts
         self._folder, self._log = directory / FOLDER, directory / "log.jsonl"
-        self._known = directory / UNFINISHED
+        self._settings_path = directory / UNFINISHED
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
         """Check that there is a run to resume, or none that a new one would overwrite.
 
-        Starting and resuming are both explicit: a forgotten flag cannot cost a run.
+        Starting and resuming are both explicit: a forgotten flag cannot cost a run. The log of a
+        resumed run is written again: its last line may be missing or cut short.
 
         Raises:
             ValueError: the directory holds an unfinished run although `resume` is False, none
                 although it is True, or one with other settings (says what they were and are).
         """
-        there = is_unfinished(self.directory)
+        there = self._settings_path.exists()
         if there and not resume:
-            advice = f"go on with it (--resume), or remove {self._folder} to start anew"
-            raise ValueError(f"{self.directory} holds an unfinished run: {advice}")
+            raise ValueError(
+                f"{self.directory} holds an unfinished run: "
+                f"go on with it (--resume), or remove {self._folder} to start anew"
+            )
         if resume and not there:
             raise ValueError(f"nothing to resume: {self.directory} holds no unfinished run")
         if resume:
-            with intact(self._known):
-                was = dict(json.loads(self._known.read_text(encoding="utf-8")))
+            with intact(self._settings_path):
+                was = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
-
-    def write_log(self) -> None:
-        """Write the log of a resumed run again: its last line may be missing or cut short."""
-        lines = [self._line(part) for part in self.parts if self.has(part)]
-        with self._writing(self._log), atomic(self._log, "w") as log:
-            log.writelines(lines)
+            lines = [self._line(part) for part in self.parts if self.has(part)]
+            with self._writing(self._log), atomic(self._log, "w") as log:
+                log.writelines(lines)
 
     def has(self, part: Part) -> bool:
         """Return whether a part is finished."""
@@ -105,12 +99,11 @@ class Store:
         """
         path = self._path(part)
         with self._writing(path):
-            if not self._known.exists():
-                self._folder.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not self._settings_path.exists():
                 self._log.unlink(missing_ok=True)
-                with atomic(self._known, "w") as file:
+                with atomic(self._settings_path, "w") as file:
                     json.dump(self._settings, file, indent=2)
-            path.parent.mkdir(exist_ok=True)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
             with self._log.open("a", encoding="utf-8") as log:
@@ -121,26 +114,28 @@ class Store:
         parts = [self._measures(part) for part in self.parts if part[:2] == (interpreter, attack)]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def write_results(self, own: Arrays) -> None:
+    def write_results(self, whole: Arrays) -> None:
         """Write results.npz: the arrays of all images, then those of the parts.
 
         Raises:
             ValueError: names the file and why it cannot be written.
         """
-        made, results = self._folder / "results.npz", self.directory / "results.npz"
+        # written in the folder of parts: what a kill leaves of it is removed with the folder
+        written, results = self._folder / "results.npz", self.directory / "results.npz"
         with self._writing(results):
-            write_streams(made, self._streams(own))
-            os.replace(made, results)
+            write_streams(written, self._streams(whole))
+            os.replace(written, results)
 
     def remove(self) -> None:
-        """Remove the parts: the run is over. Without its settings what a kill leaves of them is no run any more."""
+        """Remove the parts: the run is over."""
+        # first the settings: without them, what a kill leaves of the folder is no run any more;
         # there may be none, or a file of somebody's in place of the folder
         with contextlib.suppress(OSError):
-            self._known.unlink()
+            self._settings_path.unlink()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def resume_hint(self) -> str:
-        """Return how to go on, for a message; if no part is finished, nothing, and remove the run."""
+        """Return how to go on, for a message; if no part is finished, "", and remove the run."""
         n = sum(map(self.has, self.parts))
         if n == 0:
             self.remove()
@@ -158,18 +153,19 @@ class Store:
                 shape = (1,) if name == SECONDS else measures[f"{MEASURE}asr"].shape
                 if values.shape != shape or len(shape) != 1 or values.dtype.kind not in "bf":
                     raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+                sound = values if name == SECONDS else values[~measures[f"{MEASURE}failed"]]
+                if not np.isfinite(sound).all():  # would be met when the summary is written
+                    raise ValueError(f"{name} has numbers that are not finite")
         return {name.removeprefix(MEASURE): values for name, values in measures.items()}
 
     def _line(self, part: Part) -> str:
         measures = self._measures(part)
         with intact(self._path(part)):
-            good = ~measures["failed"]
-            logged = [one for one in schema.MEASURES if one.key in measures and not one.page_only]
-            numbers = {one.key: mean(measures[one.key][good], one.total) for one in logged}
-            numbers["seconds"] = mean(measures["seconds"])
-        line = part._asdict() | {"n": int(good.sum()), "failed": int((~good).sum())}
-        for name, number in numbers.items():
-            line[name] = None if number is None else round(number, 6)
+            numbers = row(measures) | {"seconds": float(measures["seconds"][0])}
+        logged = [one.key for one in schema.MEASURES if not one.page_only and one.key in numbers]
+        line = part._asdict()
+        for key in ("n", "failed", *logged, "seconds"):
+            line[key] = None if numbers[key] is None else round(numbers[key], 6)
         return json.dumps(line) + "\n"
 
     def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
@@ -180,28 +176,34 @@ class Store:
             headers = {path: stored(path) for path in map(self._path, parts)}
             for name in next(iter(headers.values())):
                 if not name.startswith(MEASURE):
-                    yield f"{interpreter}/{name}", _joined(name, headers)
+                    yield f"{interpreter}/{name}", _join(name, headers)
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Raise what cannot be written, and leave no folder of parts without a part."""
+        """Turn an error of the disk into one line; leave no folder of parts without a part."""
         try:
             yield
         except OSError as error:
             raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
 
 
-def _joined(name: str, headers: Mapping[Path, Headers]) -> Stream:
-    """Return an array of several parts as one; of what has no axis of images, that of the first."""
+def _join(name: str, headers: Mapping[Path, Headers]) -> Stream:
+    """Return an array of several parts as one; of what has no axis of images, that of the first.
+
+    Raises:
+        ValueError: names a part whose array has another shape or type.
+    """
+    # not every part has snapshots, or a curve that some step reports
     paths = [path for path, header in headers.items() if name in header]
     paths = paths[:1] if name.rpartition("/")[2] in SHARED else paths
     shape, dtype = headers[paths[0]][name]
     n = 0
     for path in paths:
-        own, kind = headers[path][name]
-        if not own or (own[1:], kind) != (shape[1:], dtype):
-            message = f"{name} is {kind} {list(own)}, before {dtype} {list(shape)}"
-            raise ValueError(f"cannot read {path}: {message}")
-        n += own[0]
+        held, kind = headers[path][name]
+        if not held or (held[1:], kind) != (shape[1:], dtype):
+            raise ValueError(
+                f"cannot read {path}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}"
+            )
+        n += held[0]
     blocks = (read_arrays(path, name.__eq__)[name] for path in paths)
     return Stream((n, *shape[1:]), dtype, blocks)

@@ -8,10 +8,9 @@ from adv2_jax.data import ImageSet
 from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
-from adv2_jax.runs.run import Progress, fingerprints, identity, run
+from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
 from adv2_jax.runs.schema import COSTS, Row, attack_name, columns
-from adv2_jax.runs.store import is_unfinished
-from adv2_jax.runs.task import Settings
+from adv2_jax.runs.store import UNFINISHED
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
@@ -19,11 +18,11 @@ NAMES = ("interpreter", "attack", "made against")  # headings of columns without
 
 
 class Table(NamedTuple):
-    """What a table shows.
+    """The run and the columns of a table.
 
     Attributes:
-        title: above it.
-        keys: of the columns; none for the transfer matrix.
+        title: above the table.
+        keys: of the columns; empty for the transfer matrix.
         threat: name of the threat model of the run.
         target_map: of the run.
     """
@@ -35,7 +34,7 @@ class Table(NamedTuple):
 
     @property
     def run(self) -> str:
-        """Return the name of the run, and of its folder; tables that share it share the work."""
+        """Return the name of the run, which is that of its folder; tables may share a run."""
         return f"{self.threat}-{self.target_map}"
 
 
@@ -76,20 +75,12 @@ class Sheet(NamedTuple):
 
 def by_rows(title: str, keys: Sequence[str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
     """Return a line for each row of a run; means with their intervals if `spread`."""
-    lines = [
-        [
-            row["interpreter"],
-            attack_name(row["attack"], row["threat"]),
-            str(row["n"]),
-            *(_cell(row, key, spread) for key in keys),
-        ]
-        for row in rows
-    ]
-    return Sheet(title, ["interpreter", "attack", "n", *_headings(keys)], lines)
+    names = [[row["interpreter"], attack_name(row["attack"], row["threat"])] for row in rows]
+    return _sheet(title, ["interpreter", "attack"], names, keys, rows, spread)
 
 
 def after_a_run(rows: Sequence[Row]) -> Sheet:
-    """Return what is shown when a run is over: the main measures and the cost of each row."""
+    """Return the table shown when a run is over: main measures and cost of each row."""
     keys = [one.key for one in schema.MEASURES if not one.page_only]
     title = "PGD against ADV² on the same images"
     return by_rows(title, keys + [one.key for one in COSTS], rows, spread=False)
@@ -108,20 +99,24 @@ def by_matrix(title: str, matrix: Mapping[str, Any]) -> Sheet:
 def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     """Return a line for each source of images and interpreter, on another network."""
     keys = ["asr", *(one.key for one in schema.MEASURES if one.paired)]
+    names = [[row["source"], row["interpreter"]] for row in rows]
+    return _sheet(title, ["made against", "interpreter"], names, keys, rows)
+
+
+def _sheet(
+    title: str,
+    headings: Sequence[str],
+    names: Sequence[Sequence[str]],
+    keys: Sequence[str],
+    rows: Sequence[Row],
+    spread: bool = True,
+) -> Sheet:
+    """Return a line for each row: its names, its number of images, and its numbers by key."""
     lines = [
-        [
-            row["source"],
-            row["interpreter"],
-            str(row["n"]),
-            *(_cell(row, key, True) for key in keys),
-        ]
-        for row in rows
+        [*name, str(row["n"]), *(_cell(row, key, spread) for key in keys)]
+        for name, row in zip(names, rows, strict=True)
     ]
-    return Sheet(title, ["made against", "interpreter", "n", *_headings(keys)], lines)
-
-
-def _headings(keys: Sequence[str]) -> list[str]:
-    return [columns()[key].heading for key in keys]
+    return Sheet(title, [*headings, "n", *(columns()[key].heading for key in keys)], lines)
 
 
 def _cell(row: Row, key: str, spread: bool) -> str:
@@ -147,41 +142,44 @@ def make_table(
     progress: Progress = lambda images, steps, done: lambda new: None,
     publish: Callable[[Path], object] = lambda directory: None,
 ) -> Sheet:
-    """Run what a table needs, and write `table.md` and `summary.json`.
+    """Make the run that a table needs, and write `table.md` and `summary.json`.
 
     Args:
-        name: key of `TABLES`; `settings` are to have its threat model and target map.
+        name: key of `TABLES`; `settings` must have its threat model and target map.
         model, image_set, settings, config, limit, progress, publish: as for `run`.
-        directory: of the table; the run has a folder in it.
+        directory: of the table; the run gets a folder in it.
         resume: go on with an unfinished run; one that is finished is taken as it is.
 
     Returns:
-        the table.
+        The table.
 
     Raises:
         ValueError: as for `run`; or a finished run had other settings.
     """
-    table, place = TABLES[name], directory / TABLES[name].run
-    place.mkdir(exist_ok=True)
-    if not (resume and _is_finished(place, identity(config, fingerprints(model, image_set)))):
-        unfinished = resume and is_unfinished(place)
+    table, folder = TABLES[name], directory / TABLES[name].run
+    folder.mkdir(exist_ok=True)
+    # a run that is made anew has its old summary until it is over: that does not count
+    unfinished = (folder / UNFINISHED).exists()
+    if resume and not unfinished and (folder / "summary.json").exists():
+        _check_settings(folder, identity(config, fingerprints(model, image_set)))
+    else:
         run(
             model,
             image_set,
             settings,
-            place,
+            folder,
             limit=limit,
             config=config,
-            resume=unfinished,
+            resume=resume and unfinished,
             progress=progress,
             publish=publish,
         )
-    summary = read_summary(place)
+    summary = read_summary(folder)
     if table.keys:
-        with intact(place / "summary.json"):
+        with intact(folder / "summary.json"):
             sheet = by_rows(table.title, table.keys, summary["rows"])
     else:
-        finished = load_run(place)
+        finished = load_run(folder)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
         add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
@@ -195,13 +193,10 @@ def make_table(
     return sheet
 
 
-def _is_finished(directory: Path, asked: Mapping[str, Any]) -> bool:
-    """Return whether a directory holds a finished run; refuse one of other settings."""
-    if is_unfinished(directory) or not (directory / "summary.json").exists():
-        return False
+def _check_settings(directory: Path, asked: Mapping[str, Any]) -> None:
+    """Refuse a finished run of other settings."""
     summary = read_summary(directory)
     with intact(directory / "summary.json"):
         was = identity(summary["config"], summary["fingerprints"])
     if changed := changes(was, asked):
         raise ValueError(f"{directory} holds a run with other settings: {changed}")
-    return True

@@ -1,10 +1,9 @@
-"""Do adversarial inputs made against one interpreter, or one network, fool another?
+"""Transfer: adversarial inputs made against one interpreter or network, shown to another.
 
-Both questions are put to a finished run: its images are looked at, nothing is attacked. One set of
-images is held at a time.
+The inputs are those of a finished run; nothing is attacked. One set of images is held at a time.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,14 +11,26 @@ import numpy as np
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.files import atomic, intact, read_summary, write_summary
+from adv2_jax.files import Headers, atomic, intact, read_summary, write_summary
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import from_dict
 from adv2_jax.runs import schema
-from adv2_jax.runs.schema import ATTACKS, Evaluated, Results, Row, Stored
-from adv2_jax.runs.statistics import interval, mean
-from adv2_jax.runs.task import interpreter_of
+from adv2_jax.runs.run import interpreter_of
+from adv2_jax.runs.schema import (
+    ATTACKS,
+    Aim,
+    Attacked,
+    Evaluated,
+    Images,
+    Results,
+    Row,
+    Stored,
+    interval,
+    mean,
+    measure,
+    row,
+)
 from adv2_jax.types import Classifier
 
 
@@ -33,63 +44,69 @@ class Run(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Return whose images there are: benign, of plain PGD, of ADV² against each interpreter."""
+        """Return the names of `inputs`: benign, plain PGD, and ADV² by the interpreter it fools."""
         return ["benign", "pgd", *self.interpreters]
 
-    def images(self, source: str, interpreter: str) -> np.ndarray:
-        """Return uint8 [N, H, W, 3] of a source; PGD's as set against an interpreter's budget."""
-        if source == "benign":
-            return self.results.images
-        attack = (interpreter, "pgd") if source == "pgd" else (source, "adv2")
-        return self.results.attacked(*attack).images
+    def inputs(self, interpreter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+        """Yield each source, its images uint8 [N, H, W, 3], and their classes [N] to be explained.
 
-    def classes(self, source: str) -> np.ndarray:
-        """Return [N], what maps are drawn for: labels of benign images, targets of others."""
-        return self.results.labels if source == "benign" else self.results.targets
+        The classes are the labels of benign images, and the targets of others. Plain PGD has the
+        budget of the interpreter that is asked for: interpreters need not share its images.
+        """
+        results = self.results
+        yield "benign", results.images, results.labels
+        yield "pgd", results.attacked(interpreter, "pgd").images, results.targets
+        for name in self.interpreters:
+            yield name, results.attacked(name, "adv2").images, results.targets
 
 
 def load_run(directory: Path) -> Run:
-    """Return a finished run, with interpreters as its rows have them; those of files made again.
+    """Return a finished run; its interpreters are made again from its rows, or from their files.
 
     Raises:
         ValueError: names the directory and what is wrong with it.
     """
     summary = read_summary(directory)
-    with intact(directory / "summary.json"):
-        made = {row["interpreter"]: row for row in summary.get("rows", [])}  # ADV² comes last
-    if not made:
+    if not summary.get("rows"):
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
+        presets = {row["interpreter"]: row["preset"] for row in summary["rows"]}  # ADV² comes last
+        # a row says how to make one of the package again; one of a file is made by the file
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         interpreters = {one.name: one for one in asked if not isinstance(one, str)}
-        for name in made.keys() - interpreters.keys():
-            preset = from_dict(name, {"interpreter": made[name]["preset"]["interpreter"]})
+        for name in presets.keys() - interpreters.keys():
+            preset = from_dict(name, {"interpreter": presets[name]["interpreter"]})
             assert preset.interpreter is not None
             interpreters[name] = preset.interpreter
-        interpreters = {name: interpreters[name] for name in made}
+        interpreters = {name: interpreters[name] for name in presets}  # in the order of the rows
     with intact(path := directory / "results.npz"):
         arrays = Stored(path)
-        _check_arrays(arrays, interpreters)
+        _check_arrays(arrays.headers, interpreters)
     return Run(directory, summary, interpreters, Results(arrays))
 
 
-def _check_arrays(arrays: Stored, interpreters: Iterable[str]) -> None:
-    """Refuse results that lack an array that is looked at, or have one of another shape."""
-    headers: Any = arrays.headers
-    results: Any = Results(headers)  # a view of shapes and types in place of arrays
-    n, *size, _ = results.images[0]
-    pictures, classes, maps = ("u", (n, *size, 3)), ("i", (n,)), ("f", (n, None, None))
-    wanted = [("images", results.images, pictures)]
-    wanted += [(name, getattr(results, name), classes) for name in ("labels", "targets")]
+def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
+    """Refuse results that lack an array of a transfer, or have one of another shape or type.
+
+    Raises:
+        KeyError: names an array that is not there.
+        ValueError: names an array with its type and shape.
+    """
+    n, *size, _ = headers["images"][0]
+    # kind of type, and shape; maps may be of any size
+    pictures: Any = ("u", (n, *size, 3))
+    classes: Any = ("i", (n,))
+    maps: Any = ("f", (n, None, None))
+    expected = Images.named(images=pictures, labels=classes, targets=classes)
     for name in interpreters:
-        wanted.append((f"target maps of {name}", results.aim(name).target_maps, maps))
+        expected |= Aim.named(f"{name}/", target_maps=maps)
         for attack in ATTACKS:
-            images = results.attacked(name, attack).images
-            wanted.append((f"images of {attack} on {name}", images, pictures))
-    for name, (held, dtype), (kind, shape) in wanted:
-        fits = len(held) == len(shape) and min(held) > 0 and dtype.kind == kind
-        if not (fits and all(b in (a, None) for a, b in zip(held, shape, strict=True))):
-            raise ValueError(f"{name}: {dtype} {list(held)}")
+            expected |= Attacked.named(f"{name}/{attack}/", images=pictures)
+    for name, (kind, wanted) in expected.items():
+        shape, dtype = headers[name]
+        fits = len(shape) == len(wanted) and min(shape) > 0 and dtype.kind == kind
+        if not (fits and all(b in (a, None) for a, b in zip(shape, wanted, strict=True))):
+            raise ValueError(f"{name}: {dtype} {list(shape)}")
 
 
 def check_network(run: Run, model: Classifier) -> None:
@@ -98,6 +115,7 @@ def check_network(run: Run, model: Classifier) -> None:
     Raises:
         ValueError: says what the run was made with.
     """
+    # a summary without fingerprints is of any network
     with intact(run.directory / "summary.json"):
         made = run.summary.get("fingerprints", {}).get("network")
         config = dict(run.summary.get("config", {}))
@@ -126,12 +144,17 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
     """
     matrix: dict[str, Any] = {"interpreters": list(run.interpreters), "sources": run.sources}
     matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
-    options: dict[str, Any] = {"batch_size": batch_size, "all_may_fail": True}
     for name, interpreter in run.interpreters.items():
         target_maps = run.results.aim(name).target_maps
-        for i, source in enumerate(run.sources):
-            images, classes = run.images(source, name), run.classes(source)
-            _, maps = explain(model, images, classes, interpreter=interpreter, **options)
+        for i, (_, images, classes) in enumerate(run.inputs(name)):
+            _, maps = explain(
+                model,
+                images,
+                classes,
+                interpreter=interpreter,
+                batch_size=batch_size,
+                all_may_fail=True,
+            )
             for key, distance in _distances(maps, target_maps).items():
                 matrix[key][i].append(distance)
     return matrix
@@ -157,7 +180,8 @@ def transfer_to(
     Raises:
         ValueError: if the other network gets no image right, or cannot take the images.
     """
-    rows, labels = [], run.results.labels
+    rows: list[Row] = []
+    labels = run.results.labels
     for column in interpreters:
         options: dict[str, Any] = {
             "interpreter": run.interpreters[column],
@@ -166,23 +190,33 @@ def transfer_to(
         logits, benign_maps = explain(model, run.results.images, labels, **options)
         right = logits.argmax(-1) == labels
         if not right.any():
-            images = f"the {len(right)} images of {run.directory}"
-            raise ValueError(f"{name} gets none of {images} right: nothing can transfer to it")
-        for source in run.sources:
-            images, classes = run.images(source, column)[right], run.classes(source)[right]
-            logits, maps = explain(model, images, classes, all_may_fail=True, **options)
+            raise ValueError(
+                f"{name} gets none of the {len(right)} images of {run.directory} right: "
+                "nothing can transfer to it"
+            )
+        for source, images, classes in run.inputs(column):
+            logits, maps = explain(
+                model, images[right], classes[right], all_may_fail=True, **options
+            )
             hits = metrics.success(logits, run.results.targets[right])
-            row: Row = {"model": name, "source": source, "n": len(hits), "asr": mean(hits)}
-            row |= {"interpreter": column, **_distances(maps, benign_maps[right])}
-            rows.append(row | {"ci": {"asr": interval(hits)}})
+            rows.append(
+                {
+                    "model": name,
+                    "source": source,
+                    "n": len(hits),
+                    "asr": mean(hits),
+                    "interpreter": column,
+                    **_distances(maps, benign_maps[right]),
+                    "ci": {"asr": interval(hits)},
+                }
+            )
     return rows
 
 
 def _distances(maps: np.ndarray, target_maps: np.ndarray) -> dict[str, float | None]:
     """Return the mean of each distance over the images whose maps are finite, by key."""
-    evaluated = Evaluated(maps=maps, target_maps=target_maps)
-    distances = {one.key: np.asarray(one(evaluated)) for one in schema.MEASURES if one.paired}
-    return {key: mean(values[np.isfinite(values)]) for key, values in distances.items()}
+    numbers = row(measure(Evaluated(maps=maps, target_maps=target_maps)))
+    return {one.key: numbers[one.key] for one in schema.MEASURES if one.paired}
 
 
 def add(
@@ -190,6 +224,7 @@ def add(
 ) -> None:
     """Add entries to the summary of a run, and publish it; if that fails, it stays as it was."""
     summary = run.directory / "summary.json"
+    # to the byte: what was published of it stays true
     before = summary.read_bytes()
     write_summary(run.directory, run.summary | entries)
     try:
