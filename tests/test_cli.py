@@ -23,6 +23,7 @@ from adv2_jax.runs.schema import MEASURES
 from adv2_jax.runs.tables import after_a_run
 
 N, K = 6, 3
+SHORT = ["--interpreter", "cam", "--steps", "2", "--limit", "2"]
 
 pytestmark = pytest.mark.usefixtures("tiny_by_name")
 
@@ -1084,12 +1085,7 @@ def test_any_encoding_of_the_output_will_do(coloured, tmp_path, encoding):
         PROGRAM,
         "attack",
         *coloured,
-        "--interpreter",
-        "cam",
-        "--steps",
-        "2",
-        "--limit",
-        "2",
+        *SHORT,
     ]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "ο")],  # a letter that only one of them has
@@ -1108,41 +1104,14 @@ def test_names_that_are_no_characters_do_not_end_a_run(coloured, tmp_path):
         os.mkdir(out)
     except OSError:
         pytest.skip("the file system takes characters only")
-    assert (
-        cli.main(
-            [
-                "attack",
-                *coloured,
-                "--interpreter",
-                "cam",
-                "--steps",
-                "2",
-                "--limit",
-                "2",
-                "--out",
-                out,
-            ]
-        )
-        == 0
-    )
+    assert cli.main(["attack", *coloured, *SHORT, "--out", out]) == 0
     assert "report.html" in os.listdir(out)
 
 
 @pytest.mark.slow
 def test_finished_runs_are_not_overwritten_unless_told_to(coloured, tmp_path, capsys):
     out = tmp_path / "out"
-    words = [
-        "attack",
-        *coloured,
-        "--interpreter",
-        "cam",
-        "--steps",
-        "2",
-        "--limit",
-        "2",
-        "--out",
-        str(out),
-    ]
+    words = ["attack", *coloured, *SHORT, "--out", str(out)]
     assert cli.main(words) == 0
     before = {path.name: path.read_bytes() for path in out.iterdir()}
     capsys.readouterr()
