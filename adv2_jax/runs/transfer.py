@@ -53,11 +53,11 @@ class Run(NamedTuple):
         The classes are the labels of benign images, and the targets of others. Plain PGD has the
         budget of the interpreter that is asked for: interpreters need not share its images.
         """
-        results = self.results
+        results, targets = self.results, self.results.targets
         yield "benign", results.images, results.labels
-        yield "pgd", results.attacked(interpreter, "pgd").images, results.targets
+        yield "pgd", results.attacked(interpreter, "pgd").images, targets
         for name in self.interpreters:
-            yield name, results.attacked(name, "adv2").images, results.targets
+            yield name, results.attacked(name, "adv2").images, targets
 
 
 def load_run(directory: Path) -> Run:
@@ -181,7 +181,7 @@ def transfer_to(
         ValueError: if the other network gets no image right, or cannot take the images.
     """
     rows: list[Row] = []
-    labels = run.results.labels
+    labels, targets = run.results.labels, run.results.targets
     for column in interpreters:
         options: dict[str, Any] = {
             "interpreter": run.interpreters[column],
@@ -198,7 +198,7 @@ def transfer_to(
             logits, maps = explain(
                 model, images[right], classes[right], all_may_fail=True, **options
             )
-            hits = metrics.success(logits, run.results.targets[right])
+            hits = metrics.success(logits, targets[right])
             rows.append(
                 {
                     "model": name,
