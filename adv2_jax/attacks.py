@@ -33,6 +33,7 @@ from adv2_jax.crafting import (
     scores_apart,
     snapshot_steps,
 )
+from adv2_jax.data.images import check_integers, check_range
 from adv2_jax.descent import (
     Driver,
     Info,
@@ -300,6 +301,30 @@ def check_interpreter(
     return expected
 
 
+def check_target_maps(
+    model: Classifier,
+    shape: tuple[int, ...],
+    interpreter: Interpreter,
+    maps: tuple[int, ...] | None,
+) -> None:
+    """Refuse an interpreter that cannot be attacked, and target maps of another shape than its own.
+
+    Args:
+        model: the classifier.
+        shape: of the images, [N, H, W, 3].
+        interpreter: the one to be attacked.
+        maps: shape of the target maps; None where they are yet to be drawn.
+
+    Raises:
+        ValueError: names the interpreter, and what it wants.
+    """
+    expected = (shape[0], *check_interpreter(model, shape[1:], interpreter, attacked=True))
+    if maps not in (None, expected):
+        raise ValueError(
+            f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps or ())}"
+        )
+
+
 def gradient_evaluations(
     model: Classifier, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
@@ -438,12 +463,8 @@ def _problems(
     t = _classes("targets", targets, model, x)
     if interpreter is None:
         return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
-    expected = (len(x), *check_interpreter(model, x.shape[1:], interpreter, attacked=True))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
-    if maps.shape != expected:
-        raise ValueError(
-            f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps.shape)}"
-        )
+    check_target_maps(model, x.shape, interpreter, maps.shape)
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
@@ -466,17 +487,8 @@ def finite(values: Any) -> np.ndarray:
 def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
     """Return class indices as int32 [N], checked: one for each image, in the model's range."""
     classes = np.asarray(values)
-    if classes.shape != x.shape[:1] or classes.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} must be integers [{len(x)}], one an image, "
-            f"got {classes.dtype} {list(classes.shape)}"
-        )
-    k = num_classes(model, x.shape[1:])
-    if classes.min() < 0 or classes.max() >= k:
-        raise ValueError(
-            f"{name} must lie in 0..{k - 1}, the model's classes, "
-            f"got {classes.min()}..{classes.max()}"
-        )
+    check_integers(name, classes, len(x))
+    check_range(name, classes, num_classes(model, x.shape[1:]))
     return classes.astype(np.int32)
 
 

@@ -149,9 +149,7 @@ def _train(
         checkpoints = directory / CHECKPOINTS
         try:
             with progress_bars() as start:
-                chosen = recipe(**options)
-                steps = chosen.epochs * (len(images) // chosen.batch_size)
-                on_loss = _advance(start("train", steps))
+                on_loss = _advance(start("train", recipe(**options).steps(len(images))))
                 checkpointing = Checkpointing(
                     checkpoints, arguments.checkpoint_every, arguments.resume, on_loss
                 )

@@ -72,16 +72,38 @@ def check_classes(image_set: ImageSet, num_classes: int) -> None:
             )
 
 
+def check_integers(name: str, values: np.ndarray, n: int) -> None:
+    """Refuse classes of n images that are no integers [n].
+
+    Raises:
+        ValueError: says what they are.
+    """
+    if values.dtype.kind not in "iu" or values.shape != (n,):
+        raise ValueError(
+            f"{name} must be integers [{n}], one an image, got {values.dtype} {list(values.shape)}"
+        )
+
+
+def check_range(name: str, values: np.ndarray, num_classes: int) -> None:
+    """Refuse integers that are no classes of a network.
+
+    Raises:
+        ValueError: names the range, and the smallest and the largest of them.
+    """
+    if values.min() < 0 or values.max() >= num_classes:
+        raise ValueError(
+            f"{name} must lie in 0..{num_classes - 1}, the model's classes, "
+            f"got {values.min()}..{values.max()}"
+        )
+
+
 def as_classes(name: str, values: np.ndarray, n: int) -> np.ndarray:
     """Return the classes of n images as int32 [n].
 
     Raises:
         ValueError: they are no integers [n], or one is negative or beyond int32.
     """
-    if values.dtype.kind not in "iu" or values.shape != (n,):
-        raise ValueError(
-            f"{name} must be integers [{n}], one an image, got {values.dtype} {list(values.shape)}"
-        )
+    check_integers(name, values, n)
     wrong = np.flatnonzero((values < 0) | (values >= 2**31))
     if len(wrong):
         raise ValueError(

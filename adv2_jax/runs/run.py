@@ -16,7 +16,7 @@ from adv2_jax.attacks import (
     Result,
     attack,
     batches,
-    check_interpreter,
+    check_target_maps,
     count_steps,
     explain,
     gradient_evaluations,
@@ -171,7 +171,10 @@ def run(
     presets = _presets(settings)
     selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
     task = make_task(model, image_set, selection, settings)
-    check_interpreters(model, task, list(presets))
+    maps = task.images.target_maps
+    for interpreter in presets:  # before the work
+        wanted = None if maps is None else maps.shape
+        check_target_maps(model, task.images.images.shape, interpreter, wanted)
     # ADV² of each interpreter, and plain PGD of the same cost
     jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
@@ -320,21 +323,6 @@ def maps_of(
         batch_size=len(images),
         all_may_fail=True,
     )[1]
-
-
-def check_interpreters(model: Classifier, task: Task, interpreters: Sequence[Interpreter]) -> None:
-    """Refuse, before the work, interpreters that do not suit the model, and maps of other sizes.
-
-    Raises:
-        ValueError: names the interpreter, and what it wants.
-    """
-    maps, shape = task.images.target_maps, task.images.images.shape[1:]
-    for one in interpreters:
-        expected = [len(task.targets), *check_interpreter(model, shape, one, attacked=True)]
-        if maps is not None and list(maps.shape) != expected:
-            raise ValueError(
-                f"target_maps must be {expected} for {one.name}, got {list(maps.shape)}"
-            )
 
 
 class Job(NamedTuple):

@@ -21,6 +21,7 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from adv2_jax.data.images import check_integers, check_range
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.training.checkpoints import Checkpoints
 
@@ -116,6 +117,10 @@ class Recipe:
             if not allows(getattr(self, name)):
                 raise ValueError(f"{name} must {words}, got {getattr(self, name)}")
 
+    def steps(self, n: int) -> int:
+        """Return the number of steps on n images; what fills no batch of an epoch is left out."""
+        return self.epochs * (n // self.batch_size)
+
 
 class Checkpointing(NamedTuple):
     """Where to keep checkpoints, and whom to tell the losses.
@@ -174,15 +179,16 @@ def fit(
         ValueError: the loss is no longer finite, `checkpoint_every` is below 1, or the folder does
             not hold what `resume` says (see `Checkpoints.begin`).
     """
-    epoch = len(images) // recipe.batch_size
-    every = epoch if checkpointing.checkpoint_every is None else checkpointing.checkpoint_every
+    every = checkpointing.checkpoint_every
+    if every is None:
+        every = len(images) // recipe.batch_size
     if every < 1:
         raise ValueError(f"checkpoint_every must be at least 1, got {every}")
     if checkpointing.resume and checkpointing.checkpoints is None:
         raise ValueError("resume needs checkpoints, the folder of the run to go on with")
     trained = nnx.clone(model)
     set_mode(trained)
-    done, losses, store = 0, np.zeros(recipe.epochs * epoch, np.float32), None
+    done, losses, store = 0, np.zeros(recipe.steps(len(images)), np.float32), None
     step, state = _begin(trained, loss, recipe, len(losses), trainable)
     if checkpointing.checkpoints is not None:
         store = Checkpoints(
@@ -232,19 +238,13 @@ def check_examples(
         raise ValueError(
             f"images must be uint8 [N, H, W, 3], got {images.dtype} {list(images.shape)}"
         )
-    if labels.shape != (n,) or labels.dtype.kind not in "iu":
-        raise ValueError(
-            f"labels must be integers [{n}], one an image, got {labels.dtype} {list(labels.shape)}"
-        )
+    check_integers("labels", labels, n)
     if batch_size > n:
         raise ValueError(f"batch_size must lie in 1..{n}, the number of images, got {batch_size}")
     k = count(images[0] / np.float32(255))
     if k < 2:
         raise ValueError(f"a classifier needs 2 classes or more, got {k}")
-    if labels.min() < 0 or labels.max() >= k:
-        raise ValueError(
-            f"labels must lie in 0..{k - 1}, the model's classes, got {labels.min()}..{labels.max()}"
-        )
+    check_range("labels", labels, k)
 
 
 def _settings(
