@@ -8,6 +8,9 @@ agree. `softplus` is smooth in the forward pass too.
 Factories are memoised: equal options give the same object, and `jit` does not retrace.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -17,9 +20,11 @@ from adv2_jax.options import bind, shared
 from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation
 
-__all__ = ["TAU", "relu", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
+__all__ = ["TAU", "relu", "relu_boxed", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
 
 TAU = 1e-4  # of the paper
+
+Kernel = Callable[[Array, Array], Array]  # second derivative of an activation, (z, tau) -> [...]
 
 # Two rules for all functions below. Factors are computed in float32 or wider: z² overflows float16
 # at 256. Then they are cast to the type of z: a JVP rule must return a tangent of the type of its
@@ -88,7 +93,6 @@ def _relu_with_sigmoid_jvp(
     ) * dz
 
 
-@jax.custom_jvp
 def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
     """ReLU whose *second* derivative is tau / 2 (z² + tau)^(-3/2) in place of zero.
 
@@ -105,30 +109,60 @@ def relu_curved(z: Array, tau: Array | float = 3e-3) -> Array:
     Returns:
         max(z, 0), same shape.
     """
+    return _relu_with_kernel(_curve, z, tau)
+
+
+def relu_boxed(z: Array, tau: Array | float = 3e-3) -> Array:
+    """ReLU whose *second* derivative is 1 / (2 √tau) where |z| < √tau, in place of zero.
+
+    As `relu_curved`, with another kernel: the mean of the kink over a step that moves z by ±√tau
+    (see `curvature.matched_width`).
+
+    Args:
+        z: pre-activations, any shape.
+        tau: squared half-width of the box, > 0; may be traced.
+
+    Returns:
+        max(z, 0), same shape.
+    """
+    return _relu_with_kernel(_box, z, tau)
+
+
+def _curve(z: Array, tau: Array) -> Array:
+    return 0.5 * tau * jax.lax.rsqrt(z**2 + tau) ** 3
+
+
+def _box(z: Array, tau: Array) -> Array:
+    return jnp.where(z**2 < tau, 0.5 / jnp.sqrt(tau), 0)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _relu_with_kernel(kernel: Kernel, z: Array, tau: Array | float) -> Array:
     return jnp.maximum(z, 0)
 
 
-@relu_curved.defjvp
-def _relu_curved_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+@_relu_with_kernel.defjvp
+def _relu_with_kernel_jvp(
+    kernel: Kernel, primals: tuple[Array, Array], tangents: tuple[Array, Array]
 ) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents
-    return relu_curved(z, tau), _step(z, tau) * dz
+    return _relu_with_kernel(kernel, z, tau), _step(kernel, z, tau) * dz
 
 
 # a function of its own, so that the derivative of the derivative can be replaced
-@jax.custom_jvp
-def _step(z: Array, tau: Array) -> Array:
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _step(kernel: Kernel, z: Array, tau: Array) -> Array:
     # 0 at z = 0, as JAX's own ReLU
     return jnp.heaviside(z, 0.0)
 
 
 @_step.defjvp
-def _step_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _step_jvp(
+    kernel: Kernel, primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     (z, tau), (dz, _) = primals, tangents
-    return _step(z, tau), (0.5 * tau * jax.lax.rsqrt(at_least_float32(z) ** 2 + tau) ** 3).astype(
-        jnp.result_type(z)
-    ) * dz
+    second = kernel(at_least_float32(z), jnp.asarray(tau)).astype(jnp.result_type(z))
+    return _step(kernel, z, tau), second * dz
 
 
 @shared

@@ -1,7 +1,7 @@
 """The forward pass of any classifier, and checks of its methods, shapes and mode by one trace."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from typing import Any, NamedTuple, cast
 
@@ -33,19 +33,43 @@ def lacks(model: Any, *needs: str) -> list[str]:
     return [need for need in needs if need != "act" and not callable(getattr(model, need, None))]
 
 
-def logits_of(model: Classifier, image: Image, act: Activation | None = None) -> Logits:
+def logits_of(
+    model: Classifier, image: Image, act: Activation | Sequence[Activation] | None = None
+) -> Logits:
     """Return the logits [K] of an image, float32 or wider whatever the network computes in.
 
     Args:
         model: with `features` and `head`, which have precedence, or with `logits`.
         image: [H, W, 3] in [0, 1].
-        act: replaces every ReLU; None, or a network without this option, leaves them (see
+        act: replaces every ReLU, or a sequence has one for each, in the order in which the network
+            calls them; None, or a network without this option, leaves them (see
             `check_activation`).
     """
+    if act is not None and not callable(act):
+        rest = iter(act)
+        return logits_of(model, image, lambda z: next(rest)(z))
     network, pooled = cast(Any, model), not lacks(model, "features", "head")
     method = network.features if pooled else network.logits
     value = method(image) if act is None or not _takes(method, "act") else method(image, act=act)
     return head_of(network, value) if pooled else at_least_float32(value)
+
+
+def pre_activations(model: Classifier, image: Image) -> list[Array]:
+    """Return what enters each ReLU of a network, in the order in which it calls them.
+
+    Raises:
+        ValueError: if the network calls no activation that it is given.
+    """
+    entering: list[Array] = []
+
+    def record(z: Array) -> Array:
+        entering.append(z)
+        return jax.nn.relu(z)
+
+    logits_of(model, image, record)
+    if not entering:
+        raise ValueError(f"{type(model).__name__} does not call the activation that it is given")
+    return entering
 
 
 def head_of(model: HasFeatures, features: Features) -> Logits:
