@@ -43,7 +43,7 @@ def spread(double):
 
 @pytest.mark.parametrize("driver", ["host", "fori"])
 def test_eigenpairs_are_those_of_dense_algebra(spread, like, driver):
-    values, matrix, basis = spread
+    _, matrix, basis = spread
     pairs = spectra.eigenpairs(operator(matrix), like, 3, depth=25, key=KEY, driver=driver)
     # 25 products leave residuals of 1e-5; an eigenvalue is off by the square of it
     np.testing.assert_allclose(pairs.values, [9, -7, 5], rtol=1e-8)
@@ -109,7 +109,7 @@ def test_a_bad_number_of_pairs_is_refused(like, k, depth):
 
 
 def test_a_plain_function_is_an_operator(spread, like):
-    values, matrix, _ = spread
+    _, matrix, _ = spread
     plain = partial(product, matrix)
     pairs = spectra.eigenpairs(plain, like, 1, depth=20, key=KEY)
     np.testing.assert_allclose(pairs.values, [9], rtol=1e-8)
@@ -153,7 +153,9 @@ def test_smoothed_density_is_one_in_all_and_sits_on_the_eigenvalues(spread, like
     points = jnp.linspace(-12, 12, 2401)
     smooth = density.at(points, 0.5)
     np.testing.assert_allclose(jnp.trapezoid(smooth, points), 1, atol=1e-6)
-    true = np.exp(-0.5 * ((points[:, None] - values) / 0.5) ** 2).mean(1) / (0.5 * np.sqrt(2 * np.pi))
+    true = np.exp(-0.5 * ((points[:, None] - values) / 0.5) ** 2).mean(1) / (
+        0.5 * np.sqrt(2 * np.pi)
+    )
     # a spike of one in forty eigenvalues is seen by 400 probes to within a tenth
     np.testing.assert_allclose(smooth, true, atol=0.1 * true.max())
 
