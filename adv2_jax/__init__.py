@@ -12,6 +12,7 @@ USENIX Security 2020.
 
 from adv2_jax import (
     activations,
+    curvature,
     data,
     interpreters,
     losses,
@@ -33,6 +34,7 @@ __all__ = [
     "activations",
     "attack",
     "craft",
+    "curvature",
     "data",
     "explain",
     "interpreters",
