@@ -10,7 +10,8 @@ of the true network, kinks included.
 
 Functions are of one image, and compose with `jit` and `vmap`. An `Operator` is linearised once;
 then each product is two passes over the network without new activations. All products are taken at
-the highest precision. D is the number of values of the image, K of classes.
+the highest precision. D is the number of values of the image, K of classes. A model with leaves that
+are not arrays goes through `capabilities.static_leaves` first.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,7 +100,15 @@ def hessian_of(function: Callable[..., Array], image: Image, *arguments: Any) ->
         was linearised once: about 3.5 forward passes.
     """
     slope = jax.grad(function)
-    return Partial(_apply, jax.linearize(lambda x: slope(x, *arguments), image)[1])
+    return _linearised(lambda x: slope(x, *arguments), image)[1]
+
+
+def _linearised(function: Callable[[Array], Array], x: Array) -> tuple[Array, Operator]:
+    """Return the value of a function at x, and its derivative there as a pytree."""
+    # jax 0.7 leaves a tracer in the derivative of a function that has none, such as the gradient of
+    # a logit of a ReLU network; the added zero makes every function depend on x
+    value, linear = jax.linearize(lambda x: function(x) + 0 * x.sum(), x)
+    return value, Partial(_apply, linear)
 
 
 @jax.jit
@@ -166,8 +175,8 @@ def softmax_term(
 def _softmax_term(
     model: Classifier, image: Image, label: Label, act: Activations, *, score: Score
 ) -> Operator:
-    logits, push = jax.linearize(lambda x: logits_of(model, x, act), image)
-    bend = jax.linearize(jax.grad(lambda z: score(z, label)), logits)[1]
+    logits, push = _linearised(lambda x: logits_of(model, x, act), image)
+    bend = _linearised(jax.grad(lambda z: score(z, label)), logits)[1]
     return Partial(_sandwich, push, bend)
 
 
@@ -473,8 +482,7 @@ def map_jacobian(
 def _jacobian(
     surrogate: Surrogate, model: Classifier, image: Image, label: Label, context: Context
 ) -> Operator:
-    linear = jax.linearize(lambda x: surrogate(model, x, label, context).map, image)[1]
-    return Partial(_apply, linear)
+    return _linearised(lambda x: surrogate(model, x, label, context).map, image)[1]
 
 
 def map_hessian(

@@ -366,6 +366,8 @@ def test_lipschitz_on_a_map_that_does_not_move(double, make_linear):
     x = jnp.full((4, 4, 3), 0.5)
     found = curvature.lipschitz(still, make_linear(), x, jnp.int32(0), steps=3, key=KEY)
     assert found.change == found.constant == 0
+    jacobian = curvature.map_jacobian(still, make_linear(), x, jnp.int32(0))
+    assert not curvature.singular_values(jacobian, x, 1, depth=2, key=KEY).values.any()
 
 
 def test_the_drivers_agree(network, pixels):
