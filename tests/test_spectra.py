@@ -153,9 +153,7 @@ def test_smoothed_density_is_one_in_all_and_sits_on_the_eigenvalues(spread, like
     points = jnp.linspace(-12, 12, 2401)
     smooth = density.at(points, 0.5)
     np.testing.assert_allclose(jnp.trapezoid(smooth, points), 1, atol=1e-6)
-    true = np.exp(-0.5 * ((points[:, None] - values) / 0.5) ** 2).mean(1) / (
-        0.5 * np.sqrt(2 * np.pi)
-    )
+    true = np.exp(-0.5 * ((points[:, None] - values) / 0.5) ** 2).mean(1) / (0.5 * np.sqrt(2 * np.pi))
     # a spike of one in forty eigenvalues is seen by 400 probes to within a tenth
     np.testing.assert_allclose(smooth, true, atol=0.1 * true.max())
 
