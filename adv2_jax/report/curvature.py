@@ -109,10 +109,12 @@ def agreement(fidelity: Mapping[str, Any]) -> Any:
     scales: dict[str, tuple[str, Any, Any, Callable[[float], str]]] = {
         "cosine": ("Cosine with the secant", "viridis", colors.Normalize(0, 1), _cosine_text),
         # white where the norms agree
-        "ratio": ("Norm ratio", "PuOr", colors.LogNorm(1 / 32, 32), "{:.2g}".format),
+        "ratio": ("Norm over the secant's", "PuOr", colors.LogNorm(1 / 32, 32), _ratio_text),
     }
     figure = figures.Figure(figsize=(WIDTH, 5.6), layout="constrained")
-    axes = figure.subplots(2, 2, sharex=True, height_ratios=[len(curved), len(others)])
+    axes = figure.subplots(
+        2, 2, sharex=True, sharey="row", height_ratios=[len(curved), len(others)]
+    )
     for column, (key, (title, colours, norm, text)) in zip(axes.T, scales.items(), strict=True):
         numbers = np.array(fidelity[key], float)  # None becomes NaN
         for axis, rows in zip(column, (curved, others), strict=True):
@@ -132,7 +134,11 @@ def agreement(fidelity: Mapping[str, Any]) -> Any:
 
 
 def _cosine_text(value: float) -> str:
-    return f"{value:.2f}".replace("0.", ".", 1)
+    return f"{round(float(value), 2) + 0.0:.2f}".replace("0.", ".", 1)  # -0.0 + 0.0 is 0.0
+
+
+def _ratio_text(value: float) -> str:
+    return f"{value:.2g}" if value >= 0.1 else f"{value:.3f}".removeprefix("0")
 
 
 def _write_numbers(
@@ -189,12 +195,12 @@ def spectra(laboratory: Laboratory, image: int | None = None) -> Any:
     exact = np.concatenate([one.softmax_values[place] for one in samples.values()])
     largest = np.nanmax(np.abs([*nodes, *exact]), initial=1e-12)
     unit = largest / 1000  # below it the axis is linear
-    first = None
     for column, (name, sample) in enumerate(samples.items()):
-        axis = first = figure.add_subplot(grid[0, column], sharex=first, sharey=first)
+        axis = figure.add_subplot(grid[0, column])
         _draw_spectrum(axis, sample, place, unit, largest)
         axis.set_title(_sample_name(name))
-        axis.set_xlabel("eigenvalue λ, in units of the score / pixel range²")
+        axis.set_xlabel("eigenvalue λ (score / pixel range²)")
+        axis.tick_params(labelleft=column == 0)
         if column == 0:
             axis.set_ylabel("density of eigenvalues, per e-fold")
             axis.legend(loc="upper left", fontsize=8)
@@ -215,9 +221,12 @@ def _draw_spectrum(axis: Any, sample: Examined, place: int, unit: float, largest
     nodes, weights = sample.density_nodes[place], sample.density_weights[place]
     axis.set_xscale("asinh", linear_width=unit)
     axis.set_yscale("log")
-    # each node spread over a tenth of an e-fold
-    points = np.linspace(-1.05, 1.05, 800) * np.arcsinh(largest / unit)
-    spread = 0.1
+    powers = 10.0 ** np.arange(math.ceil(math.log10(10 * unit)), math.log10(largest) + 0.5)
+    axis.set_xticks(np.unique([-1, 0, 1] * powers[::-2, None]))
+    axis.minorticks_off()
+    points = np.linspace(-1.08, 1.08, 800) * np.arcsinh(largest / unit)
+    # nodes are points of a quadrature: only the outer ones are eigenvalues
+    spread = 0.25
     kernels = np.exp(-0.5 * ((points[:, None, None] - np.arcsinh(nodes / unit)) / spread) ** 2)
     density = (weights * kernels).sum(-1).mean(-1) / (spread * math.sqrt(2 * math.pi))
     label = "surrogate's network term"
@@ -226,7 +235,8 @@ def _draw_spectrum(axis: Any, sample: Examined, place: int, unit: float, largest
     )
     values = sample.softmax_values[place]
     axis.vlines(values, 1e-4, 3, color=COLOURS[1], linewidth=1.5, label="exact Hessian")
-    axis.set_ylim(1e-4, 10)
+    axis.set_ylim(1e-4, 30)  # with room for the legend
+    axis.set_xlim(*unit * np.sinh(points[[0, -1]]))
 
 
 def _draw_vectors(tiles: Any, sample: Examined, place: int) -> None:
@@ -241,7 +251,7 @@ def _draw_vectors(tiles: Any, sample: Examined, place: int) -> None:
         pictures[f"{title} v\ncos {', '.join(cosines)}"] = np.clip(0.5 + vector / size / 2, 0, 1)
     for tile, (title, picture) in zip(tiles, pictures.items(), strict=True):
         tile.imshow(np.nan_to_num(picture))
-        tile.set_title(title, fontsize=8)
+        tile.set_title(title, fontsize=7)
         tile.set_axis_off()
 
 
@@ -258,11 +268,12 @@ def fragility(networks: Mapping[str, Laboratory]) -> Any:
     attacks = [
         name for name, one in next(iter(networks.values())).samples.items() if name != "benign"
     ]
+    ticker = _library("ticker")
     figure = _library("figure").Figure(figsize=(WIDTH, 3.3 * len(attacks)), layout="constrained")
     axes = figure.subplots(len(attacks), len(PREDICTORS), sharex="col", sharey="row", squeeze=False)
     for row, attack in zip(axes, attacks, strict=True):
         row[0].set_ylabel(f"map L1 that {attack_name(attack, None)} leaves")
-        for axis, (key, label) in zip(row, PREDICTORS.items(), strict=True):
+        for axis, key in zip(row, PREDICTORS, strict=True):
             titles = []
             for i, (network, laboratory) in enumerate(networks.items()):
                 x = getattr(laboratory.samples["benign"], key)
@@ -272,8 +283,11 @@ def fragility(networks: Mapping[str, Laboratory]) -> Any:
                 titles.append(f"{network}: {_spearman_text(rank_correlation(x, np.asarray(y)))}")
             axis.set_title("\n".join(titles), fontsize=9)
             axis.set_xscale("log")
-            if row is axes[-1]:
-                axis.set_xlabel(label)
+            axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter(ticker.NullFormatter())
+    for axis, label in zip(axes[-1], PREDICTORS.values(), strict=True):
+        axis.set_xlabel(label)
     if len(networks) > 1:
         axes[0, 0].legend(fontsize=8)
     return figure
@@ -301,7 +315,7 @@ def _figure(figure: Any, alt: str, caption: str) -> str:
     figure.savefig(file, format="png", dpi=DPI)
     address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     return (
-        f'<figure class="plot"><img class="photo" src="{address}" alt="{escape(alt)}">'
+        f'<figure class="plot"><img class="plot" src="{address}" alt="{escape(alt)}">'
         f'<figcaption class="note">{caption}</figcaption></figure>'
     )
 
