@@ -60,6 +60,7 @@ __all__ = [
     "along",
     "eigenpairs",
     "fidelity",
+    "gradient",
     "gram",
     "hessian",
     "hessian_of",
@@ -77,7 +78,8 @@ __all__ = [
     "spectral_density",
 ]
 
-CONTEXT = Context(tau=0.01)  # about the width that agrees best with steps of a pixel value
+WIDTH = 0.01  # τ of `relu_curved` that agrees best with steps of about a pixel value
+CONTEXT = Context(tau=WIDTH)
 
 # one for all ReLUs, or one for each in the order of the network; None keeps ReLU
 Activations = Activation | Sequence[Activation] | None
@@ -197,9 +199,15 @@ def network_term(
 
     Arguments of `hessian`; zero without a surrogate `act`. A product costs as much as one of it.
     """
-    slope = jax.grad(lambda z: score(z, label))
-    weights = slope(logits_of(model, image))
+    weights = _score_slope(model, image, label, score=score)
     return hessian_of(_weighted_logits, image, model, weights, _as_pytree(act))
+
+
+@partial(jax.jit, static_argnames="score")
+@highest
+def _score_slope(model: Classifier, image: Image, label: Label, *, score: Score) -> Logits:
+    """Return ∂S/∂z, [K]."""
+    return jax.grad(lambda z: score(z, label))(logits_of(model, image))
 
 
 def _weighted_logits(image: Image, model: Classifier, weights: Logits, act: Activations) -> Array:
@@ -297,7 +305,7 @@ def _difference(
     score: Score,
 ) -> Array:
     def slope(x: Image) -> Array:
-        return input_gradient(model, x, label, score=score)[0]
+        return gradient(model, x, label, score=score)
 
     def one(offset: Array) -> Array:
         return slope(image + offset + step * v) - slope(image + offset - step * v)
@@ -322,8 +330,14 @@ def normalised(
     """
     operator = hessian(model, image, label, act=act, score=score)
     top = eigenpairs(operator, image, 1, depth=depth, key=key).values[0]
-    slope = jnp.linalg.norm(input_gradient(model, image, label, score=score)[0])
-    return jnp.abs(top) / slope
+    return jnp.abs(top) / jnp.linalg.norm(gradient(model, image, label, score=score))
+
+
+@partial(jax.jit, static_argnames="score")
+@highest
+def gradient(model: Classifier, image: Image, label: Label, *, score: Score = log_odds) -> Array:
+    """Return the gradient of a class score in the image, ∇s; arguments and shape of `hessian`."""
+    return input_gradient(model, image, label, score=score)[0]
 
 
 class Matched(NamedTuple):

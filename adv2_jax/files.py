@@ -96,23 +96,39 @@ def optional(module: str, doing: str, advice: str = "pip install 'adv2_jax[weigh
         raise ValueError(f"{doing} needs {module.partition('.')[0]}: {advice}") from None
 
 
-def write_summary(directory: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary.json` atomically."""
-    with atomic(directory / "summary.json", "w") as file:
+@contextlib.contextmanager
+def restored(*paths: Path) -> Iterator[None]:
+    """After an error in the block, put some small files back as they were, or remove new ones."""
+    before = {path: path.read_bytes() if path.exists() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        for path, content in before.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                with atomic(path) as file:
+                    file.write(content)
+        raise
+
+
+def write_summary(directory: Path, summary: Mapping[str, Any], name: str = "summary.json") -> None:
+    """Write `summary.json`, or another file of its kind, atomically."""
+    with atomic(directory / name, "w") as file:
         json.dump({"schema": SCHEMA, **summary}, file, indent=2, allow_nan=False)
         file.write("\n")
 
 
-def read_summary(directory: Path) -> dict[str, Any]:
-    """Read the `summary.json` of a finished run.
+def read_summary(directory: Path, name: str = "summary.json") -> dict[str, Any]:
+    """Read the `summary.json` of a finished run, or another file of its kind.
 
     Raises:
         ValueError: names the directory that holds none, or the file that is damaged or of another
             schema.
     """
-    path = directory / "summary.json"
+    path = directory / name
     if not path.exists():
-        raise ValueError(f"{directory} holds no finished run: there is no summary.json")
+        raise ValueError(f"{directory} holds no finished run: there is no {name}")
     with intact(path):
         summary: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
         json.dumps(summary, allow_nan=False)  # infinite numbers could not be written again

@@ -44,7 +44,7 @@ def reference() -> str:
 def _section(name: str, command: Command) -> str:
     forms = {key: _form(key, options) for key, options in command.arguments.items()}
     required = [
-        form
+        f"[{form}]" if command.arguments[key].get("nargs") == "?" else form
         for key, form in forms.items()
         if not key.startswith("-") or command.arguments[key].get("required")
     ]

@@ -35,9 +35,9 @@ PACKAGES = {
     "interpreters": "base gradients activation_maps mask_descent masker_maps",
     "models": "layers resnet densenet masker convert user",
     "data": "images photos shapes targets class_files folder tfds sources splits",
-    "runs": "schema store select run transfer tables faithfulness",
+    "runs": "schema store select run transfer curvature tables faithfulness",
     "training": "checkpoints loop classifier masker",
-    "report": "words pictures charts tables cards labelled page training",
+    "report": "words pictures charts tables cards labelled curvature page training",
     "cli": "console arguments subject commands training entry",
 }
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

@@ -1068,7 +1068,7 @@ def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
 PROGRAM = """
 import contextlib, sys
 from adv2_jax import cli
-for command in "", "demo", "attack", "table", "transfer", "train", "train classifier", "train rts", "convert":
+for command in "", "demo", "attack", "table", "curvature", "transfer", "train", "train classifier", "train rts", "convert":
     with contextlib.suppress(SystemExit):
         sys.exit(cli.main([*command.split(), "--help"]))
     assert sys.exc_info()[0] is None
@@ -1094,7 +1094,7 @@ def test_any_encoding_of_the_output_will_do(coloured, tmp_path, encoding):
     )
     assert (done.returncode, done.stderr) == (0, b"")
     printed = done.stdout.decode(encoding)
-    assert printed.count("usage: adv2") == 9 and "report: " in printed
+    assert printed.count("usage: adv2") == 10 and "report: " in printed
     assert "ADV²" in (tmp_path / "ο" / "report.html").read_text(encoding="utf-8")
 
 

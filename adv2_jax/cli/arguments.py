@@ -6,9 +6,11 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from adv2_jax import __version__, data, models, threats
+from adv2_jax.curvature import WIDTH
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.presets import PRESETS
+from adv2_jax.runs.curvature import CLASSES, SCORES
 from adv2_jax.runs.tables import TABLES
 from adv2_jax.training.classifier import ClassifierRecipe
 from adv2_jax.training.loop import Recipe
@@ -385,6 +387,89 @@ COMMANDS = {
         [
             "adv2 table effectiveness --limit 16 --out tables",
             "adv2 table maps --limit 16 --out tables --resume",
+        ],
+    ),
+    "curvature": Command(
+        "measure the curvature at the images of a finished run, or of a source",
+        {
+            "run_directory": {
+                "nargs": "?",
+                "type": _path,
+                "metavar": "DIR",
+                "help": "a finished run of adv2 attack, to whose folder and report.html the results "
+                "are added (default: benign images of --images, into --out)",
+            },
+            **NETWORK,
+            **IMAGES,
+            # whether it is given tells a run from a source
+            "--images": {
+                "metavar": "SOURCE",
+                "help": f"where the images come from: {SOURCES} (default: shapes)",
+            },
+            "--label": {
+                "choices": CLASSES,
+                "help": "class whose score is studied: the image's own, or its target class "
+                "(default: true; target for the attacked images of a run)",
+            },
+            "--interpreter": INTERPRETER["--interpreter"]
+            | {
+                "nargs": None,
+                "help": "interpreter whose map's Jacobian is measured, and whose attacked images "
+                f"of a run are: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
+                "(default: grad, or the first of a run without it)",
+            },
+            "--score": {
+                "default": "log_odds",
+                "choices": list(SCORES),
+                "help": "score that is differentiated; cross_entropy is the negative logarithm of "
+                "the probability",
+            },
+            "--tau": {
+                "type": ABOVE_0,
+                "default": WIDTH,
+                "metavar": "T",
+                "help": "squared width of the surrogate's second derivative",
+            },
+            "--depth": {
+                "type": POSITIVE,
+                "default": 32,
+                "metavar": "N",
+                "help": "Hessian-vector products that an eigenvalue takes",
+            },
+            "--probes": {
+                "type": POSITIVE,
+                "default": 32,
+                "metavar": "N",
+                "help": "random vectors that a trace takes, 2 or more",
+            },
+            "--compare": {
+                "type": POSITIVE,
+                "default": 8,
+                "metavar": "N",
+                "help": "number of benign images at which surrogates are compared with the true "
+                "network",
+            },
+            "--limit": EFFORT["--limit"]
+            | {
+                "help": "at most N images of the run, or that the network gets right (default: all)"
+            },
+            **BATCH_SIZE,
+            "--seed": EFFORT["--seed"]
+            | {"help": "seed of --sample, target classes and random vectors"},
+            **RESUME,
+            **QUIET,
+            "--out": {
+                "type": _path,
+                "metavar": "DIR",
+                "help": "where to write curvature.json, curvature.npz and report.html (default: "
+                "the folder of the run)",
+            },
+            **OVERWRITE,
+        },
+        [
+            "adv2 curvature --images shapes:20 --limit 8 --out curvature",
+            "adv2 curvature run",
+            "adv2 curvature run --model cifar_resnet20 --weights resnet20.npz --interpreter cam",
         ],
     ),
     "transfer": Command(

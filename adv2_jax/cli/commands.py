@@ -17,7 +17,9 @@ from adv2_jax.attacks import missing
 from adv2_jax.cli.arguments import parser
 from adv2_jax.cli.console import print_sheet, progress_bars
 from adv2_jax.cli.subject import (
+    SOURCE,
     Subject,
+    measured_of,
     model_of,
     network_of,
     normalisation,
@@ -27,11 +29,20 @@ from adv2_jax.cli.subject import (
 from adv2_jax.errors import listed
 from adv2_jax.files import atomic, output_directory, read_summary
 from adv2_jax.metrics import probabilities
+from adv2_jax.runs import curvature as laboratory
 from adv2_jax.runs.run import Outcome, run
 from adv2_jax.runs.schema import ATTACKS, Row
 from adv2_jax.runs.select import predict
-from adv2_jax.runs.store import UNFINISHED
-from adv2_jax.runs.tables import TABLES, after_a_run, by_matrix, by_model, make_table
+from adv2_jax.runs.store import CURVATURE_FILES, UNFINISHED
+from adv2_jax.runs.tables import (
+    TABLES,
+    after_a_run,
+    by_curvature,
+    by_fidelity,
+    by_matrix,
+    by_model,
+    make_table,
+)
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
 # few images, and a batch of one shape: most of the demo's time goes to compiling programs
@@ -46,6 +57,7 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
     subject = subject_of(arguments)
     model, images, settings, config = subject
     with _running(arguments) as (directory, options):
+        options |= {"limit": arguments.limit, "publish": report.write}
         outcome = run(model, images, settings, directory, config=config, **options)
     if not arguments.quiet:
         print_sheet(after_a_run(outcome.rows))
@@ -55,13 +67,17 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
         )
         if outcome.left_out and images.advice:
             print(images.advice)
-        if outcome.failed:
-            print(
-                f"{len(outcome.failed)} failed, the network gives numbers that are not finite on "
-                "them: " + listed(list(map(str, outcome.failed)), ", ")
-            )
+        _print_failed(outcome.failed)
         print(f"report: {directory / 'report.html'}")
     return subject, outcome
+
+
+def _print_failed(names: Sequence[object]) -> None:
+    if names:
+        print(
+            f"{len(names)} failed, the network gives numbers that are not finite on them: "
+            + listed(list(map(str, names)), ", ")
+        )
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -72,11 +88,44 @@ def table(arguments: argparse.Namespace) -> None:
     chosen = {"threat": table.threat, "target_map": table.target_map}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
+        options |= {"limit": arguments.limit, "publish": report.write}
         sheet = make_table(name, model, images, settings, directory, config=config, **options)
     if not arguments.quiet:
         print_sheet(sheet)
         print(f"table: {directory / 'table.md'}")
         print(f"report: {directory / table.run / 'report.html'}")
+
+
+def curvature(arguments: argparse.Namespace) -> None:
+    """Run `adv2 curvature`."""
+    of_run = arguments.run_directory is not None
+    given = [key for key in ("out", *SOURCE) if getattr(arguments, key) is not None]
+    if of_run and given:
+        raise ValueError(f"--{given[0]} is not for a finished run, whose own images are measured")
+    if not of_run and arguments.out is None:
+        raise ValueError("without a finished run, --out DIR says where to write")
+    files = [*CURVATURE_FILES, *([] if of_run else ["report.html"])]
+    check_out(arguments, *files, unfinished=laboratory.UNFINISHED)
+    model, images, options, config = measured_of(arguments)
+    publish = report.write if of_run else report.write_curvature
+    with _running(arguments, "curvature") as (directory, running):
+        summary = laboratory.study(
+            model,
+            images,
+            options,
+            directory,
+            compared=arguments.compare,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            config=config,
+            publish=publish,
+            **running,
+        )
+    if not arguments.quiet:
+        print_sheet(by_curvature(summary["rows"]))
+        print_sheet(by_fidelity(summary["fidelity"]))
+        _print_failed(summary["failed"])
+        print(f"report: {directory / 'report.html'}")
 
 
 def transfer(arguments: argparse.Namespace) -> None:
@@ -173,27 +222,32 @@ def _is_demo(directory: str) -> bool:
 
 
 @contextlib.contextmanager
-def _running(arguments: argparse.Namespace) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _running(
+    arguments: argparse.Namespace, title: str = "attack"
+) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Open the directory of a run; yield it with the options that every run takes."""
-    with output_directory(arguments.out) as directory, progress_bars(arguments.quiet) as start:
+    directory, bars = output_directory(_folder(arguments)), progress_bars(arguments.quiet)
+    with directory as path, bars as start:
         options = {
-            "limit": arguments.limit,
             "resume": arguments.resume,
-            "progress": lambda images, steps, done: start(
-                "attack", steps, done=done, images=images
-            ),
-            "publish": report.write,
+            "progress": lambda images, steps, done: start(title, steps, done=done, images=images),
         }
-        yield directory, options
+        yield path, options
+
+
+def _folder(arguments: argparse.Namespace) -> str:
+    """Return the folder that is written to: of --out, or of a finished run that is added to."""
+    return str(arguments.out or arguments.run_directory)
 
 
 def check_out(arguments: argparse.Namespace, *names: str, unfinished: str) -> None:
-    """Refuse, before any work, to write over the files of a finished run in --out."""
-    there = [name for name in names if os.path.exists(os.path.join(arguments.out, name))]
+    """Refuse, before any work, to write over the files of a finished run."""
+    folder = _folder(arguments)
+    there = [name for name in names if os.path.exists(os.path.join(folder, name))]
     # an unfinished run has rules of its own, and messages of its own, where it is continued
-    goes_on = arguments.resume or os.path.exists(os.path.join(arguments.out, unfinished))
+    goes_on = arguments.resume or os.path.exists(os.path.join(folder, unfinished))
     if there and not goes_on and not arguments.overwrite:
         raise ValueError(
-            f"{arguments.out} holds a finished run ({', '.join(there)}): --overwrite replaces it, "
-            "another --out keeps it"
+            f"{folder} holds a finished run ({', '.join(there)}): --overwrite replaces it"
+            + (", another --out keeps it" if arguments.out else "")
         )

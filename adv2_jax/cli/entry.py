@@ -17,6 +17,7 @@ RUN: dict[str, Callable[[argparse.Namespace], object]] = {
     "demo": commands.demo,
     "attack": commands.attack,
     "table": commands.table,
+    "curvature": commands.curvature,
     "transfer": commands.transfer,
     "train classifier": training.classifier,
     "train rts": training.rts,

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from adv2_jax import data, models, presets, threats
@@ -9,8 +10,12 @@ from adv2_jax.attacks import missing
 from adv2_jax.cli.arguments import EMBEDDED
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
+from adv2_jax.runs import curvature
 from adv2_jax.runs.run import Settings, interpreter_of
+from adv2_jax.runs.transfer import check_network, load_run
 from adv2_jax.types import Classifier
+
+SOURCE = ("images", "size", "labels", "classes", "sample")  # options of a source of images
 
 
 class Subject(NamedTuple):
@@ -61,6 +66,49 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         snapshots=arguments.snapshots,
     )
     return Subject(model, images, settings, config)
+
+
+class Measured(NamedTuple):
+    """What is measured: network, images, options; and all options of the command line by name."""
+
+    model: Classifier
+    images: curvature.Study
+    options: curvature.Options
+    config: dict[str, Any]
+
+
+def measured_of(arguments: argparse.Namespace) -> Measured:
+    """Assemble the network and the images whose curvature is asked for.
+
+    Raises:
+        ValueError: one line: what is wrong, the value, and what is allowed.
+    """
+    network = model_of(arguments)
+    model = with_masker(network, arguments)
+    config = config_of(arguments)
+    chosen: dict[str, Any] = {"label": arguments.label, "limit": arguments.limit}
+    if arguments.run_directory is None:
+        name = arguments.interpreter or "grad"
+        interpreter = interpreter_of(name)
+        config["images"] = arguments.images or "shapes"
+        source = argparse.Namespace(**vars(arguments) | {"images": config["images"]})
+        reading = source_options(source, getattr(network, "image_size", None))
+        chosen |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
+        images = curvature.of_source(model, data.load(source.images, **reading), **chosen)
+        if isinstance(interpreter, str):
+            interpreter = INTERPRETERS[interpreter]()
+    else:
+        run = load_run(Path(arguments.run_directory))
+        check_network(run, model)
+        name = curvature.interpreter_of_run(run, arguments.interpreter)
+        interpreter = run.interpreters[name]
+        images = curvature.of_run(run, name, **chosen)
+    options = curvature.Options(
+        interpreter=interpreter,
+        score=curvature.SCORES[arguments.score],
+        **{key: getattr(arguments, key) for key in ("tau", "depth", "probes")},
+    )
+    return Measured(model, images, options, config | {"interpreter": name})
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ the slider over the steps. No network is run here, and nothing is needed but Num
 """
 
 from adv2_jax.report.labelled import gallery
-from adv2_jax.report.page import render, write
+from adv2_jax.report.page import render, write, write_curvature
 from adv2_jax.report.pictures import amplified_difference, colour_map, png
 from adv2_jax.report.training import write_training
 
@@ -18,5 +18,6 @@ __all__ = [
     "png",
     "render",
     "write",
+    "write_curvature",
     "write_training",
 ]

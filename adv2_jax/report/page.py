@@ -8,9 +8,10 @@ from string import Template
 from typing import Any
 
 from adv2_jax.files import atomic, check_schema, read_arrays, read_summary
-from adv2_jax.report import cards, tables, words
+from adv2_jax.report import cards, curvature, tables, words
 from adv2_jax.report.pictures import INFERNO
 from adv2_jax.runs.schema import Arrays, Results
+from adv2_jax.runs.store import CURVATURE_FILES
 
 LIMIT = 64  # images shown for each interpreter
 
@@ -29,10 +30,59 @@ def write(directory: Path | str) -> Path:
     """
     folder = Path(directory)
     summary = read_summary(folder)
-    return write_page(folder, render(summary, read_arrays(folder / "results.npz", pictures=LIMIT)))
+    measured = (folder / CURVATURE_FILES[0]).exists()
+    laboratory = curvature.read(folder, pictures=LIMIT) if measured else None
+    arrays = read_arrays(folder / "results.npz", pictures=LIMIT)
+    return write_page(folder, render(summary, arrays, laboratory=laboratory))
 
 
-def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) -> str:
+def write_curvature(directory: Path | str) -> Path:
+    """Write `report.html` from `curvature.json` and `curvature.npz` of a source's images.
+
+    Args:
+        directory: the folder of the two files.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: a file is missing, of another schema, or cannot be read.
+    """
+    folder = Path(directory)
+    laboratory = curvature.read(folder, pictures=LIMIT)
+    summary = laboratory.summary
+    config, counts = summary["config"], summary["counts"]
+    facts = {
+        "Model": config.get("model"),
+        "Images": counts["images"],
+        "Left out, misclassified": counts["left_out"],
+        "Score": config.get("score"),
+        "Width τ": config.get("tau"),
+        "Map": config.get("interpreter"),
+    }
+    body = template("plain.html").substitute(
+        title="Curvature",
+        facts=words.definitions(facts, "facts"),
+        sections=_curvature(laboratory),
+        reproduction=reproduction(summary),
+    )
+    size = laboratory.samples["benign"].images.shape[1:3]
+    return write_page(folder, document("Curvature", body, size))
+
+
+def _curvature(laboratory: curvature.Laboratory) -> str:
+    return section(
+        "curvature", "Curvature of the class score", curvature.content(laboratory), CURVATURE
+    )
+
+
+def render(
+    summary: Mapping[str, Any],
+    arrays: Arrays,
+    *,
+    limit: int = LIMIT,
+    laboratory: curvature.Laboratory | None = None,
+) -> str:
     """Return a run as one HTML page.
 
     Args:
@@ -40,6 +90,7 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
         arrays: the content of `results.npz`, with pictures of at least the first `limit` images;
             only what is there is shown.
         limit: number of images shown for each interpreter; the page says so when it cuts.
+        laboratory: the curvature at its images, if it was measured.
 
     Raises:
         ValueError: the summary has another schema.
@@ -58,6 +109,7 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
     links = [
         ("summary", "Summary"),
         *((key, name) for key, name, *_ in extras),
+        *([] if laboratory is None else [("curvature", "Curvature")]),
         *((subject.anchor, subject.title) for subject in subjects),
         ("reproduce", "Reproduce"),
     ]
@@ -71,7 +123,8 @@ def render(summary: Mapping[str, Any], arrays: Arrays, *, limit: int = LIMIT) ->
         extras="".join(
             section(key, heading, draw(summary[key]), note)
             for key, _, heading, draw, note in extras
-        ),
+        )
+        + ("" if laboratory is None else _curvature(laboratory)),
         controls=template("controls.html").substitute(plain=subjects[0].name("pgd"))
         if subjects and total
         else "",
@@ -118,10 +171,11 @@ def document(title: str, body: str, size: Sequence[int] = (1, 1)) -> str:
 
 
 def section(anchor: str, heading: str, content: str, note: str) -> str:
-    """Return a section of a page, with a note below its content."""
+    """Return a section of a page, with a note below its content where there is one."""
+    below = f'<p class="note">{note}</p>\n' if note else ""
     return (
         f'<section aria-labelledby="{anchor}">\n<h2 id="{anchor}">{heading}</h2>\n{content}\n'
-        f'<p class="note">{note}</p>\n</section>\n'
+        f"{below}</section>\n"
     )
 
 
@@ -152,6 +206,13 @@ def template(name: str) -> Template:
 
 
 INTERVALS = " In small print: 95 % intervals, Wilson's of proportions, bootstrap of means."
+
+CURVATURE = """Means over the images, in units of the score and of the pixel range [0, 1]: 1/255 is
+one pixel value. Exact |λ|: largest eigenvalue of the Hessian of the network as it is, whose ReLUs have no
+curvature. Surrogate |λ|, trace, Frobenius norm and (effective) rank: of the Hessian that an attack on GRAD
+follows, with a curved second derivative. |λ| / |∇s|: by about this much times its length a step turns the
+gradient. Map σ: largest singular value of the map's derivative, how fast a map can move. In small print:
+95 % intervals."""
 
 # Sections of what a summary may have: its key, name in the navigation, heading, table, note.
 EXTRAS = (

@@ -1,6 +1,7 @@
 """Tables of a page: measures with their intervals, paired differences, transfer, map quality."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from html import escape
 from itertools import groupby
 from typing import Any
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from adv2_jax.report import words
 from adv2_jax.report.pictures import colour_map
-from adv2_jax.runs.schema import Row, attack_name, columns
+from adv2_jax.runs.schema import CURVATURE, Row, attack_name, columns
 
 SETTINGS = ("threat", "target_map", "model")  # columns only where rows differ
 
@@ -132,6 +133,51 @@ def quality(rows: Sequence[Row]) -> str:
         for interpreter, *numbers in (row.values() for row in rows)
     ]
     return _plain("Quality table", [words.heading(key) for key in rows[0]], lines)
+
+
+def curvature(rows: Sequence[Row]) -> str:
+    """Draw means of curvature with their intervals: a line for each set of images."""
+    keys = ["n", *(["failed"] if any(row["failed"] for row in rows) else [])]
+    keys += [one.key for one in CURVATURE]
+    lines = [
+        _line(attack_name(row["images"], None), [_with_interval(row, key) for key in keys])
+        for row in rows
+    ]
+    return _table("Curvature table", ["At images", *map(_heading, keys)], [lines])
+
+
+def fidelity(numbers: Mapping[str, Any]) -> str:
+    """Draw cosine and norm ratio of surrogates with secants: a column for each step."""
+    lines = [
+        [
+            name,
+            *(
+                f"{words.number(a, 2)} ({words.number(b, None)})"
+                for a, b in zip(*pair, strict=True)
+            ),
+        ]
+        for name, *pair in zip(
+            numbers["surrogates"], numbers["cosine"], numbers["ratio"], strict=True
+        )
+    ]
+    headings = ["Cosine (norm ratio) at a step of", *(str(Fraction(h)) for h in numbers["steps"])]
+    return _plain("Fidelity of surrogates", headings, lines)
+
+
+def correlation(rows: Sequence[Row]) -> str:
+    """Draw rank correlations of curvature with what attacks leave of maps."""
+    lines = [
+        [
+            _heading(row["measure"]),
+            attack_name(row["attack"], None),
+            words.number(row["n"], 0),
+            words.number(row["spearman"], 2, sign="+"),
+            " to ".join(words.number(end, 2, sign="+") for end in row["ci"] or ()) or words.DASH,
+        ]
+        for row in rows
+    ]
+    headings = ["At the benign image", "Map L1 of", "Images", "Spearman", "95 % interval"]
+    return _plain("Correlation with map distances", headings, lines)
 
 
 def _paired_keys() -> list[str]:

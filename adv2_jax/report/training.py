@@ -31,13 +31,16 @@ def write_training(directory: Path | str) -> Path:
     }
     facts |= {key: words.number(one, 4) for key, one in accuracies.items() if one is not None}
     loss, rows = charts.over_steps("loss", summary["losses"]), summary.get("quality")
-    body = page.template("training.html").substitute(
+    curve = charts.chart([loss], anchor="curve", title="Loss of a step", limits=[0.0])
+    curve += charts.legend([loss], "Band: smallest to largest.")
+    sections = page.section("loss", "Loss", curve, "")
+    if rows:
+        quality = tables.quality(rows)
+        sections += page.section("quality", "Do the maps explain?", quality, QUALITY)
+    body = page.template("plain.html").substitute(
+        title="Training",
         facts=words.definitions(facts, "facts"),
-        curve=charts.chart([loss], anchor="curve", title="Loss of a step", limits=[0.0])
-        + charts.legend([loss], "Band: smallest to largest."),
-        quality=page.section("quality", "Do the maps explain?", tables.quality(rows), QUALITY)
-        if rows
-        else "",
+        sections=sections,
         reproduction=page.reproduction(summary),
     )
     return page.write_page(folder, page.document("Training", body))

@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from adv2_jax.runs.schema import as_text
+
 DASH = "–"
 
 INTERPRETERS = {  # name, and what the map shows
@@ -46,11 +48,11 @@ def heading(key: str) -> str:
     return "IoU" if key == "iou" else key.replace("_", " ").capitalize()
 
 
-def number(value: float | None, decimals: int, *, sign: str = "") -> str:
+def number(value: float | None, decimals: int | None, *, sign: str = "") -> str:
     """Return a rounded number, or a dash where there is none; with `sign="+"` always signed."""
     if value is None or not math.isfinite(value):
         return DASH
-    return f"{value:{sign},.{decimals}f}".replace("-", "−")  # as wide as the plus
+    return as_text(value, decimals, f"{sign},").replace("-", "−")  # as wide as the plus
 
 
 def text(value: object) -> str:

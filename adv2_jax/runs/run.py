@@ -43,7 +43,7 @@ from adv2_jax.runs.schema import (
     row,
 )
 from adv2_jax.runs.select import Selection, select
-from adv2_jax.runs.store import MEASURE, SECONDS, Part, Store
+from adv2_jax.runs.store import CURVATURE_FILES, MEASURE, SECONDS, Part, Store
 from adv2_jax.threats import Threat
 from adv2_jax.types import Classifier
 
@@ -52,7 +52,7 @@ Progress = Callable[[int, int, int], OnStep]
 TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 # of the command line, but not of the results: may change when a run is resumed
-UNRELATED = ("command", "out", "resume", "overwrite", "quiet", "table")
+UNRELATED = ("command", "out", "run_directory", "resume", "overwrite", "quiet", "table")
 CURVE_POINTS = 100  # at most
 
 
@@ -182,7 +182,7 @@ def run(
     store = Store(directory, identity(config or {}, prints), parts)
     # what an interrupted run left may be damaged
     reading = partial(intact, directory) if resume else nullcontext
-    try:
+    with store.kept():
         store.begin(resume=resume)
         _attack_all(model, task, jobs, settings, store, progress)
         with reading():
@@ -213,14 +213,12 @@ def run(
             "rows": rows,
             "paired": differences,
         }
+        # what was measured on the images of a run that is replaced
+        for name in CURVATURE_FILES:
+            (directory / name).unlink(missing_ok=True)
         write_summary(directory, summary)
         with reading():
             publish(directory)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(store.resume_hint()) from None
-    except OSError as error:  # of the summary, or of what is published
-        hint = store.resume_hint()
-        raise ValueError(f"cannot write to {directory}: {error.strerror}{hint}") from None
     store.remove()
     return Outcome(rows, differences, selection.left_out, lost)
 
@@ -533,7 +531,7 @@ def _rows(
     """Return two rows an interpreter, how they differ, and which images [N] failed somewhere."""
     job_of = {part[:2]: job for job in jobs for part in job.parts(0)}
     rows, differences, failed = [], [], []
-    for name in dict.fromkeys(part.interpreter for part in store.parts):
+    for name in dict.fromkeys(part[0] for part in store.parts):
         head = {"interpreter": name, "threat": settings.threat.name}
         measures = {kind: store.measures(name, kind) for kind in ATTACKS}
         for kind, numbers in measures.items():

@@ -4,7 +4,7 @@ Every key has its one owner here. To add a measure, add a row to `MEASURES`: sum
 and report read it there.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,25 +63,40 @@ class Evaluated(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """A number of a row and its display: heading, decimals, factor from the row to the page."""
+    """A number of a row and its display: heading, decimals, factor from the row to the page.
+
+    Without decimals it is shown by three significant digits: its size depends on the network.
+    """
 
     key: str
     heading: str
-    decimals: int = field(default=3, kw_only=True)
+    decimals: int | None = field(default=3, kw_only=True)
     factor: float = field(default=1.0, kw_only=True)
 
 
 @dataclass(frozen=True)
-class Measure(Column):
-    """A number for each image, and how those of all images make one of a row.
+class Total(Column):
+    """A column that sums up a number of each image.
+
+    Attributes:
+        total: numbers of the images that did not fail -> the number of the row.
+        of_successes: whether only images on which the attack succeeds count.
+        interval: whether the row holds its 95 % interval.
+    """
+
+    total: Callable[[NDArray[Any]], Any] = field(default=np.mean, kw_only=True)
+    of_successes: bool = field(default=False, kw_only=True)
+    interval: bool = field(default=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class Measure(Total):
+    """A number for each image that is computed from what an attack made of it.
 
     Attributes:
         function: -> [N] numbers, or booleans for a proportion.
         of: its arguments, entries of `Evaluated`; where one is None, it is not measured.
         direction: "↑" if larger is better for the adversary, "↓" if smaller is.
-        total: numbers of the images that did not fail -> the number of the row.
-        of_successes: whether only images on which the attack succeeds count.
-        interval: whether the row holds its 95 % interval.
         paired: whether ADV² is compared with PGD image by image, and maps are in a transfer.
         page_only: whether it is left out of the table after a run, and of its log.
     """
@@ -89,9 +104,6 @@ class Measure(Column):
     function: Callable[..., ArrayLike]
     of: tuple[str, ...]
     direction: str = field(default="", kw_only=True)
-    total: Callable[[NDArray[Any]], Any] = field(default=np.mean, kw_only=True)
-    of_successes: bool = field(default=False, kw_only=True)
-    interval: bool = field(default=True, kw_only=True)
     paired: bool = field(default=False, kw_only=True)
     page_only: bool = field(default=False, kw_only=True)
 
@@ -162,6 +174,19 @@ MEASURES = (
         page_only=True,
     ),
 )
+# of a set of images; the numbers of each image are arrays of `Examined`
+CURVATURE = tuple(
+    Total(key, heading, decimals=None)
+    for key, heading in {
+        "softmax_top": "Exact |λ|",
+        "surrogate_top": "Surrogate |λ|",
+        "trace": "Trace",
+        "frobenius": "Frobenius",
+        "effective_rank": "Rank",
+        "normalised": "|λ| / |∇s|",
+        "map_jacobian": "Map σ",
+    }.items()
+)
 COUNTS = (Column("n", "Images", decimals=0), Column("failed", "Failed", decimals=0))
 COSTS = (
     Column("gradient_evaluations", "Gradients", decimals=1),
@@ -171,7 +196,12 @@ COSTS = (
 
 def columns() -> dict[str, Column]:
     """Return all columns of numbers that a row may have, by key, in the order of a page."""
-    return {column.key: column for column in (*COUNTS, *MEASURES, *COSTS)}
+    return {column.key: column for column in (*COUNTS, *MEASURES, *CURVATURE, *COSTS)}
+
+
+def as_text(value: float, decimals: int | None, form: str = "") -> str:
+    """Return a number rounded to decimals, or to three significant digits; `form` as of Python."""
+    return f"{float(f'{value:.3g}'):{form}g}" if decimals is None else f"{value:{form}.{decimals}f}"
 
 
 def measure(evaluated: Evaluated) -> dict[str, NDArray[Any]]:
@@ -230,12 +260,46 @@ def interval(values: ArrayLike, *, seed: int = 0, confidence: float = 0.95) -> l
     return [float(ends.low), float(ends.high)]
 
 
-def row(measures: Measures, *, seed: int | None = None) -> Row:
+def rank_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Row:
+    """Return Spearman's rank correlation of two numbers of the same images, with its interval.
+
+    Args:
+        x, y: [N]; images on which one of them is not finite do not count.
+        seed: of the bootstrap, which draws images.
+
+    Returns:
+        `n`, `spearman`, and `ci`, the 95 % percentile interval; both None where they say nothing:
+        of fewer than three images, or where one of the numbers is the same for all.
+    """
+    from scipy.stats import rankdata
+
+    def spearman(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
+        # as `scipy.stats.spearmanr`, but for all resamples [R, N] at a time
+        x, y = (rankdata(values, axis=-1) for values in (a, b))
+        x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+        size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        # a resample may hold copies of one image only
+        return np.asarray((x * y).sum(-1) / np.where(size > 0, size, np.nan))
+
+    pairs = np.stack([np.asarray(x, float), np.asarray(y, float)])
+    a, b = pairs[:, np.isfinite(pairs).all(0)]
+    n = len(a)
+    if n < 3 or not np.isfinite(value := spearman(a, b)):
+        return {"n": n, "spearman": None, "ci": None}
+    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    ends = np.nanquantile(spearman(a[drawn], b[drawn]), [0.025, 0.975])
+    return {"n": n, "spearman": float(value), "ci": ends.tolist()}
+
+
+def row(
+    measures: Measures, *, seed: int | None = None, totals: Sequence[Total] | None = None
+) -> Row:
     """Return the numbers of a row: totals over the `n` images that did not fail.
 
     Args:
-        measures: as `measure` returns them.
+        measures: [N] numbers by key, `failed` among them, as `measure` returns them.
         seed: of the bootstrap; without it there are no intervals.
+        totals: what to sum up; `MEASURES` unless given.
 
     Returns:
         `n`; `failed`, the number of images that did; a total for each measure, None where there
@@ -244,7 +308,7 @@ def row(measures: Measures, *, seed: int | None = None) -> Row:
     good = ~measures["failed"]
     numbers: Row = {"n": int(good.sum()), "failed": int((~good).sum())}
     intervals = {}
-    for one in MEASURES:
+    for one in MEASURES if totals is None else totals:
         if one.key in measures:
             counted = good & measures["asr"] if one.of_successes else good
             values = measures[one.key][counted]
@@ -300,7 +364,7 @@ class View:
         return [entry for entry in vars(cls).values() if isinstance(entry, Entry)]
 
     @classmethod
-    def named(cls, prefix: str = "", **values: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
+    def named(cls, prefix: str = "", /, **values: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
         """Return arrays under the names that the file has for them; None is left out."""
         names = {entry.name for entry in cls.entries()}
         assert names.issuperset(values), f"{set(values) - names} has no place in {cls.__name__}"
@@ -346,6 +410,50 @@ class Attacked(View):
     snapshot_images = OptionalEntry()  # uint8 [M, T, H, W, 3]
     snapshot_maps = OptionalEntry()  # [M, T, h, w]
     snapshot_confidence = OptionalEntry()  # [M, T]
+
+
+class Examined(View):
+    """The curvature at a set of images, as `runs.curvature.examine` measures it; N images.
+
+    "Softmax" is of the exact Hessian of the score, "surrogate" of the Hessian with a curved ReLU,
+    both in units of the score per squared unit of pixel value. Cosines are absolute values.
+    """
+
+    images = Entry()  # uint8 [N, H, W, 3]
+    classes = Entry()  # [N], whose score it is
+    failed = Entry()  # bool [N]; everything else of an image that failed is NaN
+    softmax_values = Entry()  # [N, r], the largest eigenvalues by absolute value
+    softmax_vector = Entry()  # [N, H, W, 3], eigenvector of the first; 0 where it is 0
+    softmax_residual = Entry()  # [N], ‖H v - λ v‖
+    softmax_top = Entry()  # [N], the largest absolute value
+    surrogate_value = Entry()  # [N], eigenvalue of the largest absolute value
+    surrogate_vector = Entry()  # [N, H, W, 3], its eigenvector
+    surrogate_residual = Entry()  # [N]
+    surrogate_top = Entry()  # [N], its absolute value
+    trace = Entry()  # [N], of the surrogate
+    trace_error = Entry()  # [N], standard error
+    frobenius = Entry()  # [N]
+    frobenius_error = Entry()  # [N]
+    effective_rank = Entry()  # [N]
+    effective_rank_error = Entry()  # [N]
+    gradient_norm = Entry()  # [N], ‖∇s‖
+    normalised = Entry()  # [N], surrogate_top / gradient_norm
+    map_jacobian = Entry()  # [N], largest singular value of the map's Jacobian
+    map_residual = Entry()  # [N]
+    density_nodes = Entry()  # [N, probes, depth], of the surrogate's network term
+    density_weights = Entry()  # [N, probes, depth], those of a probe sum to 1
+    softmax_cosine_gradient = Entry()  # [N], of softmax_vector and ∇s
+    surrogate_cosine_gradient = Entry()  # [N]
+    softmax_cosine_change = OptionalEntry()  # [N], and x' - x, of attacked images
+    surrogate_cosine_change = OptionalEntry()  # [N]
+    map_l1 = OptionalEntry()  # [N], of the attack's map from the target map
+
+
+class Compared(View):
+    """The fidelity of S surrogates to secants of T steps, of F images (`curvature.fidelity`)."""
+
+    cosine = Entry()  # [F, S, T]
+    ratio = Entry()  # [F, S, T], norm of the surrogate's product over the secant's
 
 
 SHARED = {entry.name for entry in Attacked.entries() if isinstance(entry, SharedEntry)}

@@ -2,14 +2,14 @@
 
 DIR/batches/settings.json says what the run was asked for, DIR/batches/INTERPRETER.ATTACK/00000.npz
 is a finished part, and DIR/log.jsonl has a line for each. All are written atomically, and removed,
-but for the log, when the run is over.
+but for the log, when the run is over. `Parts` serves other work of many parts as well.
 """
 
 import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,10 @@ from adv2_jax.identity import changes
 from adv2_jax.runs import schema
 from adv2_jax.runs.schema import SHARED, Arrays, row
 
-FOLDER = "batches"
+FOLDER, SETTINGS = "batches", "settings.json"
 # exists from the first finished part until the run is over
-UNFINISHED = f"{FOLDER}/settings.json"
+UNFINISHED = f"{FOLDER}/{SETTINGS}"
+CURVATURE_FILES = ("curvature.json", "curvature.npz")  # beside those of a run
 MEASURE = "measure/"  # before a key: [B] numbers, one an image of the part
 SECONDS = f"{MEASURE}seconds"  # [1], of the part
 ROWS = 64  # entries of a whole array that are compressed and written at a time
@@ -38,28 +39,40 @@ class Part(NamedTuple):
     batch: int
 
 
-class Store:
+AnyPart = tuple[Any, ...]  # names, the first of them before its arrays, and a number
+
+
+class Parts:
     """The parts of one run; only one array of one part is held in memory, whatever their number.
 
     Args:
         directory: of the run.
         settings: what was asked for, by name, as JSON reads it; a run goes on with equal settings
             only.
-        parts: all that the run is made of, in the order of the results: the batches of a row follow
+        parts: all that the run is made of, in the order of the results: those of equal names follow
             each other.
+        folder: name of the folder of finished parts.
+        results: name of the file that the parts become.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any], parts: Sequence[Part]):
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, Any],
+        parts: Sequence[AnyPart],
+        *,
+        folder: str = FOLDER,
+        results: str = "results.npz",
+    ):
         self.directory, self.parts = directory, parts
-        self._folder, self._log = directory / FOLDER, directory / "log.jsonl"
-        self._settings_path = directory / UNFINISHED
+        self._folder, self._results = directory / folder, results
+        self._settings_path = self._folder / SETTINGS
         self._settings = dict(settings)
 
     def begin(self, *, resume: bool) -> None:
         """Check that there is a run to resume, or none that a new one would overwrite.
 
-        Starting and resuming are both explicit: a forgotten flag cannot cost a run. The log of a
-        resumed run is written again: its last line may be missing or cut short.
+        Starting and resuming are both explicit: a forgotten flag cannot cost a run.
 
         Raises:
             ValueError: the directory holds an unfinished run although `resume` is False, none
@@ -78,21 +91,18 @@ class Store:
                 was = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
-            lines = [self._line(part) for part in self.parts if self.has(part)]
-            with self._writing(self._log), atomic(self._log, "w") as log:
-                log.writelines(lines)
 
-    def has(self, part: Part) -> bool:
+    def has(self, part: AnyPart) -> bool:
         """Return whether a part is finished."""
         return self._path(part).exists()
 
-    def save(self, part: Part, arrays: Arrays) -> None:
-        """Write a finished part, and its line of the log.
+    def save(self, part: AnyPart, arrays: Arrays) -> None:
+        """Write a finished part.
 
         Args:
             part: which.
-            arrays: those of the results, by their names below the interpreter's; `measure/...`, and
-                among them the seconds.
+            arrays: those of the results, by their names below the part's first name; and
+                `measure/...`, which the results are without.
 
         Raises:
             ValueError: names the file and why it cannot be written.
@@ -101,27 +111,25 @@ class Store:
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._settings_path.exists():
-                self._log.unlink(missing_ok=True)
                 with atomic(self._settings_path, "w") as file:
                     json.dump(self._settings, file, indent=2)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
-            with self._log.open("a", encoding="utf-8") as log:
-                log.write(self._line(part))
 
-    def measures(self, interpreter: str, attack: str) -> dict[str, NDArray[Any]]:
-        """Return numbers [N] by key, one an image; `seconds` has one a part."""
-        parts = [self._measures(part) for part in self.parts if part[:2] == (interpreter, attack)]
+    def read(self, names: Sequence[str], wanted: Callable[[str], bool]) -> dict[str, NDArray[Any]]:
+        """Return arrays of all parts of these names, joined along the first axis."""
+        paths = [self._path(part) for part in self.parts if part[:-1] == tuple(names)]
+        parts = [read_arrays(path, wanted) for path in paths]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def write_results(self, whole: Arrays) -> None:
-        """Write results.npz: the arrays of all images, then those of the parts.
+        """Write the results: some arrays of the whole run, then those of the parts.
 
         Raises:
             ValueError: names the file and why it cannot be written.
         """
         # written in the folder of parts: what a kill leaves of it is removed with the folder
-        written, results = self._folder / "results.npz", self.directory / "results.npz"
+        written, results = self._folder / self._results, self.directory / self._results
         with self._writing(results):
             write_streams(written, self._streams(whole))
             os.replace(written, results)
@@ -142,10 +150,75 @@ class Store:
             return ""
         return f"; {n} of {len(self.parts)} parts are kept, --resume goes on from them"
 
-    def _path(self, part: Part) -> Path:
-        return self._folder / f"{part.interpreter}.{part.attack}" / f"{part.batch:05d}.npz"
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Say, when the block is interrupted or cannot write, what is finished and how to go on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.resume_hint()) from None
+        except OSError as error:
+            hint = self.resume_hint()
+            raise ValueError(f"cannot write to {self.directory}: {error.strerror}{hint}") from None
 
-    def _measures(self, part: Part) -> dict[str, NDArray[Any]]:
+    def _path(self, part: AnyPart) -> Path:
+        *names, number = part
+        return self._folder / ".".join(names) / f"{number:05d}.npz"
+
+    def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
+        for name, values in whole.items():
+            blocks = (values[i : i + ROWS] for i in range(0, len(values), ROWS))
+            yield name, Stream(values.shape, values.dtype, blocks)
+        for (prefix, *_), parts in groupby(self.parts, key=lambda part: part[:-1]):
+            headers = {path: stored(path) for path in map(self._path, parts)}
+            for name in next(iter(headers.values())):
+                if not name.startswith(MEASURE):
+                    yield f"{prefix}/{name}", _join(name, headers)
+
+    @contextlib.contextmanager
+    def _writing(self, path: Path) -> Iterator[None]:
+        """Turn an error of the disk into one line; leave no folder of parts without a part."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
+
+
+class Store(Parts):
+    """The parts of an attack, with a log: `DIR/log.jsonl` has a line for each finished part."""
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / "log.jsonl"
+
+    def begin(self, *, resume: bool) -> None:
+        """Check as `Parts.begin`; write the log of a resumed run again.
+
+        Its last line may be missing or cut short.
+        """
+        super().begin(resume=resume)
+        if resume:
+            lines = [self._line(part) for part in self.parts if self.has(part)]
+            with self._writing(self._log), atomic(self._log, "w") as log:
+                log.writelines(lines)
+
+    def save(self, part: AnyPart, arrays: Arrays) -> None:
+        """Write a finished part with its measures, `seconds` among them; and its line of the log.
+
+        Raises:
+            ValueError: names the file and why it cannot be written.
+        """
+        new = not self._settings_path.exists()
+        super().save(part, arrays)
+        with self._writing(self._log), self._log.open("w" if new else "a", encoding="utf-8") as log:
+            log.write(self._line(part))
+
+    def measures(self, interpreter: str, attack: str) -> dict[str, NDArray[Any]]:
+        """Return numbers [N] by key, one an image; `seconds` has one a part."""
+        parts = [self._measures(part) for part in self.parts if part[:2] == (interpreter, attack)]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _measures(self, part: AnyPart) -> dict[str, NDArray[Any]]:
         path = self._path(part)
         measures = read_arrays(path, lambda name: name.startswith(MEASURE))
         with intact(path):
@@ -158,33 +231,15 @@ class Store:
                     raise ValueError(f"{name} has numbers that are not finite")
         return {name.removeprefix(MEASURE): values for name, values in measures.items()}
 
-    def _line(self, part: Part) -> str:
+    def _line(self, part: AnyPart) -> str:
         measures = self._measures(part)
         with intact(self._path(part)):
             numbers = row(measures) | {"seconds": float(measures["seconds"][0])}
         logged = [one.key for one in schema.MEASURES if not one.page_only and one.key in numbers]
-        line = part._asdict()
+        line = dict(zip(Part._fields, part, strict=True))
         for key in ("n", "failed", *logged, "seconds"):
             line[key] = None if numbers[key] is None else round(numbers[key], 6)
         return json.dumps(line) + "\n"
-
-    def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
-        for name, values in whole.items():
-            blocks = (values[i : i + ROWS] for i in range(0, len(values), ROWS))
-            yield name, Stream(values.shape, values.dtype, blocks)
-        for (interpreter, _), parts in groupby(self.parts, key=lambda part: part[:2]):
-            headers = {path: stored(path) for path in map(self._path, parts)}
-            for name in next(iter(headers.values())):
-                if not name.startswith(MEASURE):
-                    yield f"{interpreter}/{name}", _join(name, headers)
-
-    @contextlib.contextmanager
-    def _writing(self, path: Path) -> Iterator[None]:
-        """Turn an error of the disk into one line; leave no folder of parts without a part."""
-        try:
-            yield
-        except OSError as error:
-            raise ValueError(f"cannot write {path}: {error.strerror}{self.resume_hint()}") from None
 
 
 def _join(name: str, headers: Mapping[Path, Headers]) -> Stream:

@@ -1,6 +1,7 @@
 """The tables of the paper, each by one run and a choice of its columns."""
 
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,12 +10,18 @@ from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
 from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
-from adv2_jax.runs.schema import COSTS, Row, attack_name, columns
+from adv2_jax.runs.schema import COSTS, Row, as_text, attack_name, columns
 from adv2_jax.runs.store import UNFINISHED
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
 
-NAMES = ("interpreter", "attack", "made against")  # headings of columns without numbers
+NAMES = (
+    "interpreter",
+    "attack",
+    "made against",
+    "images",
+    "surrogate",
+)  # headings of columns without numbers
 
 
 class Table(NamedTuple):
@@ -103,6 +110,24 @@ def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     return _sheet(title, ["made against", "interpreter"], names, keys, rows)
 
 
+def by_curvature(rows: Sequence[Row]) -> Sheet:
+    """Return a line for each set of images, of means."""
+    names = [[attack_name(row["images"], None)] for row in rows]
+    keys = [one.key for one in schema.CURVATURE]
+    title = "Curvature: exact and surrogate Hessian, and the map's Jacobian"
+    return _sheet(title, ["images"], names, keys, rows, spread=False)
+
+
+def by_fidelity(fidelity: Mapping[str, Any]) -> Sheet:
+    """Return a line for each surrogate: median cosine with the true network, by step."""
+    lines = [
+        [name, *("-" if one is None else as_text(one, 2) for one in cosines)]
+        for name, cosines in zip(fidelity["surrogates"], fidelity["cosine"], strict=True)
+    ]
+    title = "Cosine of surrogate Hessians with steps of so many pixel values"
+    return Sheet(title, ["surrogate", *map(str, map(Fraction, fidelity["steps"]))], lines)
+
+
 def _sheet(
     title: str,
     headings: Sequence[str],
@@ -126,7 +151,7 @@ def _cell(row: Row, key: str, spread: bool) -> str:
 
 
 def _number(key: str, value: float | None) -> str:
-    return "-" if value is None else f"{value:.{columns()[key].decimals}f}"
+    return "-" if value is None else as_text(value, columns()[key].decimals)
 
 
 def make_table(

@@ -11,7 +11,7 @@ import numpy as np
 
 from adv2_jax import metrics
 from adv2_jax.attacks import explain
-from adv2_jax.files import Headers, atomic, intact, read_summary, write_summary
+from adv2_jax.files import Headers, intact, read_summary, restored, write_summary
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.interpreters import Interpreter
 from adv2_jax.presets import from_dict
@@ -223,14 +223,8 @@ def add(
     run: Run, *, publish: Callable[[Path], object] = lambda directory: None, **entries: Any
 ) -> None:
     """Add entries to the summary of a run, and publish it; if that fails, it stays as it was."""
-    summary = run.directory / "summary.json"
     # to the byte: what was published of it stays true
-    before = summary.read_bytes()
-    write_summary(run.directory, run.summary | entries)
-    try:
+    with restored(run.directory / "summary.json"):
+        write_summary(run.directory, run.summary | entries)
         with intact(run.directory):
             publish(run.directory)
-    except BaseException:
-        with atomic(summary) as file:
-            file.write(before)
-        raise
