@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,13 @@ from adv2_jax.runs import curvature as laboratory
 from adv2_jax.runs import schema
 from adv2_jax.runs.curvature import Options, of_source, study
 from adv2_jax.runs.schema import Compared, Examined, rank_correlation
+from adv2_jax.runs.transfer import add, load_run
 
 N, K, SIDE, DEPTH, PROBES = 3, 10, 8, 24, 8
 TAU = 0.3  # wide: the tiny network has few neurons near a kink
+SHORT = ["--interpreter", "cam", "--preset", "quick", "--steps", "8", "--snapshots", "0", "--quiet"]
 SAMPLES = ["benign", "pgd", "adv2"]
-OPTIONS = Options(grad_interpreter(), tau=TAU, depth=DEPTH, probes=PROBES)
+OPTIONS = Options(cam_interpreter(), tau=TAU, depth=DEPTH, probes=PROBES)
 NUMBERS = ["--tau", str(TAU), "--depth", str(DEPTH), "--probes", str(PROBES), "--compare", "1"]
 NETWORK = """
 import jax
@@ -40,9 +43,14 @@ from test_curvature_run import network
 
 class Deaf:
     def logits(self, image):
-        return jnp.maximum(image.reshape(-1, 12) - 0.5, 0).sum(0)
+        return jnp.maximum(2 * image.reshape(-1, 12), 0).sum(0)
+
+class Smooth:
+    def logits(self, image, act=None):
+        return jnp.tanh(image.reshape(-1, 12)).sum(0)
 
 jax.tree_util.register_static(Deaf)
+jax.tree_util.register_static(Smooth)
 """
 
 
@@ -65,6 +73,20 @@ def network(seed=0):
     return Fragile(tuple(kernels), 6 * weights)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def coarse():
+    """Pictures of few pixels, which take a fraction of the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "DPI", 20)
+        yield
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """No pictures."""
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+
+
 @pytest.fixture(scope="module")
 def model():
     return network()
@@ -82,11 +104,6 @@ def folder(model, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def image_set(folder):
-    return ImageSet(**read_arrays(folder / "images.npz"))
-
-
 def of(folder, name="network"):
     """The words that name the network."""
     return ["--model", f"{folder}/own.py:{name}"]
@@ -97,8 +114,8 @@ def attacked(folder, tmp_path_factory):
     """A finished run that was not measured yet."""
     out = tmp_path_factory.mktemp("attacked") / "run"
     words = [*of(folder), "--images", f"{folder}/images.npz", "--epsilon", "0.1"]
-    words += ["--interpreter", "cam", "grad", "--preset", "quick", "--steps", "8", "--quiet"]
-    assert cli.main(["attack", *words, "--snapshots", "0", "--out", str(out)]) == 0
+    words += [*SHORT]
+    assert cli.main(["attack", *words, "--out", str(out)]) == 0
     return out
 
 
@@ -134,7 +151,7 @@ def test_files_of_a_run_hold_every_key(measured, attacked):
     np.testing.assert_allclose(fidelity["cosine"], arrays["fidelity/cosine"][0], rtol=1e-6)
     assert fidelity["widths"][fidelity["surrogates"].index("relu_curved 0.01")] == 0.01
     assert summary["counts"] == {"images": N, "left_out": 0, "failed": 0}
-    assert summary["config"]["interpreter"] == "grad" and summary["schema"] == 1
+    assert summary["config"]["interpreter"] == "cam" and summary["schema"] == 1
     names = {f"{name}/{entry.name}" for name in SAMPLES for entry in Examined.entries()}
     names -= {f"benign/{name}" for name in ("map_l1", *CHANGES)}
     names |= {f"fidelity/{entry.name}" for entry in Compared.entries()} | {"indices"}
@@ -149,7 +166,7 @@ def test_files_of_a_run_hold_every_key(measured, attacked):
     }.items():
         assert arrays[f"adv2/{name}"].shape == expected
     run = read_arrays(attacked / "results.npz")
-    np.testing.assert_array_equal(arrays["adv2/images"], run["grad/adv2/images"])
+    np.testing.assert_array_equal(arrays["adv2/images"], run["cam/adv2/images"])
     np.testing.assert_array_equal(arrays["benign/classes"], run["labels"])
     np.testing.assert_array_equal(arrays["pgd/classes"], run["targets"])
     # everything of the run itself is as it was
@@ -160,26 +177,27 @@ def test_files_of_a_run_hold_every_key(measured, attacked):
 CHANGES = ("softmax_cosine_change", "surrogate_cosine_change")
 
 
-def dense(model, image, label, act=None):
-    """The Hessian of the log-odds as a matrix."""
-    options = {} if act is None else {"act": act}
+@partial(jax.jit, static_argnames="act")
+def dense(model, image, label, act=relu):
+    """The Hessian of the log-odds as a matrix, and the gradient."""
 
     def score(x):
-        features = model.features(x.reshape(SIDE, SIDE, 3), **options)
-        return log_odds(model.head(features), label)
+        return log_odds(model.head(model.features(x.reshape(SIDE, SIDE, 3), act)), label)
 
-    flat = image.ravel()
-    return np.asarray(jax.jit(jax.hessian(score))(flat)), np.asarray(jax.grad(score)(flat))
+    return jax.hessian(score)(image.ravel()), jax.grad(score)(image.ravel())
+
+
+def curved(z):
+    return relu_curved(z, TAU)
 
 
 def test_numbers_are_those_of_dense_hessians(measured, model):
     arrays = arrays_of(measured)
-    act = Partial(relu_curved, tau=TAU)
     for name in ("benign", "adv2"):
         sample, i = Examined(arrays, f"{name}/"), 1
         image = jnp.asarray(sample.images[i] / np.float32(255))
-        exact, slope = dense(model, image, int(sample.classes[i]))
-        surrogate, _ = dense(model, image, int(sample.classes[i]), act)
+        exact, slope = map(np.asarray, dense(model, image, sample.classes[i]))
+        surrogate = np.asarray(dense(model, image, sample.classes[i], curved)[0])
         values = np.linalg.eigvalsh(exact)
         largest = np.abs(values).max()
         # float32: six digits of the largest
@@ -224,7 +242,7 @@ def test_map_jacobian_is_its_largest_singular_value(measured, model):
     def draw(x):
         shaped = x.reshape(SIDE, SIDE, 3)
         label = int(sample.classes[i])
-        return grad_interpreter().surrogate(model, shaped, label, context).map.ravel()
+        return cam_interpreter().surrogate(model, shaped, label, context).map.ravel()
 
     image = jnp.asarray(sample.images[i] / np.float32(255)).ravel()
     true = np.linalg.norm(np.asarray(jax.jit(jax.jacfwd(draw))(image)), 2)
@@ -278,6 +296,7 @@ def test_correlation_is_spearmans(measured):
     assert rank_correlation(np.ones(5), np.arange(5))["ci"] is None
 
 
+@pytest.mark.slow
 def test_batches_of_accelerators_give_the_same_numbers(measured, model):
     """There all images of a batch are one program."""
     sample = Examined(arrays_of(measured), "adv2/")
@@ -312,7 +331,7 @@ def test_many_classes_are_iterated(measured, model, monkeypatch):
 
 
 def test_interrupted_measurement_goes_on_to_the_same_bytes(
-    folder, attacked, measured, tmp_path, capsys, monkeypatch
+    folder, attacked, measured, tmp_path, capsys, monkeypatch, plain
 ):
     run = tmp_path / "run"
     shutil.copytree(attacked, run)
@@ -355,7 +374,7 @@ def test_interrupted_measurement_goes_on_to_the_same_bytes(
 
 
 def test_what_cannot_be_published_leaves_the_run_as_it_was(
-    model, image_set, measured, tmp_path, folder, capsys, monkeypatch
+    measured, tmp_path, folder, capsys, monkeypatch, plain
 ):
     run = tmp_path / "run"
     shutil.copytree(measured, run)
@@ -394,15 +413,15 @@ def test_a_source_is_measured_into_a_folder_of_its_own(folder, tmp_path, capsys)
 
 def test_options_of_the_command_are_those_of_the_measurement(folder, attacked):
     source = ["curvature", *of(folder), "--images", f"{folder}/images.npz", "--out", "out"]
-    words = ["--interpreter", "cam", "--score", "cross_entropy", "--depth", "5"]
+    words = ["--score", "cross_entropy", "--depth", "5"]
     asked = cli.subject.measured_of(parser().parse_args([*source, *words]))
-    assert asked.options == Options(cam_interpreter(), cross_entropy, depth=5)
-    assert asked.config["interpreter"] == "cam"
+    assert asked.options == Options(grad_interpreter(), cross_entropy, depth=5)
+    assert asked.config["interpreter"] == "grad" and asked.config["images"] == source[4]
     labels = read_arrays(folder / "images.npz")["labels"]
     np.testing.assert_array_equal(asked.images.samples[0].classes, labels)
     run = ["curvature", str(attacked), *of(folder), "--label", "true", "--limit", "2"]
     asked = cli.subject.measured_of(parser().parse_args(run))
-    assert asked.options.interpreter.name == "grad"
+    assert asked.options.interpreter.name == "cam"  # the first: there is no GRAD
     for sample in asked.images.samples:
         np.testing.assert_array_equal(sample.classes, labels[:2])
 
@@ -418,9 +437,11 @@ BAD = {
     "without a finished run, --out DIR says where to write": (False, []),
     "--out is not for a finished run": (True, ["--out", "elsewhere"]),
     "--images is not for a finished run": (True, ["--images", "shapes"]),
-    "interpreter of {run} 'rts' is not one of cam, grad": (True, ["--interpreter", "rts"]),
+    "interpreter of {run} 'grad' is not one of cam": (
+        True,
+        ["--interpreter", "grad", "--overwrite"],
+    ),
     "the map of mask is the end of a descent": (False, ["--interpreter", "mask", "--out", "out"]),
-    "Deaf does not pass act on: 1 ReLUs": (False, ["--model", "own.py:Deaf", "--out", "out"]),
     "probes = 1 must be 2 or more": (False, ["--probes", "1", "--out", "out"]),
     "'0' is not a number above 0": (True, ["--tau", "0"]),
     "invalid choice: 'odds' (choose from": (True, ["--score", "odds"]),
@@ -442,6 +463,21 @@ def test_bad_words_are_refused(folder, measured, tmp_path, capsys, monkeypatch, 
     assert (sorted(folder.iterdir()), sorted(measured.iterdir())) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Deaf", "^Deaf does not pass act on: 1 ReLUs stay"),
+        ("Smooth", "^Smooth does not call the activation that it is given"),
+    ],
+)
+def test_networks_without_relus_to_replace_are_refused(folder, tmp_path, name, expected):
+    network = cli.subject.models.user.load(f"{folder}/own.py:{name}", None)
+    source = of_source(network, ImageSet(np.zeros((1, SIDE, SIDE, 3), np.uint8)))
+    with pytest.raises(ValueError, match=expected):
+        study(network, source, OPTIONS, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_an_image_that_fails_costs_itself_only(model, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     images[1] = 0
@@ -459,21 +495,25 @@ def test_an_image_that_fails_costs_itself_only(model, tmp_path):
 def test_the_page_has_the_section_whoever_renders_it(folder, measured, attacked, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(measured, run)
-    assert cli.main(["transfer", str(run), *of(folder), "--quiet"]) == 0
+    matrix = {
+        "interpreters": ["cam"],
+        "sources": ["benign"],
+        "map_l1": [[0.0]],
+        "map_iou75": [[1.0]],
+    }
+    add(load_run(run), publish=report.write, transfer=matrix)
     page = Page((run / "report.html").read_text(encoding="utf-8"))
     assert {"Transfer", "Curvature"} <= set(page.inside("a"))
     alts = [img["alt"] for img in page.attributes("img") if img["class"] == "plot"]
     assert [alt.split()[0] for alt in alts] == ["Heat", "Spectra", "Scatter"]
     # what is measured of a run does not outlive it
-    words = [*of(folder), "--images", f"{folder}/images.npz", "--interpreter", "cam"]
-    words += ["--preset", "quick", "--steps", "2", "--quiet", "--overwrite", "--snapshots", "0"]
-    assert cli.main(["attack", *words, "--out", str(run)]) == 0
+    words = [*of(folder), "--images", f"{folder}/images.npz", "--epsilon", "0.1", *SHORT]
+    assert cli.main(["attack", *words, "--overwrite", "--out", str(run)]) == 0
     assert not (run / "curvature.json").exists() and not (run / "curvature.npz").exists()
     assert "Curvature" not in (run / "report.html").read_text(encoding="utf-8")
 
 
-def test_without_matplotlib_there_are_tables(measured, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+def test_without_matplotlib_there_are_tables(measured, plain):
     html = pictures.content(pictures.read(measured))
     page = Page(html)
     assert page.attributes("img") == [] and html.count("<table") == 3
@@ -503,7 +543,8 @@ def test_pictures_are_figures_of_the_numbers(measured, monkeypatch):
         0, abs=1e-5
     )
     spectra = pictures.spectra(one, image=0)
-    assert [axis.get_title() for axis in spectra.axes[:3]] == ["benign", "PGD", "ADV²"]
+    titles = [axis.get_title() for axis in spectra.axes]
+    assert [title for title in titles if title in ("benign", "PGD", "ADV²")] == titles[::4]
     scatter = pictures.fragility({"a": one, "b": one})
     assert scatter.axes[0].get_title().count("Spearman") == 2
     points = scatter.axes[2].collections[0].get_offsets()

@@ -2,8 +2,9 @@
 
 The page needs nothing but itself: style and script are inline, every picture is a PNG inside a
 `data:` address, and it opens offline. Without its script nothing is lost but sorting, filtering and
-the slider over the steps. No network is run here, and nothing is needed but NumPy, and Pillow for
-`gallery`. Shapes: N images, H x W pixels, maps of h x w values in [0, 1].
+the slider over the steps. No network is run here, and nothing is needed but NumPy, Pillow for
+`gallery`, and matplotlib for the pictures of curvature. Shapes: N images, H x W pixels, maps of
+h x w values in [0, 1].
 """
 
 from adv2_jax.report.labelled import gallery

@@ -62,32 +62,41 @@ def content(laboratory: Laboratory) -> str:
     """Return tables and pictures as HTML; without matplotlib, tables and what to install."""
     summary = laboratory.summary
     fidelity, correlation = summary["fidelity"], summary.get("correlation", [])
-    parts = [tables.curvature(summary["rows"])]
-    pictures = find_spec("matplotlib") is not None
-    if not pictures:
-        parts.append(f'<p class="note">Pictures need matplotlib: {escape(INSTALL)}</p>')
-    parts.append(tables.fidelity(fidelity))
-    if pictures:
-        parts.append(_figure(agreement(fidelity), _agreement_words(fidelity), AGREEMENT))
-        parts.append(_figure(spectra(laboratory), _spectra_words(laboratory), SPECTRA))
+    parts = [tables.curvature(summary["rows"]), f'<p class="note">{TABLE}</p>']
+    numbers = [tables.fidelity(fidelity)]
+    numbers += [tables.correlation(correlation)] if correlation else []
+    if find_spec("matplotlib") is None:
+        return "\n".join(
+            [*parts, f'<p class="note">Pictures need matplotlib: {INSTALL}</p>', *numbers]
+        )
+    parts.append(_figure(agreement(fidelity), _agreement_words(fidelity), AGREEMENT))
+    parts.append(_figure(spectra(laboratory), _spectra_words(laboratory), SPECTRA))
     if correlation:
-        parts.append(tables.correlation(correlation))
-        if pictures:
-            model = str(summary.get("config", {}).get("model") or "network")
-            figure = fragility({model: laboratory})
-            parts.append(_figure(figure, _fragility_words(correlation), FRAGILITY))
+        model = str(summary.get("config", {}).get("model") or "network")
+        figure = fragility({model: laboratory})
+        parts.append(_figure(figure, _fragility_words(correlation), FRAGILITY))
+    parts.append(
+        f"<details><summary>The numbers of the pictures</summary>{''.join(numbers)}</details>"
+    )
     return "\n".join(parts)
 
 
-AGREEMENT = """How true is the surrogate? Products of surrogate Hessians with random signs, compared
+TABLE = """Means over the images, in units of the score and of the pixel range [0, 1]: 1/255 is
+one pixel value. Exact |λ|: largest eigenvalue of the Hessian of the network as it is, whose ReLUs have no
+curvature. Surrogate |λ|, trace, Frobenius norm and (effective) rank: of the Hessian that an attack on GRAD
+follows, with a curved second derivative. |λ| / |∇s|: by about this much times its length a step turns the
+gradient. Map σ: largest singular value of the map's derivative, how fast a map can move. In small print:
+95 % intervals."""
+AGREEMENT = """<b>How true is the surrogate?</b> Products of surrogate Hessians with random signs, compared
 with the change of the true network's gradient over a step of that size: cosine, and norm ratio. Above,
 ReLU with a curved second derivative of squared width τ, and the path of the default preset from its
 first step to its last; below, other surrogates. Medians over the images."""
-SPECTRA = """Where is the curvature? One typical image. Spikes: all eigenvalues of the exact Hessian
-(10 at most). Curve: density of the eigenvalues of the surrogate's network term. Below, the image and the
+SPECTRA = """<b>Where is the curvature?</b> One typical image. Spikes: all eigenvalues of the exact Hessian
+(10 at most). Area: density of the eigenvalues of the surrogate's network term, from random probes: exact at the
+ends, coarse near 0. Below, the image and the
 top eigenvectors of the exact and of the surrogate Hessian, grey where they are 0, with their absolute
 cosines with the gradient ∇s and with the attack's change δ."""
-FRAGILITY = """Does curvature predict fragility? One point an image: curvature at the benign image against
+FRAGILITY = """<b>Does curvature predict fragility?</b> One point an image: curvature at the benign image against
 how far the attack's map is from its target map. In the title Spearman's rank correlation with its 95 %
 interval."""
 
@@ -221,7 +230,7 @@ def _draw_spectrum(axis: Any, sample: Examined, place: int, unit: float, largest
     nodes, weights = sample.density_nodes[place], sample.density_weights[place]
     axis.set_xscale("asinh", linear_width=unit)
     axis.set_yscale("log")
-    powers = 10.0 ** np.arange(math.ceil(math.log10(10 * unit)), math.log10(largest) + 0.5)
+    powers = 10.0 ** np.arange(math.ceil(math.log10(10 * unit)), math.log10(largest) + 1e-9)
     axis.set_xticks(np.unique([-1, 0, 1] * powers[::-2, None]))
     axis.minorticks_off()
     points = np.linspace(-1.08, 1.08, 800) * np.arcsinh(largest / unit)
@@ -277,6 +286,7 @@ def fragility(networks: Mapping[str, Laboratory]) -> Any:
             titles = []
             for i, (network, laboratory) in enumerate(networks.items()):
                 x = getattr(laboratory.samples["benign"], key)
+                x = np.where(x > 0, x, np.nan)  # the axis is logarithmic
                 y = laboratory.samples[attack].map_l1
                 style = {"color": COLOURS[i % 6], "marker": MARKERS[i % 6], "label": network}
                 axis.scatter(x, y, s=18, alpha=0.7, linewidths=0, **style)
@@ -315,7 +325,8 @@ def _figure(figure: Any, alt: str, caption: str) -> str:
     figure.savefig(file, format="png", dpi=DPI)
     address = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     return (
-        f'<figure class="plot"><img class="plot" src="{address}" alt="{escape(alt)}">'
+        f'<figure class="plot"><img class="plot" width="{110 * figure.get_figwidth():.0f}" '
+        f'src="{address}" alt="{escape(alt)}">'
         f'<figcaption class="note">{caption}</figcaption></figure>'
     )
 
@@ -334,8 +345,8 @@ def _spectra_words(laboratory: Laboratory) -> str:
     samples = laboratory.samples
     place = _typical(samples)
     facts = [
-        f"{_sample_name(name)}: exact eigenvalues down to {np.nanmin(one.softmax_values[place]):.3g} "
-        f"and up to {np.nanmax(one.softmax_values[place]):.3g}, surrogate's largest "
+        f"{_sample_name(name)}: exact eigenvalues down to {one.softmax_values[place].min():.3g} "
+        f"and up to {one.softmax_values[place].max():.3g}, surrogate's largest "
         f"{one.surrogate_value[place]:.3g}"
         for name, one in samples.items()
     ]

@@ -71,9 +71,7 @@ def write_curvature(directory: Path | str) -> Path:
 
 
 def _curvature(laboratory: curvature.Laboratory) -> str:
-    return section(
-        "curvature", "Curvature of the class score", curvature.content(laboratory), CURVATURE
-    )
+    return section("curvature", "Curvature of the class score", curvature.content(laboratory))
 
 
 def render(
@@ -170,7 +168,7 @@ def document(title: str, body: str, size: Sequence[int] = (1, 1)) -> str:
     )
 
 
-def section(anchor: str, heading: str, content: str, note: str) -> str:
+def section(anchor: str, heading: str, content: str, note: str = "") -> str:
     """Return a section of a page, with a note below its content where there is one."""
     below = f'<p class="note">{note}</p>\n' if note else ""
     return (
@@ -206,13 +204,6 @@ def template(name: str) -> Template:
 
 
 INTERVALS = " In small print: 95 % intervals, Wilson's of proportions, bootstrap of means."
-
-CURVATURE = """Means over the images, in units of the score and of the pixel range [0, 1]: 1/255 is
-one pixel value. Exact |λ|: largest eigenvalue of the Hessian of the network as it is, whose ReLUs have no
-curvature. Surrogate |λ|, trace, Frobenius norm and (effective) rank: of the Hessian that an attack on GRAD
-follows, with a curved second derivative. |λ| / |∇s|: by about this much times its length a step turns the
-gradient. Map σ: largest singular value of the map's derivative, how fast a map can move. In small print:
-95 % intervals."""
 
 # Sections of what a summary may have: its key, name in the navigation, heading, table, note.
 EXTRAS = (

@@ -151,10 +151,7 @@ def fidelity(numbers: Mapping[str, Any]) -> str:
     lines = [
         [
             name,
-            *(
-                f"{words.number(a, 2)} ({words.number(b, None)})"
-                for a, b in zip(*pair, strict=True)
-            ),
+            *(f"{words.number(a, 2)} ({words.number(b, 2)})" for a, b in zip(*pair, strict=True)),
         ]
         for name, *pair in zip(
             numbers["surrogates"], numbers["cosine"], numbers["ratio"], strict=True

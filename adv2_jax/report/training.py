@@ -33,7 +33,7 @@ def write_training(directory: Path | str) -> Path:
     loss, rows = charts.over_steps("loss", summary["losses"]), summary.get("quality")
     curve = charts.chart([loss], anchor="curve", title="Loss of a step", limits=[0.0])
     curve += charts.legend([loss], "Band: smallest to largest.")
-    sections = page.section("loss", "Loss", curve, "")
+    sections = page.section("loss", "Loss", curve)
     if rows:
         quality = tables.quality(rows)
         sections += page.section("quality", "Do the maps explain?", quality, QUALITY)

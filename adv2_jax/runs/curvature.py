@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from adv2_jax import losses
 from adv2_jax.activations import TAU, relu_boxed, relu_curved, relu_h, relu_sigmoid
 from adv2_jax.attacks import batches, check_interpreter, finite, image_keys
-from adv2_jax.capabilities import check_activation, num_classes, static_leaves
+from adv2_jax.capabilities import check_activation, num_classes, pre_activations, static_leaves
 from adv2_jax.curvature import (
     WIDTH,
     Activations,
@@ -417,10 +417,12 @@ def check(model: Classifier, shape: tuple[int, ...], options: Options) -> None:
     """Refuse what cannot be measured on images [H, W, 3].
 
     Raises:
-        ValueError: the network does not pass `act` on, or the interpreter is a descent or does not
-            fit the network; one line.
+        ValueError: the network does not pass `act` on or has no ReLU, or the interpreter is a
+            descent or does not fit the network; one line.
     """
     check_activation(model, shape)
+    # of a smooth network the softmax term would not be the exact Hessian
+    jax.eval_shape(pre_activations, static_leaves(model), jax.ShapeDtypeStruct(shape, jnp.float32))
     check_interpreter(model, shape, options.interpreter, attacked=True)
     if options.interpreter.solver is not None:
         raise ValueError(
