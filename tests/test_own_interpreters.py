@@ -120,28 +120,15 @@ def test_it_is_attacked_by_name_of_its_file(small, images):
 
 
 @pytest.mark.slow
-def test_the_command_line_takes_it_and_transfers_it(tmp_path):
-    words = [
-        "--images",
-        "shapes:6",
-        "--limit",
-        "2",
-        "--steps",
-        "2",
-        "--quiet",
-        "--snapshots",
-        "0",
-        "--out",
-        str(tmp_path),
-    ]
+def test_the_command_line_takes_it_and_transfers_it(brightness, tmp_path):
+    out, few = tmp_path / "out", ["--limit", "2", "--steps", "2", "--snapshots", "0", "--quiet"]
+    words = [*brightness, *few, "--out", str(out)]
     assert cli.main(["attack", "--interpreter", f"{FILE}:interpreter", "cam", *words]) == 0
-    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["interpreter"] for row in rows] == ["integrated_gradients"] * 2 + ["cam"] * 2
-    assert cli.main(["transfer", str(tmp_path), "--quiet"]) == 0
-    assert (
-        "integrated_gradients"
-        in json.loads((tmp_path / "summary.json").read_text())["transfer"]["interpreters"]
-    )
+    assert cli.main(["transfer", str(out), *brightness[:2], "--quiet"]) == 0
+    transfer = json.loads((out / "summary.json").read_text())["transfer"]
+    assert "integrated_gradients" in transfer["interpreters"]
 
 
 @pytest.mark.parametrize(
