@@ -37,7 +37,8 @@ def network(tiny_by_name, tmp_path_factory):
     model = models.build("tiny", width=2, num_classes=K)
     models.convert.save(model, folder / "weights.npz")
     images = np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), np.uint8)
-    labels = jax.vmap(lambda x: model.head(model.features(x)))(images / np.float32(255)).argmax(-1)
+    logits = jax.jit(jax.vmap(lambda x: model.head(model.features(x))))(images / np.float32(255))
+    labels = logits.argmax(-1)
     write_arrays(folder / "images.npz", {"images": images, "labels": np.asarray(labels, np.int32)})
     return folder
 

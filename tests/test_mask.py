@@ -513,7 +513,7 @@ def test_map_larger_than_the_image_is_refused(linear, pixels):
 
 @pytest.mark.slow
 def test_mask_finds_the_object_of_the_embedded_set():
-    scenes = data.shapes.generate(32, seed=11)
+    scenes = data.shapes.generate(16, seed=11)
     _, maps = explain(models.embedded(), scenes.images, scenes.labels, interpreter="mask")
     assert np.mean(metrics.pointing_game(maps, scenes.objects)) >= 0.9
     upsampled = np.asarray(
