@@ -58,7 +58,7 @@ def test_a_function_that_takes_an_activation_is_given_a_curved_one(small, images
     )
 
     def slope(draw):
-        return np.asarray(jax.grad(lambda x: (draw(x) ** 2).sum())(image))
+        return np.asarray(jax.jit(jax.grad(lambda x: (draw(x) ** 2).sum()))(image))
 
     actual = slope(lambda x: interpreter.surrogate(small, x, 3, Context(1e-2)).map)
     expected = slope(lambda x: scaled(small, x, 3, act=lambda z: relu_curved(z, 1e-2)))
