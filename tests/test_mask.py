@@ -359,8 +359,7 @@ def test_both_drivers_and_the_plain_function_give_one_map(small, images, asked):
 @pytest.mark.slow
 def test_image_is_attacked_the_same_alone_in_a_batch_and_in_another_order(run):
     together = run().images
-    for batch_size in (1, 4):
-        np.testing.assert_array_equal(run(batch_size=batch_size).images, together)
+    np.testing.assert_array_equal(run(batch_size=1).images, together)
     order = np.array([4, 0, 5, 3, 1, 2])
     np.testing.assert_array_equal(run(index=order).images, together[order])
 
