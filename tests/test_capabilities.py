@@ -635,12 +635,11 @@ HEADS = {
 FIT = ("sum", "convolution first", "affine")
 
 
+@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize(
-    ("head", "given"),
-    [
-        *((head, "cam") for head in HEADS),
-        *product(("sum", "flat"), (interpreters.cam, interpreters.cam_interpreter())),
-    ],
+    "given",
+    ["cam", interpreters.cam, interpreters.cam_interpreter()],
+    ids=["name", "function", "interpreter"],
 )
 def test_cam_wants_pooling_and_a_linear_layer(head, given):
     net, images = Headed(head, nnx.Rngs(0)), np.random.default_rng(0).random((1, *SHAPE))
