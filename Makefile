@@ -21,9 +21,10 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(RUFF) format --line-length 100 .
 
-$(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+$(VENV)/bin/python: # the newest pip resolves in half the time
+	$(PYTHON) -m venv --upgrade-deps $(VENV)
 
+# most of what is installed is never imported; what is, is compiled at its first import and kept
 $(VENV)/installed-%: setup.cfg pyproject.toml | $(VENV)/bin/python
-	$(VENV)/bin/python -m pip install --quiet $(PACKAGES) -e '.[$*]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile $(PACKAGES) -e '.[$*]'
 	touch $@

@@ -224,6 +224,30 @@ def coloured():
     return colours()
 
 
+BRIGHTNESS = """
+import jax
+
+@jax.tree_util.register_static
+class Brightness:
+    def features(self, image, act=jax.nn.relu):
+        return act(image - 0.5)
+
+    def head(self, features):
+        return 10 * features.mean((0, 1))
+
+network = Brightness()
+"""
+
+
+@pytest.fixture(scope="session")
+def brightness(coloured, tmp_path_factory):
+    """--model and --images of a network that compiles in no time, and of images that it gets right."""
+    folder = tmp_path_factory.mktemp("brightness")
+    (folder / "network.py").write_text(BRIGHTNESS)
+    np.savez(folder / "images.npz", images=coloured[0], labels=coloured[1])
+    return ["--model", f"{folder}/network.py:network", "--images", f"{folder}/images.npz"]
+
+
 @pytest.fixture(scope="session")
 def pixels():
     """One float image of 4 x 4 pixels, for the linear classifier."""

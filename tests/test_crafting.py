@@ -84,8 +84,11 @@ def compiled(caplog):
     return [word[1] for word in words if word[0] == "Compiling"]
 
 
-@EVERY
-@pytest.mark.parametrize("pictured", [0, 2])
+@pytest.mark.parametrize(
+    ("preset", "pictured"),
+    [(CAM, 0), (CAM, 2), pytest.param(MASK, 2, marks=pytest.mark.slow), (PGD, 2)],
+    ids=["cam", "cam, pictured", "mask, pictured", "pgd, pictured"],
+)
 def test_one_compilation_whatever_the_chunks(make_small, problems, caplog, preset, pictured):
     asked, model = problems(preset), make_small(3)
     # known to no other test, nor to the other cases of this one

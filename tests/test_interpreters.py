@@ -333,6 +333,7 @@ def test_softplus_has_the_derivatives_that_it_claims(network, slope):
     assert close(first, by_value) and close(second, by_gradient)
 
 
+@pytest.mark.slow
 def test_curved_relu_has_the_true_gradient_and_an_invented_hessian(network, slope):
     first, by_value, second, by_gradient = differences(network, CURVED["relu_curved"][0], slope)
     true, _, true_second, _ = differences(network, relu, slope)
@@ -358,6 +359,7 @@ def test_h_has_an_invented_gradient_with_its_true_slope(network, slope):
     assert not close(jnp.vdot(gradient(x), v), slope(jax.jit(score), x, v, 1e-6))
 
 
+@pytest.mark.slow
 def test_hessian_of_the_joint_loss_is_symmetric_on_a_network_with_relus(network, interpreter):
     """Third derivatives of the network, for GRAD; the kernels' own slopes enter."""
     model, x, _ = network

@@ -1,6 +1,7 @@
 """A user's own interpreter: from a function, from a file, and what it is attacked with."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -51,19 +52,23 @@ def test_the_surrogate_is_the_function_itself(small, images):
 def test_a_function_that_takes_an_activation_is_given_a_curved_one(small, images):
     image = jnp.asarray(images[2] / np.float32(255))
     interpreter = from_explain("scaled", scaled)
-    np.testing.assert_allclose(
-        interpreter.surrogate(small, image, 3, Context(1e-2)).map,
-        scaled(small, image, 3),
-        atol=1e-6,
+
+    def drawn(draw):
+        """A map, and the gradient of the sum of its squares."""
+        map_, pull = jax.vjp(draw, image)
+        return map_, pull(2 * map_)[0]
+
+    (map_, actual), (_, expected), (plain_map, plain) = (
+        jax.jit(partial(drawn, draw))()
+        for draw in (
+            lambda x: interpreter.surrogate(small, x, 3, Context(1e-2)).map,
+            lambda x: scaled(small, x, 3, act=lambda z: relu_curved(z, 1e-2)),
+            lambda x: scaled(small, x, 3),
+        )
     )
-
-    def slope(draw):
-        return np.asarray(jax.grad(lambda x: (draw(x) ** 2).sum())(image))
-
-    actual = slope(lambda x: interpreter.surrogate(small, x, 3, Context(1e-2)).map)
-    expected = slope(lambda x: scaled(small, x, 3, act=lambda z: relu_curved(z, 1e-2)))
+    np.testing.assert_allclose(map_, plain_map, atol=1e-6)
     np.testing.assert_allclose(actual, expected, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(actual - slope(lambda x: scaled(small, x, 3))).max() > 0.1 * np.abs(actual).max()
+    assert np.abs(actual - plain).max() > 0.1 * np.abs(actual).max()
     assert interpreter.needs == ("act",)
 
 
@@ -120,28 +125,15 @@ def test_it_is_attacked_by_name_of_its_file(small, images):
 
 
 @pytest.mark.slow
-def test_the_command_line_takes_it_and_transfers_it(tmp_path):
-    words = [
-        "--images",
-        "shapes:6",
-        "--limit",
-        "2",
-        "--steps",
-        "2",
-        "--quiet",
-        "--snapshots",
-        "0",
-        "--out",
-        str(tmp_path),
-    ]
+def test_the_command_line_takes_it_and_transfers_it(brightness, tmp_path):
+    out, few = tmp_path / "out", ["--limit", "2", "--steps", "2", "--snapshots", "0", "--quiet"]
+    words = [*brightness, *few, "--out", str(out)]
     assert cli.main(["attack", "--interpreter", f"{FILE}:interpreter", "cam", *words]) == 0
-    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    rows = json.loads((out / "summary.json").read_text())["rows"]
     assert [row["interpreter"] for row in rows] == ["integrated_gradients"] * 2 + ["cam"] * 2
-    assert cli.main(["transfer", str(tmp_path), "--quiet"]) == 0
-    assert (
-        "integrated_gradients"
-        in json.loads((tmp_path / "summary.json").read_text())["transfer"]["interpreters"]
-    )
+    assert cli.main(["transfer", str(out), *brightness[:2], "--quiet"]) == 0
+    transfer = json.loads((out / "summary.json").read_text())["transfer"]
+    assert "integrated_gradients" in transfer["interpreters"]
 
 
 @pytest.mark.parametrize(

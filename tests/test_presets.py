@@ -115,13 +115,12 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_with_a_file_of_numbers(tmp_path, capsys):
+def test_a_run_with_a_file_of_numbers(brightness, tmp_path, capsys):
     path = tmp_path / "my.json"
     path.write_text('{"cam": {"steps": 4, "balance": 9}}')
     words = [
         "attack",
-        "--images",
-        "shapes:6",
+        *brightness,
         "--limit",
         "2",
         "--interpreter",

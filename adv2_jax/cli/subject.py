@@ -42,18 +42,18 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
     threat, threat_options = _threat(arguments)
+    preset, numbers = arguments.preset, {}
+    if preset not in PRESETS:  # before the network, which takes a second to load
+        preset = presets.read(preset)
+        # a run is known by its numbers: it is not resumed after its preset file has changed
+        numbers["numbers"] = {name: presets.to_dict(known) for name, known in preset.items()}
     network = model_of(arguments)
     model = with_masker(network, arguments)
     names = _interpreters(arguments.interpreter, model)
     images = data.load(
         arguments.images, **source_options(arguments, getattr(network, "image_size", None))
     )
-    config = config_of(arguments) | threat_options | {"interpreter": names}
-    preset = arguments.preset
-    if preset not in PRESETS:
-        preset = presets.read(preset)
-        # a run is known by its numbers: it is not resumed after its preset file has changed
-        config["numbers"] = {name: presets.to_dict(numbers) for name, numbers in preset.items()}
+    config = config_of(arguments) | threat_options | {"interpreter": names} | numbers
     settings = Settings(
         interpreters=[_interpreter(name, arguments) for name in names],
         threat=threat,

@@ -10,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
+import numpy as np
+
 from adv2_jax.errors import first_line
 from adv2_jax.identity import changes
 
@@ -70,7 +73,9 @@ class Checkpoints:
         was = self._read(step, settings=self._args.JsonRestore())["settings"]
         if changed := changes(was, self._settings):
             raise ValueError(f"cannot resume {self._folder} with other settings: {changed}")
-        return step, self._read(step, state=self._args.StandardRestore(state))["state"]
+        # as NumPy arrays: they are bound to no device, so a resumed run has the programs of a new one
+        template = jax.tree.map(np.asarray, state)
+        return step, self._read(step, state=self._args.StandardRestore(template))["state"]
 
     def save(self, step: int, state: Any) -> None:
         """Write the state after `step` steps, then remove the checkpoint before.
