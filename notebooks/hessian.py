@@ -54,9 +54,9 @@ print("cosine with gradient ", cosine(exact.vectors[0], slope), cosine(top.vecto
 
 # %%
 run = "hessian-run"
-steps = ["--steps", "20"] if SMOKE else []
-main(["attack", "--images", "shapes:20", "--limit", str(N), "--interpreter", "grad", "--epsilon"]
-     + ["16/255", "--snapshots", "0", "--out", run, "--overwrite", *steps])  # fmt: skip
+where = ["--out", run, "--overwrite", *(["--steps", "20"] if SMOKE else [])]
+scenes = ["--images", "shapes:20", "--limit", str(N), "--epsilon", "16/255"]
+main(["attack", *scenes, "--interpreter", "grad", "--snapshots", "0", *where])
 effort = ["--depth", "8", "--probes", "8", "--compare", "1"] if SMOKE else []
 main(["curvature", run, "--overwrite", *effort])
 laboratory = report.curvature.read(run)
