@@ -1,8 +1,9 @@
 """Speed on this machine, as ratios within one run: python notebooks/speed.py [--batch-size 16] [--steps 30]
 
 Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and
-GRAD as a multiple of it; and an attack of n steps as a multiple of n such steps. Medians over repeats;
-everything is compiled before it is timed.
+GRAD as a multiple of it; an attack of n steps as a multiple of n such steps; and products of Hessians
+(`adv2_jax.curvature`), of one image, in forward passes of one image. Medians over repeats; everything
+is compiled before it is timed.
 """
 
 import argparse
@@ -14,8 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 import adv2_jax as adv2
+from adv2_jax import curvature
+from adv2_jax.activations import relu_curved
 from adv2_jax.crafting import joint_options
 from adv2_jax.descent import Numbers, Options, Problem, batched_step, descend, init
 
@@ -55,6 +59,24 @@ def ratios(
     return one, whole
 
 
+def products(model: adv2.Classifier, repeats: int) -> dict[str, float]:
+    """Return the cost of a product of each operator, in forward passes of one image."""
+    image = jnp.asarray(np.random.default_rng(0).random((32, 32, 3), np.float32))
+    label = jnp.int32(3)
+    act = Partial(relu_curved, tau=0.01)
+    forward = jax.jit(lambda m, x: m.head(m.features(x)))
+    unit = median_seconds(lambda: forward(model, image), repeats)
+    operators = {
+        "hessian": curvature.hessian(model, image, label, act=act),
+        "softmax_term": curvature.softmax_term(model, image, label),
+        "secant": curvature.secant(model, image, label, step=1 / 255),
+    }
+    return {
+        name: median_seconds(lambda one=one: one(image), repeats) / unit
+        for name, one in operators.items()
+    }
+
+
 def main() -> None:
     """Parse the arguments and print the table."""
     parser = argparse.ArgumentParser(
@@ -77,6 +99,8 @@ def main() -> None:
         print(
             f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps"
         )
+    for name, cost in products(model, options.repeats).items():
+        print(f"{name:12} one product {cost:5.2f} x forward")
 
 
 if __name__ == "__main__":
