@@ -414,8 +414,8 @@ COMMANDS = {
             "--interpreter": INTERPRETER["--interpreter"]
             | {
                 "nargs": None,
-                "help": "interpreter whose map's Jacobian is measured, and whose attacked images "
-                f"of a run are: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
+                "help": "interpreter whose map's Jacobian is measured and, of a run, against which "
+                f"the images were made: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
                 "(default: grad, or the first of a run without it)",
             },
             "--score": {

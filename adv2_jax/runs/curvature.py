@@ -395,17 +395,17 @@ def study(
             on_step(1)
         with reading():
             summary, failed = _summarise(store, samples, seed)
-        names = images.indices if images.names is None else images.names
+        positions = images.indices if images.names is None else images.names
         summary = {
             "config": dict(config or {}),
             "environment": environment(),
             "counts": {"images": n, "left_out": images.left_out, "failed": int(failed.sum())},
-            "failed": names[failed].tolist(),
+            "failed": positions[failed].tolist(),
             "fingerprints": prints,
         } | summary
         with restored(directory / SUMMARY, directory / ARRAYS):
-            whole = {"indices": images.indices, "names": images.names}
-            store.write_results({key: one for key, one in whole.items() if one is not None})
+            named = {} if images.names is None else {"names": images.names}
+            store.write_results({"indices": images.indices} | named)
             write_summary(directory, summary, SUMMARY)
             with reading():
                 publish(directory)
@@ -497,7 +497,11 @@ def _summarise(
         },
     }
     correlation: list[Row] = [
-        {"measure": key, "attack": one.name, **_predicts(measured["benign"][key], one, seed)}
+        {
+            "measure": key,
+            "attack": one.name,
+            **rank_correlation(measured["benign"][key], one.map_l1, seed=seed),
+        }
         for key in ("normalised", "map_jacobian")
         for one in samples
         if one.map_l1 is not None
@@ -505,10 +509,6 @@ def _summarise(
     if correlation:
         summary["correlation"] = correlation
     return summary, np.any([numbers["failed"] for numbers in measured.values()], axis=0)
-
-
-def _predicts(numbers: NDArray[Any], sample: Sample, seed: int) -> Row:
-    return rank_correlation(numbers, np.asarray(sample.map_l1), seed=seed)
 
 
 def _width(surrogate: Activations | Matched) -> float | None:
