@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from adv2_jax import attack, curvature, explain, presets, threats
+from adv2_jax import attack, curvature, explain, maps, presets, threats
 from adv2_jax.activations import relu_boxed, relu_curved, squared_width
 from adv2_jax.attacks import gradient_evaluations
 from adv2_jax.capabilities import logits_of, pre_activations
@@ -84,6 +85,35 @@ def test_values_are_those_of_the_true_network(small, images):
     assert MATCHED.faithful
 
 
+def test_spread_maxima_change_derivatives_only(small, images):
+    x = jnp.asarray(images[1] / np.float32(255))
+    plain, spread = (grad_interpreter(spread=spread).surrogate for spread in (False, True))
+    values, slopes = zip(
+        *(
+            jax.value_and_grad(lambda x, s=s: (s(small, x, 4, Context(0.1)).map ** 2).sum())(x)
+            for s in (plain, spread)
+        ),
+        strict=True,
+    )
+    assert values[0] == values[1]
+    assert (slopes[0] != slopes[1]).any()
+    np.testing.assert_array_equal(
+        spread(small, x, 4, Context(0.1)).map, plain(small, x, 4, Context(0.1)).map
+    )
+
+
+def test_spread_max_shares_its_derivative_by_powers():
+    values = jnp.array([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0]])
+    maximum = partial(maps.spread_max, power=2)
+    np.testing.assert_array_equal(maximum(values), [2, 0])
+    slope = jax.grad(lambda v: maximum(v).sum())(values)
+    # 1/4, 1 and 1, divided by their sum; where all are 0, equal shares
+    np.testing.assert_allclose(slope, [[1 / 9, 4 / 9, 4 / 9], [1 / 3] * 3], rtol=1e-6)
+    # of a power without end that of the maximum
+    sharp = jax.grad(lambda v: maps.spread_max(v, 100).sum())(jnp.array([0.5, 1.0]))
+    np.testing.assert_allclose(sharp, [0, 1], atol=1e-6)
+
+
 def test_outside_of_an_attack_the_width_is_that_of_the_context(small, images):
     x = jnp.asarray(images[1] / np.float32(255))
     v = jnp.ones_like(x)
@@ -140,7 +170,12 @@ def test_half_precision_remembers_in_float32(small, images):
 
 def test_json_and_refusals(small, images):
     written = json.loads(json.dumps(presets.to_dict(PRESET)))
-    assert written["interpreter"] == {"kind": "grad", "pool": None, "tau": "matched"}
+    assert written["interpreter"] == {
+        "kind": "grad",
+        "pool": None,
+        "tau": "matched",
+        "spread": False,
+    }
     assert presets.from_dict("grad", written) == PRESET
     assert grad_interpreter() == grad_interpreter(tau=None) != MATCHED
     with pytest.raises(ValueError, match="'wide' is neither None"):

@@ -19,7 +19,9 @@ from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map, Sc
 
 # of matched widths, found by search (docs/method.md, GRAD)
 DECAY = 0.95  # of the sum of past movements, in a step: it looks back about 20 steps
-NEURON, LAYER = 1.0, 1.0  # factors of the movement of the neuron, and of its layer
+NEURON, LAYER = 0.7, 0.7  # factors of the movement of the neuron, and of its layer
+
+COLOURS, PIXELS = 2, 8  # powers of `maps.spread_max`
 
 
 def input_gradient(
@@ -57,6 +59,7 @@ def grad_with_logits(
     *,
     act: Activation | None,
     pool: int | None,
+    spread: bool = False,
     score: Score = log_odds,
 ) -> tuple[Logits, Map]:
     """Return the logits [K] and the map of `grad` from one linearisation.
@@ -66,11 +69,12 @@ def grad_with_logits(
     # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
     # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long.
     gradient, logits = input_gradient(model, image, label, act=act, score=score)
-    return logits, _reduced(gradient, pool)
+    return logits, _reduced(gradient, pool, spread)
 
 
-def _reduced(gradient: Array, pool: int | None) -> Map:
-    return maps.min_max(maps.pool(maps.channel_max(gradient), pool))
+def _reduced(gradient: Array, pool: int | None, spread: bool) -> Map:
+    colours, pixels = (COLOURS, PIXELS) if spread else (None, None)
+    return maps.min_max(maps.pool(maps.channel_max(gradient, colours), pool), pixels)
 
 
 def grad(
@@ -110,7 +114,9 @@ def grad(
 
 
 @interpreter_factory
-def grad_interpreter(*, pool: int | None = None, tau: str | None = None) -> Interpreter:
+def grad_interpreter(
+    *, pool: int | None = None, tau: str | None = None, spread: bool = False
+) -> Interpreter:
     """GRAD, attacked through the true map with an invented second derivative (`relu_curved`).
 
     The surrogate is faithful; its kernels have the width `Context.tau`, or a matched one.
@@ -121,6 +127,8 @@ def grad_interpreter(*, pool: int | None = None, tau: str | None = None) -> Inte
         tau: None for `Context.tau`. "matched" computes the width of each kernel from how far the
             attack moves its neuron (as `curvature.matched_width`), and has no schedule to tune. It
             costs no pass over the network, and one float32 for each neuron and image of memory.
+        spread: share the derivatives of the two maxima of the map, over colours and over pixels,
+            among the values near them (`maps.spread_max`); its values stay exact.
 
     Returns:
         An interpreter; equal options give the same object.
@@ -134,19 +142,24 @@ def grad_interpreter(*, pool: int | None = None, tau: str | None = None) -> Inte
     return Interpreter(
         "grad",
         bind(grad, pool=pool),
-        bind(surrogate, pool=pool),
+        bind(surrogate, pool=pool, spread=spread),
         init=None if tau is None else _no_movement,
         needs=("act",),
     )
 
 
 def _curved_grad(
-    model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
+    model: Classifier,
+    image: Image,
+    label: Label,
+    context: Context,
+    *,
+    pool: int | None,
+    spread: bool,
 ) -> Seen:
-    return Seen(
-        # the logits too: `relu_curved` has the values and first derivatives of ReLU
-        *grad_with_logits(model, image, label, act=lambda z: relu_curved(z, context.tau), pool=pool)
-    )
+    act = lambda z: relu_curved(z, context.tau)  # noqa: E731
+    # the logits too: `relu_curved` has the values and first derivatives of ReLU
+    return Seen(*grad_with_logits(model, image, label, act=act, pool=pool, spread=spread))
 
 
 def _no_movement(model: Classifier, image: Image) -> list[Array]:
@@ -158,7 +171,13 @@ def _no_movement(model: Classifier, image: Image) -> list[Array]:
 
 
 def _matched_grad(
-    model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
+    model: Classifier,
+    image: Image,
+    label: Label,
+    context: Context,
+    *,
+    pool: int | None,
+    spread: bool,
 ) -> Seen:
     """GRAD with kernels as wide as the distance of each pre-activation from its running mean.
 
@@ -167,7 +186,7 @@ def _matched_grad(
     """
     if context.memory is None:
         # outside of an attack nothing moves, as in `curvature.map_jacobian`
-        return _curved_grad(model, image, label, context, pool=pool)
+        return _curved_grad(model, image, label, context, pool=pool, spread=spread)
 
     def class_score(x: Image) -> tuple[Array, tuple[Logits, list[Array]]]:
         means, after = iter(context.memory), []
@@ -182,7 +201,7 @@ def _matched_grad(
         return log_odds(logits, label), (logits, after)
 
     gradient, (logits, memory) = jax.grad(class_score, has_aux=True)(image)
-    return Seen(logits, _reduced(gradient, pool), memory=jax.lax.stop_gradient(memory))
+    return Seen(logits, _reduced(gradient, pool, spread), memory=jax.lax.stop_gradient(memory))
 
 
 @interpreter_factory
