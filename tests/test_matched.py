@@ -153,6 +153,19 @@ def test_costs_what_a_schedule_costs(small):
     assert costs[0] == costs[1]
 
 
+def test_makes_no_nan_and_moves_nothing_unasked(run):
+    # a step of size 0: neurons are at rest, and their layers with them
+    still = replace(
+        PRESET,
+        interpreter=grad_interpreter(tau="matched", spread=True),
+        step_size=presets.constant(0.0),
+        steps=3,
+    )
+    with jax.debug_nans(True), jax.numpy_rank_promotion("raise"), jax.transfer_guard("disallow"):
+        result = run(still)
+    assert not result.failed.any()
+
+
 @pytest.mark.parametrize("threat", [threats.l2(1.0), threats.flow()], ids=["l2", "flow"])
 def test_other_threat_models(run, threat):
     result = run(threat=threat)
