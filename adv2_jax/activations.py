@@ -20,7 +20,16 @@ from adv2_jax.options import bind, shared
 from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation
 
-__all__ = ["TAU", "relu", "relu_boxed", "relu_curved", "relu_h", "relu_sigmoid", "softplus"]
+__all__ = [
+    "TAU",
+    "relu",
+    "relu_boxed",
+    "relu_curved",
+    "relu_h",
+    "relu_sigmoid",
+    "softplus",
+    "squared_width",
+]
 
 TAU = 1e-4  # of the paper
 
@@ -126,6 +135,16 @@ def relu_boxed(z: Array, tau: Array | float = 3e-3) -> Array:
         max(z, 0), same shape.
     """
     return _relu_with_kernel(_box, z, tau)
+
+
+def squared_width(moved: Array, *, neuron: float, layer: float) -> Array:
+    """Return τ_i = (neuron m_i)² + (layer rms(m))² for neurons of a layer that move by m.
+
+    A kernel of this width sees a kink as far off as the neuron moves: any shape to the same shape.
+    """
+    tau = (neuron * moved) ** 2 + layer**2 * (moved**2).mean()
+    # a neuron that does not move has no width, and no curvature; 0 would be 0/0 in the kernel
+    return jnp.maximum(tau, jnp.finfo(moved.dtype).tiny ** 0.25)
 
 
 def _curve(z: Array, tau: Array) -> Array:

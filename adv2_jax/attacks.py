@@ -381,6 +381,8 @@ def _work_of_step(
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     problem = Problem(image, label, jax.ShapeDtypeStruct(map_size, np.float32), key)
     memory = None if interpreter is None else _memory(image, interpreter.solver)
+    if interpreter is not None and interpreter.init is not None:
+        memory = jax.eval_shape(interpreter.init, model, image)
     state = jax.eval_shape(partial(init, options=options), problem, memory=memory)
     return multiply_adds(step_of(options), model, problem, state, Numbers(*[np.float32(1)] * 3))
 

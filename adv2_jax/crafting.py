@@ -33,7 +33,7 @@ from adv2_jax.descent import (
     keep_better,
     solve,
 )
-from adv2_jax.interpreters import Explain, Solver
+from adv2_jax.interpreters import Explain, Init, Solver
 from adv2_jax.presets import Preset, Schedule, constant
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
@@ -66,6 +66,7 @@ class Stages(NamedTuple):
         explain: of the interpreter, to compare iterates by the explained map after each chunk of
             steps; None where the steps compare them.
         solver: of the interpreter.
+        init: of the interpreter.
         keep_best: whether the best iterate is returned.
         cuts: the numbers of joint steps at which chunks begin and end.
         slots: for each chunk the index of the picture taken at its end, out of range for none.
@@ -76,6 +77,7 @@ class Stages(NamedTuple):
     joint: Options
     explain: Explain | None
     solver: Solver | None
+    init: Init | None
     keep_best: bool
     cuts: tuple[int, ...]
     slots: tuple[int, ...]
@@ -164,6 +166,8 @@ def _craft(
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
     images = images_of(problems, states.params, threat, True)
     memory = solved(model, images, problems.target, stages.solver, driver)
+    if stages.init is not None:
+        memory = _remember(model, images, stages.init)
     states = _start(problems, states.params, memory, stages.joint)
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
@@ -229,6 +233,7 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
         joint_options(preset, threat),
         interpreter.explain if interpreter is not None and apart else None,
         None if interpreter is None else interpreter.solver,
+        None if interpreter is None else interpreter.init,
         preset.score_every > 0,
         tuple(cuts),
         tuple(looks.index(end) if end in looks else len(looks) for end in ends),
@@ -241,6 +246,11 @@ def _start(problems: Problem, params: Params, memory: Any, options: Options) -> 
     return jax.vmap(lambda problem, *start: init(problem, options, *start))(
         problems, params, memory
     )
+
+
+@partial(jax.jit, static_argnames="init")
+def _remember(model: Classifier, images: Array, init: Init) -> Any:
+    return jax.vmap(partial(init, model))(images)
 
 
 def tabulate(n: int, *schedules: Schedule) -> Numbers:
@@ -276,7 +286,7 @@ def _compare(
         model, images, problems.target, cast(Explain, stages.explain), stages.solver, driver
     )
     states = _keep_better(problems, states, logits, maps, stages.joint.confidence)
-    return states._replace(memory=memory)
+    return states if stages.solver is None else states._replace(memory=memory)
 
 
 @partial(jax.jit, static_argnames=("threat", "rounded"))

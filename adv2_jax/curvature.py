@@ -25,7 +25,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial
 
-from adv2_jax.activations import relu_curved
+from adv2_jax.activations import relu_curved, squared_width
 from adv2_jax.capabilities import logits_of, pre_activations
 from adv2_jax.descent import Driver, MapLoss, by_host
 from adv2_jax.interpreters import Context, Interpreter, Surrogate, input_gradient
@@ -396,11 +396,7 @@ def matched_width(
     """
     moved = jax.jvp(partial(pre_activations, model), (image,), (direction,))[1]
 
-    def width(dz: Array) -> Array:
-        return step**2 * ((neuron * dz) ** 2 + layer**2 * (dz**2).mean())
-
-    # a neuron that does not move has no width, and no curvature; 0 would be 0/0 in the kernel
-    return [jnp.maximum(width(dz), jnp.finfo(dz.dtype).tiny ** 0.25) for dz in moved]
+    return [squared_width(step * dz, neuron=neuron, layer=layer) for dz in moved]
 
 
 class Fidelity(NamedTuple):

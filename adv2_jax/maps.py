@@ -1,5 +1,6 @@
 """Operations on attribution maps [h, w]; all have finite first and second derivatives."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Map
 
 
-def min_max(raw: Array) -> Map:
+def min_max(raw: Array, power: float | None = None) -> Map:
     """Scale a map to [0, 1] by its own minimum and maximum.
 
     A constant map gives zeros with a zero gradient. A map counts as constant if its range is within
@@ -18,6 +19,7 @@ def min_max(raw: Array) -> Map:
 
     Args:
         raw: [h, w], any range and floating-point type.
+        power: spreads the derivative of the maximum (`spread_max`); needs a map >= 0.
 
     Returns:
         [h, w] in [0, 1], float32 or wider. It has NaN if the raw map is not finite, so that the
@@ -26,7 +28,9 @@ def min_max(raw: Array) -> Map:
     raw = at_least_float32(raw)
     # by index, not min(): JAX's gradient of min compares all entries with the minimum, which XLA
     # may compute a second time with other rounding; then no entry is equal and the gradient is 0/0
-    low, high = raw.reshape(-1)[raw.argmin()], raw.reshape(-1)[raw.argmax()]
+    flat = raw.reshape(-1)
+    low = flat[raw.argmin()]
+    high = flat[raw.argmax()] if power is None else spread_max(flat, power)
     span = high - low
     # four roundings of the largest value; relative, so that a map of values near 1e-30 is a map
     resolution = 4 * jnp.finfo(raw.dtype).eps * jnp.maximum(jnp.abs(low), jnp.abs(high))
@@ -36,13 +40,45 @@ def min_max(raw: Array) -> Map:
     return jnp.where(constant, 0, (raw - low) / jnp.where(constant, 1, span))
 
 
-def channel_max(gradient: Array) -> Array:
-    """Return the largest absolute value over colour channels: [H, W, C] -> [H, W] (ADV² eq. 5)."""
+def channel_max(gradient: Array, power: float | None = None) -> Array:
+    """Return the largest absolute value over colour channels: [H, W, C] -> [H, W] (ADV² eq. 5).
+
+    With a power its derivative is spread over the channels (`spread_max`).
+    """
     size = jnp.abs(gradient)
+    if power is not None:
+        return spread_max(size, power)
     channels = jax.lax.broadcasted_iota(int, size.shape, size.ndim - 1)
     # by index, as in `min_max`; the sum has one term that is not 0
     largest = channels == size.argmax(axis=-1, keepdims=True)
     return jnp.where(largest, size, 0).sum(axis=-1)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def spread_max(values: Array, power: float) -> Array:
+    """Return the maximum of the last axis, with a derivative that values near it share.
+
+    A step that lowers the largest value alone is soon stopped by the second largest. Here a value v
+    has the weight (v / max)^power in the derivative, and the weights sum to 1; the maximum itself is
+    exact.
+
+    Args:
+        values: [..., n] >= 0.
+        power: > 0; as it grows the derivative tends to that of the maximum.
+    """
+    return values.max(axis=-1)
+
+
+@spread_max.defjvp
+def _spread_max_jvp(
+    power: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    (values,), (moved,) = primals, tangents
+    top = values.max(axis=-1, keepdims=True)
+    # where all are 0, all are largest
+    weights = jnp.where(top > 0, values / jnp.where(top > 0, top, 1), 1) ** power
+    share = weights / weights.sum(axis=-1, keepdims=True)
+    return spread_max(values, power), (share * moved).sum(axis=-1)
 
 
 def pool(raw: Array, size: int | None = None) -> Array:

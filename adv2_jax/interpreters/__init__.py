@@ -20,6 +20,7 @@ from adv2_jax.interpreters.activation_maps import (
 from adv2_jax.interpreters.base import (
     Context,
     Explain,
+    Init,
     Interpreter,
     Seen,
     Solver,
@@ -41,6 +42,7 @@ __all__ = [
     "INTERPRETERS",
     "Context",
     "Explain",
+    "Init",
     "Interpreter",
     "MaskObjective",
     "SaliencyWeights",

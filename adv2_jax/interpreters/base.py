@@ -20,6 +20,7 @@ from adv2_jax.types import Classifier, Image, Label, Logits, Map
 
 P = ParamSpec("P")
 Explain = Callable[[Any, Image, Label], Map]
+Init = Callable[[Any, Image], Any]
 
 
 class Context(NamedTuple):
@@ -31,7 +32,7 @@ class Context(NamedTuple):
         key: PRNG key of this image and this step, for surrogates that draw random numbers; None if
             the problem has no key.
         step: [] int32, number of joint steps taken before this one.
-        memory: `Seen.memory` of the previous step; None for an interpreter without a solver.
+        memory: `Seen.memory` of the previous step; None for an interpreter without a memory.
     """
 
     tau: Array | Any
@@ -90,6 +91,8 @@ class Interpreter(NamedTuple):
             otherwise the explained map is drawn for that every few steps.
         solver: `explain` step by step, for an interpreter that is itself a descent; else None. The
             memory of the surrogate has the same structure, and each complete solve replaces it.
+        init: (model, image) -> memory of a surrogate without a solver before its first step; None
+            for a surrogate without memory.
         check: (model, image shape [H, W, 3]) -> None; raises a ValueError if a model that has all
             of `needs` still cannot be explained on such images. None checks nothing.
         needs: attributes that a model must have besides `logits`: "features", "head", "masker".
@@ -104,6 +107,7 @@ class Interpreter(NamedTuple):
     surrogate: Surrogate
     faithful: bool = True
     solver: Solver | None = None
+    init: Init | None = None
     check: Callable[[Any, tuple[int, ...]], object] | None = None
     needs: tuple[str, ...] = ()
     made: Bound | None = None

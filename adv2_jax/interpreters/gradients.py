@@ -5,15 +5,23 @@ almost everywhere. An attack therefore replaces a derivative of ReLU (see `activ
 """
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from adv2_jax import maps
-from adv2_jax.activations import relu_curved, relu_h
-from adv2_jax.capabilities import logits_of
+from adv2_jax.activations import relu_curved, relu_h, squared_width
+from adv2_jax.capabilities import logits_of, pre_activations
 from adv2_jax.interpreters.base import Context, Interpreter, Seen, interpreter_factory
 from adv2_jax.losses import log_odds
 from adv2_jax.options import bind
+from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation, Classifier, Image, Label, Logits, Map, Score
+
+# of matched widths, found by search (docs/method.md, GRAD)
+DECAY = 0.95  # of the sum of past movements, in a step: it looks back about 20 steps
+NEURON, LAYER = 0.7, 0.7  # factors of the movement of the neuron, and of its layer
+
+COLOURS, PIXELS = 2, 8  # powers of `maps.spread_max`
 
 
 def input_gradient(
@@ -51,6 +59,7 @@ def grad_with_logits(
     *,
     act: Activation | None,
     pool: int | None,
+    spread: bool = False,
     score: Score = log_odds,
 ) -> tuple[Logits, Map]:
     """Return the logits [K] and the map of `grad` from one linearisation.
@@ -60,7 +69,12 @@ def grad_with_logits(
     # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
     # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long.
     gradient, logits = input_gradient(model, image, label, act=act, score=score)
-    return logits, maps.min_max(maps.pool(maps.channel_max(gradient), pool))
+    return logits, _reduced(gradient, pool, spread)
+
+
+def _reduced(gradient: Array, pool: int | None, spread: bool) -> Map:
+    colours, pixels = (COLOURS, PIXELS) if spread else (None, None)
+    return maps.min_max(maps.pool(maps.channel_max(gradient, colours), pool), pixels)
 
 
 def grad(
@@ -100,28 +114,94 @@ def grad(
 
 
 @interpreter_factory
-def grad_interpreter(*, pool: int | None = None) -> Interpreter:
+def grad_interpreter(
+    *, pool: int | None = None, tau: str | None = None, spread: bool = False
+) -> Interpreter:
     """GRAD, attacked through the true map with an invented second derivative (`relu_curved`).
 
-    The surrogate is faithful; the width τ of the kernel comes from `Context.tau`.
+    The surrogate is faithful; its kernels have the width `Context.tau`, or a matched one.
 
     Args:
         pool: side of the mean-pooling blocks of the map; None is 4 at 224² and 1 below 112²
             (`maps.usual_pool`).
+        tau: None for `Context.tau`. "matched" computes the width of each kernel from how far the
+            attack moves its neuron (as `curvature.matched_width`), and has no schedule to tune. It
+            costs no pass over the network, and one float32 for each neuron and image of memory.
+        spread: share the derivatives of the two maxima of the map, over colours and over pixels,
+            among the values near them (`maps.spread_max`); its values stay exact.
 
     Returns:
         An interpreter; equal options give the same object.
+
+    Raises:
+        ValueError: for another tau.
     """
-    return Interpreter("grad", bind(grad, pool=pool), bind(_curved_grad, pool=pool), needs=("act",))
+    if tau not in (None, "matched"):
+        raise ValueError(f"tau {tau!r} is neither None, for a schedule, nor 'matched'")
+    surrogate = _curved_grad if tau is None else _matched_grad
+    return Interpreter(
+        "grad",
+        bind(grad, pool=pool),
+        bind(surrogate, pool=pool, spread=spread),
+        init=None if tau is None else _no_movement,
+        needs=("act",),
+    )
 
 
 def _curved_grad(
-    model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
+    model: Classifier,
+    image: Image,
+    label: Label,
+    context: Context,
+    *,
+    pool: int | None,
+    spread: bool,
 ) -> Seen:
-    return Seen(
-        # the logits too: `relu_curved` has the values and first derivatives of ReLU
-        *grad_with_logits(model, image, label, act=lambda z: relu_curved(z, context.tau), pool=pool)
-    )
+    act = lambda z: relu_curved(z, context.tau)  # noqa: E731
+    # the logits too: `relu_curved` has the values and first derivatives of ReLU
+    return Seen(*grad_with_logits(model, image, label, act=act, pool=pool, spread=spread))
+
+
+def _no_movement(model: Classifier, image: Image) -> list[Array]:
+    """Return the running means of the pre-activations before the first step: zeros."""
+    # not those of the image: the first widths are then as large as the pre-activations, and the
+    # attack begins with the curvature of all neurons
+    entering = jax.eval_shape(pre_activations, model, image)
+    return [jnp.zeros(z.shape, jnp.promote_types(z.dtype, jnp.float32)) for z in entering]
+
+
+def _matched_grad(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    context: Context,
+    *,
+    pool: int | None,
+    spread: bool,
+) -> Seen:
+    """GRAD with kernels as wide as the distance of each pre-activation from its running mean.
+
+    With r_k = β r_{k-1} + (1 - β) z_k, the distance z_k - r_{k-1} is Σ_j β^j (z_{k-j} - z_{k-j-1}),
+    the decayed sum of all movements: one number to remember, not two.
+    """
+    if context.memory is None:
+        # outside of an attack nothing moves, as in `curvature.map_jacobian`
+        return _curved_grad(model, image, label, context, pool=pool, spread=spread)
+
+    def class_score(x: Image) -> tuple[Array, tuple[Logits, list[Array]]]:
+        means, after = iter(context.memory), []
+
+        def act(z: Array) -> Array:
+            mean = next(means)
+            moved = jax.lax.stop_gradient(at_least_float32(z)) - mean
+            after.append(mean + (1 - DECAY) * moved)
+            return relu_curved(z, squared_width(moved, neuron=NEURON, layer=LAYER))
+
+        logits = logits_of(model, x, act)
+        return log_odds(logits, label), (logits, after)
+
+    gradient, (logits, memory) = jax.grad(class_score, has_aux=True)(image)
+    return Seen(logits, _reduced(gradient, pool, spread), memory=jax.lax.stop_gradient(memory))
 
 
 @interpreter_factory
