@@ -4,6 +4,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -238,3 +239,12 @@ def test_a_layer_at_rest_has_a_width():
     assert jnp.isfinite(
         jax.grad(lambda z: jax.grad(lambda z: relu_curved(z, tau).sum())(z).sum())(jnp.zeros(3))
     ).all()
+
+
+def test_the_file_of_the_guide_is_the_preset_that_was_measured():
+    read = presets.read(Path(__file__).parents[1] / "notebooks" / "matched.json")["grad"]
+    assert read.interpreter == grad_interpreter(tau="matched", spread=True)
+    default = presets.PRESETS["default"]["grad"]
+    assert (read.steps, read.momentum) == (default.steps, default.momentum)
+    np.testing.assert_allclose(read.step_size(300)(0), 0.5 / 255, rtol=1e-3)
+    np.testing.assert_allclose(read.step_size(300)(300), 0.01 / 255, rtol=1e-3)
