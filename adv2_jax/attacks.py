@@ -150,7 +150,7 @@ def attack(
     )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
     model = static_leaves(model)
     for image in () if benign.dtype == np.uint8 else benign:
-        threat.check(_unit(image))
+        threat.check(to_unit(image))
     parts = [
         _attack_batch(
             model,
@@ -420,7 +420,7 @@ def batches(arrays: T, size: int) -> Iterator[T]:
         yield jax.tree.map(itemgetter(indices), arrays)
 
 
-def _unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
+def to_unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:
     """Return uint8 or floating-point images in [0, 1]; values within ULP of k/255 are k/255."""
     if x.dtype == np.uint8:
         return x.astype(dtype) / 255
@@ -464,13 +464,13 @@ def _problems(
     """Return the checked arguments of `attack`, in NumPy: batches move to the device one by one."""
     t = _classes("targets", targets, model, x)
     if interpreter is None:
-        return Problem(_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
+        return Problem(to_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     check_target_maps(model, x.shape, interpreter, maps.shape)
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(_unit(x, np.float32), t, maps)
+    return Problem(to_unit(x, np.float32), t, maps)
 
 
 def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
@@ -522,7 +522,7 @@ def _attack_batch(
     x64: Any = x.astype(np.float64)
     rounded = [
         threat.round(x64[i], jax.tree.map(itemgetter(i), params), image)
-        for i, image in enumerate(_unit(benign))
+        for i, image in enumerate(to_unit(benign))
     ]
     faces: tuple[Explain, Solver | None] = (
         (no_map, None)
@@ -539,7 +539,7 @@ def _attack_batch(
         for values, old in zip(jax.tree.leaves(params), jax.tree.leaves(unchanged), strict=True):
             values[failed] = old[failed]
         for (images, logits, maps), old in (
-            (results, to_uint8(_unit(benign))),
+            (results, to_uint8(to_unit(benign))),
             (float_results, problems.image),
         ):
             images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
@@ -557,7 +557,7 @@ def _seen(
     driver: Driver,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits and maps of a batch in NumPy; a map with a value that is not finite is NaN."""
-    x, classes = jax.device_put((_unit(images, np.float32), labels))
+    x, classes = jax.device_put((to_unit(images, np.float32), labels))
     logits, maps = map(
         np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2])
     )

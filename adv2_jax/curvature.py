@@ -395,7 +395,6 @@ def matched_width(
         ValueError: if the network does not pass `act` on.
     """
     moved = jax.jvp(partial(pre_activations, model), (image,), (direction,))[1]
-
     return [squared_width(step * dz, neuron=neuron, layer=layer) for dz in moved]
 
 
@@ -620,21 +619,20 @@ def _start(
     return _Ascent(benign, params, params, jnp.full((), -1, benign.dtype))
 
 
-def _change(
-    params: Params, problem: _Problem, benign: Map, surrogate: Surrogate, threat: Threat
-) -> Array:
-    model, image, label, context = problem
-    return map_l2(surrogate(model, threat.apply(params, image), label, context).map, benign)
-
-
 @_static
 @highest
 def _ascend(
     problem: _Problem, state: _Ascent, size: Array, *, surrogate: Surrogate, threat: Threat
 ) -> _Ascent:
-    change, slope = jax.value_and_grad(_change)(
-        state.params, problem, state.benign, surrogate, threat
-    )
+    model, image, label, context = problem
+
+    def moved_by(params: Params) -> Array:
+        x = threat.apply(params, image)
+        return _map_loss(
+            x, model, label, state.benign, context, surrogate=surrogate, map_loss=map_l2
+        )
+
+    change, slope = jax.value_and_grad(moved_by)(state.params)
     better = change > state.largest
     state = state._replace(
         best=optax.tree_utils.tree_where(better, state.params, state.best),
@@ -643,7 +641,7 @@ def _ascend(
     transform = threat.steepest()
     up, _ = transform.update(slope, transform.init(state.params))
     moved = jax.tree.map(lambda p, d: p + size * d, state.params, up)
-    return state._replace(params=threat.project(moved, problem[1]))
+    return state._replace(params=threat.project(moved, image))
 
 
 @_static

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from adv2_jax.types import Label, Logits, Map
+from adv2_jax.types import Label, Logits, Map, Score
 
 
 def log_odds(logits: Logits, label: Label) -> Array:
@@ -58,6 +58,10 @@ def probability(logits: Logits, label: Label) -> Array:
     Its float32 gradient is rounding noise once f_c rounds to 1 (see `log_odds`).
     """
     return jax.nn.softmax(logits)[label]
+
+
+# class scores by name; larger where the class is likelier
+SCORES: dict[str, Score] = {score.__name__: score for score in (log_odds, probability, logit)}
 
 
 def map_mse(map: Map, target_map: Map) -> Array:

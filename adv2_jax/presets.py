@@ -407,11 +407,9 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
     if isinstance(options.get("act"), str):
         raise ValueError("act is a function, which only Python can give")
     if objective := options.get("objective"):
-        functions = (losses.log_odds, losses.logit, losses.probability)
-        scores = {function.__name__: function for function in functions}
         score = objective.get("score")
         options["objective"] = MaskObjective(**objective)._replace(
-            score=score and look_up(scores, "score", score)
+            score=score and look_up(losses.SCORES, "score", score)
         )
     made = look_up(FACTORIES, "kind", kind)(**options)
     if made.name != default.name:

@@ -144,13 +144,10 @@ def test_float32_products_are_those_of_float64(make_small):
 # --- secant
 
 
-def smooth_network(network):
-    """The network with softplus in place of every ReLU: smooth in truth."""
-    return SmoothInside(network)
-
-
 @jax.tree_util.register_pytree_node_class
 class SmoothInside:
+    """A network with softplus in place of every ReLU: smooth in truth."""
+
     def __init__(self, network):
         self.network = network
 
@@ -165,8 +162,8 @@ class SmoothInside:
         return cls(*children)
 
 
-def test_secant_becomes_the_derivative_on_a_smooth_network(network, pixels):
-    model, v = smooth_network(network), draw(2)
+def test_secant_becomes_the_derivative_on_a_SmoothInside(network, pixels):
+    model, v = SmoothInside(network), draw(2)
     true = curvature.hessian(model, pixels, LABEL)(v)
     errors = [
         np.linalg.norm(curvature.secant(model, pixels, LABEL, step=h)(v) - true)
@@ -255,7 +252,7 @@ def test_a_neuron_that_does_not_move_has_no_curvature(network, pixels):
 
 def test_a_network_that_ignores_act_has_no_matched_width(network, pixels):
     with pytest.raises(ValueError, match="SmoothInside does not call the activation"):
-        curvature.matched_width(smooth_network(network), pixels, draw(6), 0.02)
+        curvature.matched_width(SmoothInside(network), pixels, draw(6), 0.02)
 
 
 @pytest.mark.parametrize("kernel", [relu_curved, relu_boxed])

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import os
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
     subject = subject_of(arguments)
     model, images, settings, config = subject
     with _running(arguments) as (directory, options):
-        options |= {"limit": arguments.limit, "publish": report.write}
+        options["limit"] = arguments.limit
         outcome = run(model, images, settings, directory, config=config, **options)
     if not arguments.quiet:
         print_sheet(after_a_run(outcome.rows))
@@ -88,7 +88,7 @@ def table(arguments: argparse.Namespace) -> None:
     chosen = {"threat": table.threat, "target_map": table.target_map}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
-        options |= {"limit": arguments.limit, "publish": report.write}
+        options["limit"] = arguments.limit
         sheet = make_table(name, model, images, settings, directory, config=config, **options)
     if not arguments.quiet:
         print_sheet(sheet)
@@ -108,7 +108,7 @@ def curvature(arguments: argparse.Namespace) -> None:
     check_out(arguments, *files, unfinished=laboratory.UNFINISHED)
     model, images, options, config = measured_of(arguments)
     publish = report.write if of_run else report.write_curvature
-    with _running(arguments, "curvature") as (directory, running):
+    with _running(arguments, "curvature", publish) as (directory, running):
         summary = laboratory.study(
             model,
             images,
@@ -118,7 +118,6 @@ def curvature(arguments: argparse.Namespace) -> None:
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             config=config,
-            publish=publish,
             **running,
         )
     if not arguments.quiet:
@@ -223,7 +222,9 @@ def _is_demo(directory: str) -> bool:
 
 @contextlib.contextmanager
 def _running(
-    arguments: argparse.Namespace, title: str = "attack"
+    arguments: argparse.Namespace,
+    title: str = "attack",
+    publish: Callable[[Path], object] = report.write,
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Open the directory of a run; yield it with the options that every run takes."""
     directory, bars = output_directory(_folder(arguments)), progress_bars(arguments.quiet)
@@ -231,6 +232,7 @@ def _running(
         options = {
             "resume": arguments.resume,
             "progress": lambda images, steps, done: start(title, steps, done=done, images=images),
+            "publish": publish,
         }
         yield path, options
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU, relu_boxed, relu_curved, relu_h, relu_sigmoid
-from adv2_jax.attacks import batches, check_interpreter, finite, image_keys
+from adv2_jax.attacks import batches, check_interpreter, finite, image_keys, to_unit
 from adv2_jax.capabilities import check_activation, num_classes, pre_activations, static_leaves
 from adv2_jax.curvature import (
     WIDTH,
@@ -64,10 +64,7 @@ SUMMARY, ARRAYS = CURVATURE_FILES
 FOLDER = "curvature"  # of finished parts
 UNFINISHED = f"{FOLDER}/{SETTINGS}"
 
-SCORES: dict[str, Score] = {
-    score.__name__: score
-    for score in (losses.log_odds, losses.probability, losses.logit, losses.cross_entropy)
-}
+SCORES: dict[str, Score] = losses.SCORES | {"cross_entropy": losses.cross_entropy}
 CLASSES = ("true", "target")  # whose score is studied
 LARGEST = 10  # eigenvalues of the exact Hessian that are kept
 # classes up to which K gradients and a K x K matrix are cheaper than products
@@ -308,8 +305,10 @@ def examine_batch(
         keys: `attacks.image_keys`.
         options: static.
     """
-    images, labels = _unit(sample.images), jnp.asarray(sample.classes, jnp.int32)
-    changes = None if sample.benign is None else images - _unit(sample.benign)
+    images = jnp.asarray(to_unit(sample.images, np.float32))
+    labels = jnp.asarray(sample.classes, jnp.int32)
+    benign = sample.benign
+    changes = None if benign is None else images - to_unit(benign, np.float32)
     inputs = images, labels, changes, jax.random.wrap_key_data(jnp.asarray(keys))
     if by_host("auto", inputs):
         # programs without loops are shared by all images; loops of convolutions compile to slow
@@ -330,10 +329,6 @@ def examine_batch(
     }
     known = {"images": sample.images, "classes": sample.classes, "map_l1": sample.map_l1}
     return Examined.named(failed=failed, **known, **arrays)
-
-
-def _unit(images: np.ndarray) -> Array:
-    return jnp.asarray(images / np.float32(255))
 
 
 def study(
@@ -466,7 +461,7 @@ def _compare(
     # one program of all surrogates and steps would take minutes to compile
     compared = fidelity(
         model,
-        _unit(sample.images[i]),
+        jnp.asarray(to_unit(sample.images[i], np.float32)),
         jnp.asarray(sample.classes[i], jnp.int32),
         surrogates=list(SURROGATES.values()),
         steps=[step * PIXEL for step in STEPS],
