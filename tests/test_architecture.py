@@ -78,6 +78,13 @@ def test_imports_go_downwards(path):
     assert upward == set(), f"{own} must not import {upward}"
 
 
+def test_every_folder_of_modules_is_installed():
+    """Setuptools leaves out a folder without `__init__.py`, and an editable install does not show it."""
+    folders = {path.parent for path in SOURCES}
+    assert folders == {Path("."), *map(Path, PACKAGES)}
+    assert {folder for folder in folders if folder / "__init__.py" not in SOURCES} == set()
+
+
 def test_the_imports_of_a_file_are_seen():
     assert used(Path("descent.py")) >= {"losses", "interpreters", "threats", "types"}
     assert siblings(Path("interpreters/gradients.py")) == {"base"}

@@ -1,0 +1,1 @@
+"""Training of networks and of their maskers for RTS."""
