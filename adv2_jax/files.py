@@ -41,7 +41,8 @@ def intact(path: Path) -> Iterator[None]:
         reason = first_line(error)
         if isinstance(error, LookupError | TypeError | AttributeError):  # of our own readers
             reason = f"it is not as adv2 writes it ({type(error).__name__}: {reason})"
-        raise ValueError(f"cannot read {path}: {reason}") from None
+        what = f"cannot read {path}: "  # an inner reader of the same file may have said so
+        raise ValueError(what + reason.removeprefix(what)) from None
 
 
 @contextlib.contextmanager

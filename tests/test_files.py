@@ -652,3 +652,10 @@ def test_what_compresses_well_is_read_up_to_64_mb(tmp_path):
     files.write_arrays(tmp_path / "a.npz", {"masks": masks})
     assert (tmp_path / "a.npz").stat().st_size < masks.size / 100
     assert_same(files.read_arrays(tmp_path / "a.npz"), {"masks": masks})
+
+
+def test_readers_of_one_file_inside_each_other_name_it_once(tmp_path):
+    (path := tmp_path / "results.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError) as error, files.intact(path):
+        files.read_arrays(path)
+    assert str(error.value) == f"cannot read {path}: not a whole .npz archive"
