@@ -149,7 +149,9 @@ def test_density_has_the_moments_of_the_spectrum(spread, like):
 
 def test_smoothed_density_is_one_in_all_and_sits_on_the_eigenvalues(spread, like):
     values, matrix, _ = spread
-    density = spectra.spectral_density(operator(matrix), like, depth=30, probes=400, key=KEY)
+    density = spectra.spectral_density(
+        operator(matrix), like, depth=30, probes=400, key=KEY, driver="fori"
+    )
     points = jnp.linspace(-12, 12, 2401)
     smooth = density.at(points, 0.5)
     np.testing.assert_allclose(jnp.trapezoid(smooth, points), 1, atol=1e-6)
