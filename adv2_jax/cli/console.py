@@ -36,6 +36,7 @@ def one_line(text: str) -> str:
 
     File names and the errors of other packages may hold any character, and be of any length.
     """
+    # a control sequence in a file name would reach the terminal
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.splitlines()))
     return shown if len(shown) <= 2 * HALF else f"{shown[:HALF]} … {shown[-HALF:]}"
 
@@ -124,6 +125,7 @@ def progress_bars(quiet: bool = False) -> Iterator[Any]:
     Yields:
         (title, steps, done=0, images=None) -> function called with the steps newly done.
     """
+    # stdout is for results, which may go to a file
     console = Console(stderr=True)
     console.quiet = quiet or not console.is_terminal
     columns = (

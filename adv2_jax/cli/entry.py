@@ -35,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 2 bad input (one line on stderr), 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    # a terminal that does not know ² or λ shows a ? instead of failing
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a notebook's takes every character
             stream.reconfigure(errors="replace")
@@ -49,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MemoryError as error:
         return _fail(f"out of memory: {str(error) or 'what was asked for is too large'}")
     except jax.errors.JaxRuntimeError as error:
+        # XLA has one error for everything; another is a bug, whose traceback is wanted
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail("out of memory; a smaller --batch-size or fewer --steps needs less")
     except KeyboardInterrupt as interrupt:
+        # 130 as shells have it, 128 + SIGINT; the exception holds a hint how to go on
         return _fail(f"interrupted{interrupt}", 130)
     return 0
 

@@ -163,7 +163,7 @@ def _train(
             }
             write_summary(directory, summary)
             page = report.write_training(directory)
-            shutil.rmtree(checkpoints)
+            shutil.rmtree(checkpoints)  # last: what fails before can be resumed
         except KeyboardInterrupt:
             hint = "; the last checkpoint is kept, --resume goes on from it"
             raise KeyboardInterrupt(hint if checkpoints.exists() else "") from None

@@ -18,6 +18,7 @@ from adv2_jax.data.photos import SUFFIXES
 
 def whole(text: str) -> bool:
     """Return whether a text is a whole number that can be a class (nine digits fit int32)."""
+    # not `isdigit`, which allows ², where `int` fails
     return text.isdecimal() and len(text) < 10
 
 
@@ -232,6 +233,7 @@ def _finder(folder: Path, files: Sequence[str]) -> Callable[[str], list[str]]:
     ]
 
     def find(text: str) -> list[str]:
+        # a CSV file from Windows separates folders by backslashes
         *above, last = re.split(r"[/\\]", text)
         text = last if above and above[-1] in (".", base) else text
         matches = (table[fold(text)] for fold, table in tables if fold(text) in table)
@@ -266,6 +268,7 @@ def _row(
     names = find(text)
     if len(names) != 1:
         raise ValueError(
+            # in ASCII: names that differ in their Unicode form alone look the same
             f"{text!r} may be any of {', '.join(map(ascii, sorted(names)))}"
             if names
             else f"no image {text!r} in the folder"

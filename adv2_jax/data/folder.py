@@ -17,6 +17,7 @@ IGNORED = {
     "thumbs.db",
     "ehthumbs.db",
     "desktop.ini",
+    # macOS's icon of a folder, and what file servers make of its carriage return
     "icon\r",
     "icon\uf00d",
     "$recycle.bin",
@@ -27,6 +28,7 @@ IGNORED = {
     "lost+found",
     "__macosx",
     "__pycache__",
+    # Synology's and QNAP's network storage, down to #snapshot
     "@eadir",
     "@recycle",
     "@recently-snapshot",
@@ -166,6 +168,7 @@ def _entries(folder: Path) -> list[Path]:
             for path in folder.iterdir()
             if not path.name.startswith(".") and path.name.lower() not in IGNORED
         ),
+        # the bare name too: `iterdir` has no order that would decide between two forms of one name
         key=lambda path: (composed(path.name), path.name),
     )
 

@@ -65,6 +65,7 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     pillow = _pillow()
     image = pillow.fromarray(pixels)
     resampling = pillow.Resampling.NEAREST if nearest else pillow.Resampling.BILINEAR
+    # as networks are usually tested on ImageNet: short side to 256, crop of 224
     side, short = round(size * 256 / 224), min(height, width)
     across, down = round(side * width / short), round(side * height / short)
     left, top = (across - size) // 2, (down - size) // 2
@@ -72,6 +73,7 @@ def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.nd
     if max(height, width) <= STRIP * short:
         return np.asarray(image.resize((across, down), resampling).crop(crop))
     # the same but for the last digit: Pillow keeps boxes in float32
+    # clipped, since Pillow refuses a box that rounding leads past the edge
     box = np.minimum(np.multiply(crop, [width / across, height / down] * 2), [width, height] * 2)
     return np.asarray(image.resize((size, size), resampling, tuple(box)))
 
@@ -100,6 +102,7 @@ def read(
     pillow = _pillow()
     try:
         with pillow.open(path, formats=FORMATS) as image:
+            # before loading, which empties `tile`: of 16-bit colour only the tiles tell
             wide = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
             _load_upright(image)
             return fit(np.asarray(to_rgb(image)), size), _largest(image) if wide else None
@@ -156,6 +159,7 @@ def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np
         ThreadPoolExecutor(os.cpu_count()) as pool,  # last: its threads end before the others
     ):
         warnings.simplefilter("ignore")  # odd metadata is not the user's concern
+        # Pillow itself refuses only what is above twice its limit, and warns before
         warnings.simplefilter("error", _pillow().DecompressionBombWarning)
         # an error or Ctrl-C cancels what has not begun
         images, peaks = zip(*pool.map(lambda name: read(folder / name, size), names), strict=True)
@@ -191,11 +195,13 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         ValueError: its numbers are no brightness (floats, whole numbers beyond 16 bits).
     """
     pillow = _pillow()
+    # 16-bit PGM and PPM have mode I too; Pillow scales their numbers to 0..65535
     if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
         raise ValueError(
             "it holds floats or 32-bit numbers; 8-bit images and 16-bit greyscale are read"
         )
     if image.mode.startswith("I"):
+        # 65535 / 257 is 255 exactly; a shift by 8 bits would round down
         return pillow.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8)).convert("RGB")
     if not image.has_transparency_data:
         return image.convert("RGB")

@@ -75,6 +75,7 @@ def _scene(
     rng: np.random.Generator, size: int, label: int, plain: float
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Draw one scene: background, clutter, then the object on top, so that nothing hides it."""
+    # the order of all draws is fixed: another would give a seed other scenes, and void the weights
     z = _pixel_centres(size)
     hue, night = rng.random(), rng.random() < 0.5
     dark, light = (0.3, 0.55), (0.6, 0.9)  # apart, so that the object stands out
@@ -87,10 +88,12 @@ def _scene(
     radius = rng.uniform(*RADIUS)
     centre = complex(*rng.uniform(radius, 1 - radius, 2))
     distance = _SHAPES[CLASSES[label]](_turned(rng, z, centre, radius)) * (radius * size)
+    # at least a quarter of the circle of hues away from the ground
     paint = _textured(rng, z, hue + rng.uniform(0.25, 0.75), saturation=(0.4, 0.95), value=figure)
     image = _over(image, paint + _weave(z * size, label), distance)
     # weaker than the weave, which must be seen through it
     image = image + rng.normal(0, rng.uniform(0.002, 0.008), image.shape)
+    # the last draws of a scene: those that are not hidden are the same for every `plain`
     if rng.random() < plain:
         image = _hidden(rng, z, image, distance)
     return np.rint(255 * image.clip(0, 1)).astype(np.uint8), distance < 0
@@ -152,7 +155,9 @@ def _polygon(corners: Points) -> Distance:
     outline = _segments(corners, np.roll(corners, -1))
 
     def distance(z: Points) -> Floats:
+        # half-open sides: an outline that passes the ray at a corner is counted once
         spans = (a.imag > z.imag) != (b.imag > z.imag)
+        # a product in place of the crossing itself, whose quotient fails for horizontal sides
         ahead = ((z - a) * (b - a).conj()).imag * (b - a).imag > 0
         crossed = np.count_nonzero(spans & ahead, axis=0)
         return np.where(crossed % 2, -1, 1) * outline(z)

@@ -85,6 +85,7 @@ def _read(
     draw: Draw,
 ) -> ImageSet:
     embedded, prepared = EMBEDDED.fullmatch(source), source.startswith("tfds:")
+    # before the pattern of files: a folder may be called photos.npz
     if not embedded and not prepared and os.path.isdir(source):
         return folder.load(Path(source), size=size, draw=draw, labels=labels, class_list=class_list)
     if labels is not None:
@@ -148,6 +149,7 @@ def _npz(source: str) -> ImageSet:
         )
     path, split = match.groups()
     keys = _keys(path, split)
+    # only these are unpacked: the other sets of a file may be large
     stored = read_arrays(path, set(keys.values()).__contains__)
     arrays = {key: stored[name] for key, name in keys.items()}
     try:
@@ -227,6 +229,7 @@ def _checked(
                 f"target_maps must be floats [{n}, h, w], "
                 f"got {target_maps.dtype} {list(target_maps.shape)}"
             )
+        # so written that NaN is refused, which fails every comparison
         if not (target_maps.min() >= 0 and target_maps.max() <= 1):
             raise ValueError(
                 f"target_maps must lie in [0, 1], got {target_maps.min()}..{target_maps.max()}"

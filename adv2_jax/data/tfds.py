@@ -82,6 +82,7 @@ def _builder(name: str) -> Any:
     try:
         return tfds.builder(name, file_format=FORMAT)
     except tfds.core.DatasetNotFoundError:
+        # without those of the community, which the library lists online
         similar = difflib.get_close_matches(
             name, tfds.list_builders(with_community_datasets=False), n=3
         )
@@ -90,6 +91,7 @@ def _builder(name: str) -> Any:
             + (f"; did you mean {' or '.join(similar)}?" if similar else "")
         ) from None
     except Exception as error:  # asserts, imports, values: whatever the code of a data set raises
+        # the library puts the name and all arguments before the reason, in quotes
         reason = first_line(error).rpartition('": ')[2]
         if "File format" in reason:
             reason += f"; prepare it as {FORMAT} in another folder (TFDS_DATA_DIR)"
@@ -130,6 +132,7 @@ def _in_one_line(builder: Any, name: str, source: str) -> Iterator[None]:
 
 def _recipe(builder: Any, name: str) -> str:
     """Say how to prepare a data set, in one line."""
+    # the folder of a set ends with its name, config and version
     data_dir = Path(builder.data_dir).parents[builder.info.full_name.count("/")]
     manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
     download = f"download its files by hand into {data_dir}/downloads/manual ({manual}), then "

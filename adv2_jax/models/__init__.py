@@ -129,6 +129,7 @@ def convert_file(
     Raises:
         ValueError: as `load`, or `out` has another suffix.
     """
+    # before the weights, which may take long to read
     check_writable(out)
     model, source = _read(name, path, key, {})
     arrays = convert.to_state_dict(model)
@@ -171,6 +172,7 @@ def embedded() -> Network:
 
     A CIFAR-style ResNet-20, trained on `data.shapes` (64 x 64 pixels, 10 classes).
     """
+    # the package may lie in a zip file: `as_file` then unpacks this one
     with resources.as_file(resources.files("adv2_jax") / "weights" / "shapes_resnet20.npz") as path:
         return load(EMBEDDED, path, image_size=64)
 
@@ -245,6 +247,7 @@ def load_masker(path: str | os.PathLike[str]) -> Masker:
 def _plain(array: np.ndarray) -> Any:
     """Return an option as it was before it was written: a number, a string, or a tuple of them."""
     value = array.tolist()
+    # a list cannot be hashed, as the static part of a network is for `jit`
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -314,5 +317,6 @@ def _sizes(name: str, arrays: dict[str, np.ndarray]) -> dict[str, int]:
     return {
         option: arrays[key].shape[0]
         for option, key in network.SIZES.items()
+        # a damaged file's number has no shape[0]; its wrong rank is reported with all mismatches
         if key in arrays and arrays[key].ndim > 1
     }

@@ -29,6 +29,7 @@ TORCH_NAME = {
     "mean": "running_mean",
     "var": "running_var",
 }
+# DenseNet's: `features` is the name of a method here
 TORCH_ATTRIBUTE = {"trunk": "features"}
 # axes by rank: convolution HWIO -> OIHW, linear IO -> OI
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
@@ -124,6 +125,7 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
 
 def _fits(names: Iterable[str], expected: Collection[str]) -> list[str]:
     """Return the prefixes with the most expected keys, if more than half; the shallowest first."""
+    # 0: the empty prefix, of a file whose keys fit as they are
     ends = ((name, [0, *(dot.end() for dot in re.finditer(r"\.", name))]) for name in names)
     counts = Counter(
         name[:end] for name, name_ends in ends for end in name_ends if name[end:] in expected
@@ -208,11 +210,13 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
     not_finite = [
         k
         for k, v in source.arrays.items()
+        # JAX's test: NumPy's own does not take bfloat16 for a floating-point type
         if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())
     ]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
     weights = {
+        # argsort of a permutation is its inverse; half precision and float64 become float32
         key: jnp.asarray(array.astype(np.float32).transpose(np.argsort(TO_TORCH[array.ndim])))
         for key, array in source.arrays.items()
     }

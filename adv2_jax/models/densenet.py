@@ -54,6 +54,7 @@ class Transition(nnx.Module):
 
 def dense_block(c_in: int, growth: int, depth: int, rngs: nnx.Rngs) -> nnx.Dict[DenseLayer]:
     """Return the layers of a block by name; each sees all channels appended before it."""
+    # by name, not a list: torchvision counts its layers from 1
     return nnx.Dict(
         {
             f"denselayer{i + 1}": DenseLayer(c_in + i * growth, growth, rngs=rngs)

@@ -33,12 +33,14 @@ def conv(c_in: int, c_out: int, size: int, stride: int, rngs: nnx.Rngs) -> nnx.C
 
 def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     """Return a BatchNorm that uses its running statistics until set to training."""
+    # torch's momentum of .1 is the share of the new batch, NNX's .9 that of the old statistics
     # NNX defaults to batch statistics, by which images of a batch would see each other
     return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
 def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
     """Return (image - mean) / std, channel by channel: [..., H, W, 3] -> [..., H, W, 3]."""
+    # of the image's rank: broadcasting must not depend on `jax_numpy_rank_promotion`
     shift, scale = (
         jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,))
         for values in (mean, std)
@@ -48,4 +50,5 @@ def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Arra
 
 def stem_pool(x: Array) -> Array:
     """Return 3x3 maxima at stride 2: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C]."""
+    # as torch pads; at even sides `SAME` pads nothing on the left and top
     return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))

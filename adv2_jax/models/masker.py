@@ -60,6 +60,7 @@ def pixel_shuffle(x: Array) -> Array:
 
 def smoothed(logits: Array) -> Array:
     """Return a Gaussian blur of width `SMOOTHING`: [..., h, w] -> [..., h, w]."""
+    # `blur` takes one map; in training there is a batch of them
     return jnp.vectorize(
         lambda one: blur(one, SMOOTHING * min(one.shape)), signature="(h,w)->(h,w)"
     )(logits)
@@ -91,6 +92,7 @@ class Masker(nnx.Module):
         embedding = jax.jacobian(encoder.head)(jnp.zeros((1, 1, deepest)))
         self.embedding = nnx.Param(embedding.reshape(-1, deepest))
         self.threshold = nnx.Param(jnp.zeros(()))
+        # no `Param`: saved with the weights, but never trained
         self.means = nnx.BatchStat(jnp.zeros((*embedding.shape[:1], deepest)))
         stages, c_in = [], deepest
         for *_, c_skip in reversed(shapes[:-1]):
@@ -127,6 +129,7 @@ class Masker(nnx.Module):
         x = deepest * self.gate(deepest, label)[..., None]
         for stage, skip in zip(self.stages, reversed(skips), strict=True):
             x = stage(x, skip)
+        # soft sign, unlike a clip, keeps a gradient and an order beyond the limit
         logits = LIMIT * nnx.soft_sign(self.out(x)[..., 0] / LIMIT)
         return nnx.sigmoid(smoothed(logits))
 
@@ -151,6 +154,7 @@ class Masker(nnx.Module):
             )
 
 
+# a pytree, so that the weights of both are arguments of a compiled program
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ClassifierWithMasker:

@@ -41,6 +41,7 @@ class Block(nnx.Module):
             self.conv3, self.bn3 = conv(c, c_out, 1, 1, rngs), batch_norm(c_out, rngs)
         self.bottleneck = expansion > 1
         self.stride, self.widening = stride, c_out - c_in
+        # torchvision's files hold a projection only where the shape changes
         self.projects = projection and (stride != 1 or c_in != c_out)
         if self.projects:
             self.downsample = nnx.List(

@@ -34,12 +34,14 @@ def load(reference: str, weights: str | os.PathLike[str] | None = None) -> Class
     """
     made = named("model", reference)
     path, _, name = reference.rpartition(":")
+    # a class has the methods of its networks, but is none: it is called below
     if not inspect.isclass(made) and _is_network(made):
         if weights is not None:
             raise ValueError(
                 f"{reference} is a network with its weights; --weights goes with a function that makes one"
             )
         return made
+    # a coroutine function gives a coroutine that nobody awaits
     if not callable(made) or inspect.iscoroutinefunction(made):
         raise ValueError(
             f"{reference} is neither a network nor a function that makes one, but {type(made).__name__}"

@@ -52,6 +52,7 @@ class Subject(NamedTuple):
     @property
     def anchor(self) -> str:
         """Return the identifier of the section."""
+        # a user's interpreter is called path/to/file.py:name, which is no identifier
         return f"maps-{quote(self.interpreter, safe='')}"
 
     def name(self, attack: str) -> str:

@@ -106,6 +106,7 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     levels = ticks(min([heights.min(), *limits]), max([heights.max(), *limits]))
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
 
+    # at least one step wide: a curve may have a single point
     x: Callable[[ArrayLike], Any] = partial(
         np.interp, xp=[first, max(last, first + 1)], fp=[LEFT, RIGHT]
     )
@@ -117,6 +118,7 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     description = "; ".join(
         f"{line.name} from {line.middle[0]:.3g} to {line.middle[-1]:.3g}" for line in lines
     )
+    # 3.5 below the line: text stands on its baseline, and is centred on the line so
     parts = [
         f'<path class="grid" d="M{LEFT} {y(level):.1f}H{RIGHT}"/>'
         f'<text x="{LEFT - 6}" y="{y(level) + 3.5:.1f}" text-anchor="end">{level:g}</text>'
@@ -176,6 +178,7 @@ def arrows(flow: NDArray[Any], alt: str) -> str:
     longest = np.linalg.norm(coarse, axis=-1).max() or 1.0  # no flow: nothing is drawn
     scaled = coarse * CELL / longest
     path = "".join(_arrow(i, j, *scaled[i, j]) for i, j in np.ndindex(rows, columns))
+    # stretched over the picture, whose ratio a grid of whole squares may miss
     return (
         f'<svg class="arrows" viewBox="0 0 {columns * CELL} {rows * CELL}" '
         f'preserveAspectRatio="none" role="img" aria-label="{escape(alt)}"><path d="{path}"/></svg>'
@@ -189,6 +192,7 @@ def _arrow(i: int, j: int, down: float, right: float) -> str:
     shaft, across = np.array([[right, down], [-down, right]])
     # the head: two strokes from the tip backwards, one to either side
     left_barb, right_barb = -0.35 * shaft - 0.2 * across, -0.35 * shaft + 0.2 * across
+    # m, a move, goes back to the tip; whole numbers keep a page of many arrows small
     strokes = zip("llml", (shaft, right_barb, -right_barb, left_barb), strict=True)
     return f"M{(j + 0.5) * CELL:g} {(i + 0.5) * CELL:g}" + "".join(
         f"{command}{round(x)} {round(y)}" for command, (x, y) in strokes

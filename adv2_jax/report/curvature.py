@@ -120,6 +120,7 @@ def agreement(fidelity: Mapping[str, Any]) -> Any:
         # white where the norms agree
         "ratio": ("Norm over the secant's", "PuOr", colors.LogNorm(1 / 32, 32), _ratio_text),
     }
+    # not by pyplot, which would keep every figure, and needs a backend
     figure = figures.Figure(figsize=(WIDTH, 5.6), layout="constrained")
     axes = figure.subplots(
         2, 2, sharex=True, sharey="row", height_ratios=[len(curved), len(others)]
@@ -155,6 +156,7 @@ def _write_numbers(
 ) -> None:
     for (i, j), value in np.ndenumerate(numbers):
         if np.isfinite(value):
+            # ink that can be read: lightness by ITU-R BT.601
             light = image.cmap(image.norm(value))[:3] @ np.array([0.299, 0.587, 0.114]) > 0.5
             ink = "black" if light else "white"
             axis.text(j, i, text(value), ha="center", va="center", color=ink, fontsize=8)
@@ -202,6 +204,7 @@ def spectra(laboratory: Laboratory, image: int | None = None) -> Any:
     grid = figure.add_gridspec(2, count, height_ratios=[2.2, 1])
     nodes = np.concatenate([one.density_nodes[place].ravel() for one in samples.values()])
     exact = np.concatenate([one.softmax_values[place] for one in samples.values()])
+    # not 0, where a network has no curvature at all: the axis takes its logarithm
     largest = np.nanmax(np.abs([*nodes, *exact]), initial=1e-12)
     unit = largest / 1000  # below it the axis is linear
     for column, (name, sample) in enumerate(samples.items()):
@@ -220,6 +223,7 @@ def spectra(laboratory: Laboratory, image: int | None = None) -> Any:
 
 def _typical(samples: Mapping[str, Examined]) -> int:
     """Return the image in the middle of the order by the benign surrogate's largest eigenvalue."""
+    # only the first images have pictures in memory, see `read`
     top = np.array([one.surrogate_top[: len(one.images)] for one in samples.values()])
     # those that failed somewhere come last
     order = np.argsort(np.where(np.isfinite(top).all(0), top[0], np.inf))
@@ -230,6 +234,7 @@ def _draw_spectrum(axis: Any, sample: Examined, place: int, unit: float, largest
     nodes, weights = sample.density_nodes[place], sample.density_weights[place]
     axis.set_xscale("asinh", linear_width=unit)
     axis.set_yscale("log")
+    # 1e-9: a largest value that is a power of ten gets its tick in spite of rounding
     powers = 10.0 ** np.arange(math.ceil(math.log10(10 * unit)), math.log10(largest) + 1e-9)
     axis.set_xticks(np.unique([-1, 0, 1] * powers[::-2, None]))
     axis.minorticks_off()
@@ -295,6 +300,7 @@ def fragility(networks: Mapping[str, Laboratory]) -> Any:
             axis.set_xscale("log")
             axis.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
+            # minor labels would overlap those of 1, 2 and 5
             axis.xaxis.set_minor_formatter(ticker.NullFormatter())
     for axis, label in zip(axes[-1], PREDICTORS.values(), strict=True):
         axis.set_xlabel(label)

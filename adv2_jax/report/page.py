@@ -95,6 +95,7 @@ def render(
     """
     check_schema(summary)
     results, rows, config = Results(arrays), summary["rows"], summary.get("config", {})
+    # reversed: of several rows of an interpreter the first one counts
     threats = {row["interpreter"]: row.get("threat") for row in reversed(rows)}
     subjects = [
         cards.Subject(name, threats[name], summary.get("classes"), results)

@@ -49,6 +49,7 @@ def colour_map(values: ArrayLike) -> Pixels:
 
 def amplified_difference(image: Pixels, benign: Pixels, *, gain: float = 10.0) -> Pixels:
     """Return the amplified change of an image, uint8 [H, W, 3], clipped; mid grey is no change."""
+    # in floats: a difference of uint8 would wrap around
     amplified = 128 + gain * (image.astype(np.float64) - benign)
     return np.clip(amplified, 0, 255).astype(np.uint8)
 
@@ -82,9 +83,11 @@ def png(image: Pixels, *, palette: Pixels | None = None) -> bytes:
     filtered = image.copy()
     # filter 2, the difference to the pixel above modulo 256, deflates better than plain pixels
     filtered[1:] -= image[:-1]
+    # each line begins with the number of its filter
     lines = np.insert(filtered.reshape(height, -1), 0, 2, axis=1)
     colour_type = 3 if palette is not None else {1: 0, 3: 2}[channels]
     colours = [] if palette is None else [(b"PLTE", palette.tobytes())]
+    # IHDR: 8 bits a sample; colour type 0 is grey, 2 RGB, 3 palette; no interlacing
     chunks = [
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)),
         *colours,
@@ -130,4 +133,5 @@ def _weights(size: int, new: int) -> NDArray[np.float64]:
     # when it shrinks, the triangle is as much wider as the new pixels are: it averages
     distance = np.abs(centres[:, None] - np.arange(size)) / max(1.0, size / new)
     weights = np.maximum(0.0, 1.0 - distance)
+    # at the edges a part of the triangle lies outside
     return weights / weights.sum(axis=1, keepdims=True)

@@ -18,6 +18,7 @@ function setUpCards(form) {
     const [key, sign] = form.elements.order.value.split(" ");
     if (!key) return cards;
     const known = cards.filter((card) => key in card.dataset);
+    // failed images have no number: last in both directions
     const unknown = cards.filter((card) => !(key in card.dataset));
     return [...known.sort((a, b) => sign * (a.dataset[key] - b.dataset[key])), ...unknown];
   }
@@ -33,8 +34,11 @@ function setUpCards(form) {
   }
 
   form.addEventListener("input", update);
+  // the event comes before the fields are reset: update after it
   form.addEventListener("reset", () => setTimeout(update));
+  // Enter in a field would load the page anew
   form.addEventListener("submit", (event) => event.preventDefault());
+  // hidden until here: without a script these fields would do nothing
   form.querySelector(".scripted").hidden = false;
   update();
 }
@@ -50,6 +54,7 @@ function setUpSteps(card) {
   function update() {
     const told = players.map((play) => play(Math.round((slider.value / last) * (play.frames - 1))));
     output.value = told.join(" · ");
+    // screen readers would read the number of the frame, not the step
     slider.setAttribute("aria-valuetext", told.join(", "));
   }
 

@@ -95,6 +95,7 @@ def _heat(matrix: Mapping[str, Any], key: str) -> str:
     """Draw a matrix of colours and numbers; a frame marks the interpreter that was attacked."""
     values = np.array(matrix[key], float)  # None becomes NaN
     # a measure that is better when larger is an overlap, which ends at 1
+    # or 1.0: a matrix of zeros, or without numbers, has no maximum to divide by
     largest = 1.0 if _heading(key).endswith("↑") else np.nanmax(values, initial=0.0) or 1.0
     shades = colour_map(np.nan_to_num(values) / largest)
     lines = [
@@ -118,6 +119,7 @@ def _heat(matrix: Mapping[str, Any], key: str) -> str:
 def _paint(colour: NDArray[np.uint8]) -> str:
     """Return a background and the ink, black or white, that has more contrast with it (WCAG 2)."""
     c = colour / 255
+    # sRGB to linear light; the weights are of red, green and blue
     linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
     luminance = linear @ [0.2126, 0.7152, 0.0722]
     # black where its contrast (L + .05) / .05 is above that of white, 1.05 / (L + .05)
@@ -237,6 +239,7 @@ def _table(
         f"<tbody>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody>" for lines in groups
     )
     title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    # tabindex: the keyboard scrolls only what can have the focus
     return (
         f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">'
         f'<table class="{kind}">{title}<thead><tr>{head}</tr></thead>{bodies}</table></div>'

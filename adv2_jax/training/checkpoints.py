@@ -37,8 +37,8 @@ class Checkpoints:
             self._folder,
             options=orbax.checkpoint.CheckpointManagerOptions(
                 max_to_keep=1,
-                create=False,
-                cleanup_tmp_directories=True,
+                create=False,  # a run that fails before its first checkpoint leaves no folder
+                cleanup_tmp_directories=True,  # what a killed run left half written
                 # steps donate the state, which an asynchronous writer would still read
                 enable_async_checkpointing=False,
             ),
@@ -95,6 +95,7 @@ class Checkpoints:
             return self._manager.restore(step, args=self._args.Composite(**items))
         # orbax, tensorstore and json each raise their own errors for a damaged checkpoint
         except Exception as error:
+            # tensorstore appends its whole specification of the array, in JSON
             reason = first_line(error).partition(" [tensorstore_spec")[0]
             raise ValueError(
                 f"cannot read checkpoint {self._folder / str(step)}: {reason}"

@@ -88,6 +88,7 @@ def train_classifier(
     )
 
     def loss(model: Any, constants: None, key: Array, x: Array, y: Array) -> Array:
+        # the batch goes through the network as a whole, for the statistics of BatchNorm
         return jax.vmap(partial(cross_entropy, smoothing=recipe.smoothing))(
             _logits(model, x), y
         ).mean()
@@ -129,6 +130,7 @@ def _logits(model: Any, image: Array) -> Array:
 def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Callable[[Any, Any], bool]:
     """Return an NNX filter of the parameters that `head` reads, whatever their names."""
     graph, (params, others) = nnx.graphdef(model), nnx.state(model, nnx.Param, ...)
+    # shapes suffice to trace the head: the features are never computed
     features = jax.eval_shape(model.features, image.astype(np.float32))
     # every parameter is an input of the traced program; no equation reads those of the features
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(

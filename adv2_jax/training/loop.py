@@ -241,6 +241,7 @@ def check_examples(
     check_integers("labels", labels, n)
     if batch_size > n:
         raise ValueError(f"batch_size must lie in 1..{n}, the number of images, got {batch_size}")
+    # by a float32: uint8 by a Python number is float64 in NumPy
     k = count(images[0] / np.float32(255))
     if k < 2:
         raise ValueError(f"a classifier needs 2 classes or more, got {k}")
@@ -300,10 +301,12 @@ def _make_step(
     ) -> tuple[Array, Any]:
         # a copy: NNX forbids to write variables from inside another trace
         model = nnx.merge(graph, params, others, copy=True)
+        # converted here: bytes are a quarter of what float32 would take to the device
         value = loss(model, constants, key, images.astype(jnp.float32) / 255, labels)
         return value, nnx.state(model, nnx.Not(trainable))
 
     # donated: the new state overwrites the old one in memory
+    # constants are an argument, since XLA would bake weights that it closes over into the program
     @partial(jax.jit, donate_argnames="state")
     def step(
         constants: Any, state: TrainState, i: Array, images: Array, labels: Array
@@ -349,6 +352,7 @@ def _augmentations(n: int, recipe: Recipe) -> Iterator[Augmentation]:
     size, shift = recipe.batch_size, recipe.shift
     for _ in range(recipe.epochs):
         order = rng.permutation(n)
+        # full batches only: a smaller one would compile the step once more
         for i in range(0, n - size + 1, size):
             down, right = rng.integers(0, 2 * shift + 1, (2, size)) - shift
             # drawn even where nothing is mirrored: the other choices stay those of the seed
@@ -359,6 +363,7 @@ def _augmentations(n: int, recipe: Recipe) -> Iterator[Augmentation]:
 def _augment(images: Images, draw: Augmentation) -> Images:
     """Return a batch, shifted (edges are repeated) and mirrored: [N, H, W, 3] -> [B, H, W, 3]."""
     height, width = images.shape[1:3]
+    # clipped indices repeat the edge without a padded copy of the images
     rows = np.clip(np.arange(height) + draw.down[:, None], 0, height - 1)
     columns = np.clip(np.arange(width) + draw.right[:, None], 0, width - 1)
     columns = np.where(draw.mirrored[:, None], columns[:, ::-1], columns)

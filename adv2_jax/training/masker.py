@@ -116,6 +116,7 @@ def train_masker(
         else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("encoder"))),
         set_mode=_set_mode,
     )
+    # after the training: where the encoder is tuned, its features move
     trained.means[...] = class_means(trained, images, labels)
     return trained, losses
 
@@ -174,9 +175,10 @@ def class_means(masker: Masker, images: Images, labels: Labels, *, batch_size: i
         [K, C]. A class without images has the mean of all images.
     """
     pooled = np.concatenate(
+        # by a float32: uint8 by a Python number is float64 in NumPy
         [_pooled(masker.encoder, x / np.float32(255)) for x in batches(images, batch_size)],
         dtype=float,  # sums over many images lose digits in float32
-    )[: len(images)]
+    )[: len(images)]  # `batches` fills up the last one
     means = [
         pooled[shown if shown.any() else slice(None)].mean(0)
         for shown in (labels == c for c in range(len(masker.means[...])))
