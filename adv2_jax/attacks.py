@@ -45,7 +45,9 @@ from adv2_jax.descent import (
     solver_step_of,
     step_of,
 )
+from adv2_jax.devices import number_of_devices, replicate, spread
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
+from adv2_jax.precision import at, computing
 from adv2_jax.presets import Preset, look_up, resolve
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
@@ -110,6 +112,8 @@ def attack(
     snapshots: int = 0,
     all_may_fail: bool = False,
     keys: ArrayLike | None = None,
+    precision: str = "high",
+    devices: int | None = None,
 ) -> Result:
     """Attack a classifier and its interpreter at once.
 
@@ -127,13 +131,16 @@ def attack(
             a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
-        batch_size: images at a time. Changes memory and speed, and no result.
+        batch_size: images at a time on each device. Changes memory and speed, and no result.
         driver: "auto", "fori" or "host" (see `descent.drive`).
         on_step: called with the number of new steps; `count_steps` returns their total.
         snapshots: M, the number of images to return snapshots of, at most N.
         all_may_fail: return a result even if every image fails, instead of refusing the network.
         keys: `image_keys`, for interpreters that draw random numbers; unless given, those of seed 0
             and indices 0..N-1.
+        precision: of the products in attack steps, one of `precision.PRECISIONS`; what is returned
+            is computed at "highest". On a CPU only "bfloat16" differs.
+        devices: number of devices of this host to use; all unless given. Changes no result.
 
     Returns:
         The adversarial images, their logits and maps, and the cost.
@@ -144,11 +151,11 @@ def attack(
     threat = threats.linf() if threat is None else threat
     resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     benign = check_images(images)
-    n = len(benign)
+    n, count = len(benign), number_of_devices(devices)
     problems = _problems(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
     )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
-    model = static_leaves(model)
+    model = replicate(static_leaves(model), count)
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(to_unit(image))
     parts = [
@@ -160,14 +167,17 @@ def attack(
             threat,
             driver,
             on_step,
-            min(snapshots, n) - i * batch_size,
+            min(snapshots, n) - int(indices[0]),
+            precision,
+            count,
         )
-        for i, (indices, batch) in enumerate(batches((np.arange(n), problems), batch_size))
+        for indices, batch in batches((np.arange(n), problems), batch_size, count)
     ]
     # the last batch is padded
     result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
     _check_failed(result.failed, all_may_fail)
-    evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
+    with at(precision):  # as the steps were, so that nothing is traced again
+        evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
     return result._replace(gradient_evaluations=evaluations)
 
 
@@ -200,6 +210,7 @@ def explain(
     batch_size: int = 64,
     driver: Driver = "auto",
     all_may_fail: bool = False,
+    devices: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits and maps of a set of images.
 
@@ -210,11 +221,12 @@ def explain(
         interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image
             function (model, image, label) -> map. It is compiled once for each object, or each
             value of `options.bind`.
-        batch_size: images at a time.
+        batch_size: images at a time on each device.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see
             `descent.drive`).
         all_may_fail: return even if no image has finite logits and a finite map, instead of
             refusing the network.
+        devices: as in `attack`.
 
     Returns:
         logits [N, K], maps [N, h, w] in [0, 1]. A map with a value that is not finite is NaN
@@ -229,8 +241,11 @@ def explain(
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
     interpreter = interpreter if isinstance(interpreter, Interpreter) else of_function(interpreter)
     check_interpreter(model, x.shape[1:], interpreter)
-    model, faces = static_leaves(model), (interpreter.explain, interpreter.solver)
-    parts = [_seen(model, x, c, *faces, driver) for x, c in batches(inputs, batch_size)]
+    count, faces = number_of_devices(devices), (interpreter.explain, interpreter.solver)
+    model = replicate(static_leaves(model), count)
+    parts = [
+        _seen(model, x, c, *faces, driver, count) for x, c in batches(inputs, batch_size, count)
+    ]
     logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
     _check_failed(~finite((logits, maps)), all_may_fail)
     return logits, maps
@@ -400,13 +415,19 @@ def _memory(image: Any, solver: Solver | None) -> Any:
     return None if solver is None else jax.eval_shape(solver.init, image)
 
 
-def count_steps(preset: Preset, n: int, batch_size: int) -> int:
+def count_steps(preset: Preset, n: int, batch_size: int, devices: int | None = None) -> int:
     """Return the number of steps that `attack` reports through `on_step` for n images."""
-    return math.ceil(n / min(batch_size, n)) * (preset.warm_steps + preset.steps)
+    together = min(batch_size, n) * number_of_devices(devices)
+    return math.ceil(n / together) * (preset.warm_steps + preset.steps)
 
 
-def batches(arrays: T, size: int) -> Iterator[T]:
+def batches(arrays: T, size: int, devices: int = 1) -> Iterator[T]:
     """Yield batches of one size; the last is padded by repeating its last entry.
+
+    Args:
+        arrays: a pytree whose leaves have a leading axis [N].
+        size: of a batch on each device; N if there are no more.
+        devices: their number.
 
     Raises:
         ValueError: if the size is below 1.
@@ -414,9 +435,11 @@ def batches(arrays: T, size: int) -> Iterator[T]:
     if size < 1:
         raise ValueError(f"batch_size = {size} must be at least 1")
     n = len(jax.tree.leaves(arrays)[0])
-    for start in range(0, n, min(size, n)):
+    # not N / devices each: a batch of another size rounds otherwise, in the last bits of losses
+    together = min(size, n) * devices
+    for start in range(0, n, together):
         # one size, so that a smaller last batch is not compiled again
-        indices = np.minimum(np.arange(start, start + min(size, n)), n - 1)
+        indices = np.minimum(np.arange(start, start + together), n - 1)
         yield jax.tree.map(itemgetter(indices), arrays)
 
 
@@ -503,12 +526,21 @@ def _attack_batch(
     driver: Driver,
     on_step: OnStep | None,
     pictured: int,
+    precision: str,
+    devices: int,
 ) -> Result:
     """Attack one batch, with snapshots of the first `pictured` images; cost is not counted here."""
-    on_device = jax.device_put(problems)
-    crafted = craft(
-        model, on_device, preset, threat, driver=driver, on_step=on_step, pictured=max(pictured, 0)
-    )
+    on_device = spread(problems, devices)
+    with at(precision):
+        crafted = craft(
+            computing(model, precision),
+            on_device,
+            preset,
+            threat,
+            driver=driver,
+            on_step=on_step,
+            pictured=max(pictured, 0),
+        )
     x = images_of(on_device, crafted.params, threat)
     x, params, last, curves = jax.tree.map(
         np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
@@ -530,7 +562,7 @@ def _attack_batch(
         else (preset.interpreter.explain, preset.interpreter.solver)
     )
     results, float_results = (
-        (images, *_seen(model, images, problems.target, *faces, driver))
+        (images, *_seen(model, images, problems.target, *faces, driver, devices))
         for images in (to_uint8(rounded), x)
     )
     failed = ~finite((last, problems.target_map, results, float_results))
@@ -555,11 +587,12 @@ def _seen(
     interpreter: Explain,
     solver: Solver | None,
     driver: Driver,
+    devices: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return logits and maps of a batch in NumPy; a map with a value that is not finite is NaN."""
-    x, classes = jax.device_put((to_unit(images, np.float32), labels))
-    logits, maps = map(
-        np.array, jax.device_get(look(model, x, classes, interpreter, solver, driver)[:2])
-    )
+    x, classes = spread((to_unit(images, np.float32), labels), devices)
+    with at("highest"):
+        seen = look(model, x, classes, interpreter, solver, driver)[:2]
+    logits, maps = map(np.array, jax.device_get(seen))
     maps[~finite(maps)] = np.nan
     return logits, maps

@@ -1,15 +1,20 @@
-"""Speed on this machine, as ratios within one run: python notebooks/speed.py [--batch-size 16] [--steps 30]
+"""Speed on this machine, as ratios within one run: python notebooks/speed.py [--out DIR]
 
-Prints, for a CIFAR ResNet-20 with random weights: one forward pass; one step of PGD, CAM, Grad-CAM and
-GRAD as a multiple of it; an attack of n steps as a multiple of n such steps; and products of Hessians
-(`adv2_jax.curvature`), of one image, in forward passes of one image. Medians over repeats; everything
-is compiled before it is timed.
+For each network, precision and interpreter: one step of the attack, driven by the host; an attack of
+n steps as a multiple of n such steps, by the host and as one program (`lax.fori_loop`); the counted
+work over the rate of the chip, which is measured too; and, where torch is installed, the same step
+in eager PyTorch. Weights are random. Medians over repeats; everything is compiled before it is timed.
+With --out, `speed.json` and `speed.png` are written.
 """
 
 import argparse
+import importlib.util
+import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,10 +23,17 @@ import numpy as np
 from jax.tree_util import Partial
 
 import adv2_jax as adv2
-from adv2_jax import curvature
+from adv2_jax import curvature, precision
 from adv2_jax.activations import relu_curved
-from adv2_jax.crafting import joint_options
-from adv2_jax.descent import Numbers, Options, Problem, batched_step, descend, init
+from adv2_jax.attacks import gradient_evaluations, map_shape
+from adv2_jax.cost import multiply_adds
+from adv2_jax.crafting import craft, joint_options
+from adv2_jax.descent import Numbers, Options, Problem, batched_step, init
+from adv2_jax.models import user
+from adv2_jax.presets import resolve
+
+NETWORKS = ("cifar_resnet20", "resnet50", "densenet169")
+INTERPRETERS = ("pgd", "cam", "grad_cam", "grad", "mask")
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -35,28 +47,101 @@ def median_seconds(call: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def ratios(
-    model: adv2.Classifier, name: str, batch_size: int, steps: int, repeats: int
-) -> tuple[float, float]:
-    """Return the seconds of one step under the default preset, and of an attack of `steps` steps."""
+def rates(repeats: int) -> dict[str, float]:
+    """Return multiply-adds a second of a matrix product and of a convolution, the larger of two."""
+    big = jax.default_backend() != "cpu"
+    n, b, c = (8192, 64, 256) if big else (1024, 4, 64)
     rng = np.random.default_rng(0)
-    side = {"pgd": 1, "grad": 32}.get(name, 8)
-    preset, threat = adv2.presets.PRESETS["default"][name], adv2.threats.linf()
-    options = Options(threat) if preset.interpreter is None else joint_options(preset, threat)
-    problems = Problem(
-        jnp.asarray(rng.random((batch_size, 32, 32, 3), np.float32)),
-        jnp.asarray(rng.integers(0, 10, batch_size)),
-        jnp.asarray(rng.random((batch_size, side, side), np.float32)),
+    a = jnp.asarray(rng.standard_normal((n, n)), jnp.float32)
+    x = jnp.asarray(rng.standard_normal((b, 56, 56, c)), jnp.float32)
+    k = jnp.asarray(rng.standard_normal((3, 3, c, c)), jnp.float32)
+    conv = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
-    states = jax.jit(jax.vmap(lambda problem: init(problem, options)))(problems)
-    numbers = Numbers(*np.float32((1 / 255, 1.0, 1e-3)))
-    schedule = Numbers(*(np.full(steps, value) for value in numbers))
-    leaves, step = batched_step(model, options)
-    one = median_seconds(lambda: step(leaves, problems, states, numbers), repeats)
-    whole = median_seconds(
-        lambda: descend(model, problems, states, schedule, options), max(3, repeats // 6)
+    best = {}
+    for name in precision.PRECISIONS:
+        with precision.at(name):
+            pairs = [precision.computing(pair, name) for pair in ((a, a), (x, k))]
+            programs = jax.jit(jnp.matmul), jax.jit(conv)
+            best[name] = max(
+                multiply_adds(program, *pair) / median_seconds(partial(program, *pair), repeats)
+                for program, pair in zip(programs, pairs, strict=True)
+            )
+    return best
+
+
+def networks(names: list[str], weights: str | None) -> dict[str, tuple[Any, int]]:
+    """Return networks by name with the side of their images; random weights, or those of a file."""
+    made: dict[str, tuple[Any, int]] = {}
+    for name in names:
+        if user.is_reference(name):
+            made[name.rpartition(":")[2]] = user.load(name, weights), 224
+        else:
+            model = adv2.models.build(name)
+            made[name] = model, model.image_size
+    return made
+
+
+def measured(
+    model: Any, side: int, name: str, asked: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the seconds of a step and of attacks under the default preset, for a batch.
+
+    `step` is one joint step of many that are dispatched one after the other, without a wait; `host`
+    and `loop` are an attack of n steps, divided by n. `gradients` is the work of that attack on an
+    image, in gradients of ℓ_prd, divided by n; `rate` the multiply-adds a second in `loop`.
+    """
+    rng, b, n = np.random.default_rng(0), arguments.batch_size, arguments.steps
+    threat, shape = adv2.threats.linf(), (side, side, 3)
+    preset = resolve("default", None if name == "pgd" else name, threat=threat, steps=n)
+    interpreter, options = preset.interpreter, Options(threat)
+    size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
+    problems = jax.device_put(
+        Problem(
+            rng.random((b, *shape), np.float32),
+            rng.integers(0, 10, b).astype(np.int32),
+            rng.random((b, *size), np.float32),
+        )
     )
-    return one, whole
+    used = precision.computing(model, asked)
+    unit = multiply_adds(jax.grad(lambda x: used.head(used.features(x)).sum()), problems.image[0])
+    row: dict[str, Any] = {"interpreter": name, "precision": asked}
+    with precision.at(asked):
+        row["gradients"] = gradient_evaluations(model, preset, threat, shape) / n
+        if interpreter is None or interpreter.solver is None:
+            options = options if interpreter is None else joint_options(preset, threat)
+            start = jax.jit(jax.vmap(partial(init, options=options)))(problems)
+            leaves, step = batched_step(used, options)
+            numbers = jax.device_put(Numbers(*np.float32((1 / 255, 1.0, 1e-3))))
+
+            def steps() -> Any:
+                states = start
+                for _ in range(n):
+                    states, info = step(leaves, problems, states, numbers)
+                return states.params, info
+
+            row["step"] = median_seconds(steps, arguments.repeats) / n
+        attack = partial(craft, used, problems, preset, threat)
+        for key, driver in (("host", "host"), ("loop", "fori")):
+            row[key] = median_seconds(partial(attack, driver=driver), arguments.repeats) / n
+    return row | {"rate": b * row["gradients"] * unit / row["loop"]}
+
+
+def line(row: dict[str, Any], best: dict[str, float], batch_size: int) -> str:
+    """Return a row in words."""
+    words = [
+        f"{row['network']:15} {row['interpreter']:9} {row['precision']:9}",
+        f"{1e3 * row['loop'] / batch_size:8.3f} ms",
+        f"loop/step {row['loop'] / row['step']:5.2f}" if "step" in row else " " * 15,
+        f"loop/host {row['loop'] / row['host']:5.2f}",
+        f"{row['rate'] / best[row['precision']]:5.1%} of the chip's rate",
+    ]
+    if "eager" in row:
+        words.append(f"eager PyTorch {row['eager'] / row['loop']:5.2f} x as long")
+    return "  ".join(words)
 
 
 def products(model: adv2.Classifier, repeats: int) -> dict[str, float]:
@@ -77,30 +162,84 @@ def products(model: adv2.Classifier, repeats: int) -> dict[str, float]:
     }
 
 
+def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path) -> None:
+    """Draw the gradients a second of each row, and of eager PyTorch."""
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.6), squeeze=False)
+    for axis, name in zip(axes[0], names, strict=True):
+        of_network = [row for row in rows if row["network"] == name]
+        kinds = list(dict.fromkeys(row["interpreter"] for row in of_network))
+        series = {
+            f"adv2_jax, {p}": ("loop", p) for p in dict.fromkeys(r["precision"] for r in of_network)
+        }
+        series |= {
+            f"eager PyTorch, {p}": ("eager", p)
+            for p in dict.fromkeys(r["precision"] for r in of_network if "eager" in r)
+        }
+        for i, (label, (key, asked)) in enumerate(series.items()):
+            shown = [r for r in of_network if r["precision"] == asked and key in r]
+            axis.bar(
+                [kinds.index(r["interpreter"]) + (i + 0.5) / len(series) * 0.8 for r in shown],
+                [batch_size * r["gradients"] / r[key] for r in shown],
+                0.8 / len(series),
+                label=label,
+            )
+        axis.set(title=name, yscale="log", ylabel="gradients of an image a second")
+        axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
+    axes[0][-1].legend(fontsize="small")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
-    """Parse the arguments and print the table."""
+    """Parse the arguments, measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--networks", nargs="+", default=NETWORKS, help="or path/to/file.py:name")
+    parser.add_argument("--weights", help="file for path/to/file.py:name")
+    parser.add_argument("--interpreters", nargs="+", default=INTERPRETERS)
+    parser.add_argument("--precisions", nargs="+", default=["highest"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--repeats", type=int, default=30)
-    options = parser.parse_args()
-    b, n = options.batch_size, options.steps
-    model = adv2.models.build("cifar_resnet20")
-    images = jnp.zeros((b, 32, 32, 3)) + 0.5
-    forward = jax.jit(jax.vmap(lambda m, x: m.head(m.features(x)), (None, 0)))
-    unit = median_seconds(lambda: forward(model, images), options.repeats)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--no-eager", action="store_true", help="leave PyTorch out")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    b, repeats = arguments.batch_size, arguments.repeats
+    chip, best = jax.devices()[0].device_kind, rates(repeats)
     print(
-        f"{jax.devices()[0].device_kind}, batch {b}: one forward pass {1e3 * unit / b:.3f} ms an image"
+        f"{chip}, jax {jax.__version__}, batch {b}, {arguments.steps} steps; ms an image and step"
     )
-    for name in ("pgd", "cam", "grad_cam", "grad"):
-        one, whole = ratios(model, name, b, n, options.repeats)
-        print(
-            f"{name:9} one step {one / unit:5.2f} x forward   attack of {n} steps {whole / (n * one):5.3f} x {n} steps"
-        )
-    for name, cost in products(model, options.repeats).items():
+    for name, rate in best.items():
+        print(f"{name:9} {rate / 1e12:8.3f} Tera multiply-adds a second at best")
+    eager = None
+    if not arguments.no_eager and importlib.util.find_spec("torch"):
+        import eager
+    rows = []
+    for network, (model, side) in networks(arguments.networks, arguments.weights).items():
+        twin = None if eager is None else eager.twin(model)
+        for asked in arguments.precisions:
+            for name in arguments.interpreters:
+                row = {"network": network} | measured(model, side, name, asked, arguments)
+                if twin is not None and name in eager.LOSSES:
+                    row["eager"] = eager.step_seconds(
+                        twin, name, (b, side, side, 3), asked, arguments.steps, repeats
+                    )
+                rows.append(row)
+                print(line(row, best, b), flush=True)
+    costs = products(adv2.models.build("cifar_resnet20"), 30)
+    for name, cost in costs.items():
         print(f"{name:12} one product {cost:5.2f} x forward")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        found = {"chip": chip, "jax": jax.__version__, "batch_size": b, "steps": arguments.steps}
+        found |= {"rates": best, "rows": rows, "products": costs}
+        (arguments.out / "speed.json").write_text(json.dumps(found, indent=1))
+        picture(rows, b, f"{chip}, batch {b}", arguments.out / "speed.png")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from adv2_jax import __version__, data, models, threats
 from adv2_jax.curvature import WIDTH
 from adv2_jax.interpreters import INTERPRETERS
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
+from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs.curvature import CLASSES, SCORES
 from adv2_jax.runs.tables import TABLES
@@ -81,7 +82,13 @@ WEIGHT = _number("a number, 0 or more", _fraction, lambda x: 0 <= x < float("inf
 # steps and places are int32 in compiled programs; a JAX key is made from 32 bits
 COUNT = _number("a whole number, 0 or more and below 2**31", int, lambda n: 0 <= n < 2**31)
 POSITIVE = _number("a whole number above 0 and below 2**31", int, lambda n: 0 < n < 2**31)
+
 SEED = _number("a whole number, 0 or more and below 2**32", int, lambda n: 0 <= n < 2**32)
+
+
+def _all_or_positive(text: str) -> int | None:
+    """Read a whole number above 0; None of "all"."""
+    return None if text == "all" else POSITIVE(text)
 
 
 def _choice(
@@ -127,7 +134,14 @@ BATCH_SIZE: Arguments = {
         "type": POSITIVE,
         "default": 32,
         "metavar": "N",
-        "help": "images that are computed at a time",
+        "help": "images that are computed at a time, on each device",
+    },
+}
+DEVICES: Arguments = {
+    "--devices": {
+        "type": _all_or_positive,
+        "metavar": "N",
+        "help": "number of devices of this machine to use, or all (default: all)",
     },
 }
 WEIGHTS_KEY: Arguments = {
@@ -216,6 +230,12 @@ INTERPRETER: Arguments = {
     },
 }
 EFFORT: Arguments = {
+    "--precision": {
+        "default": "high",
+        "choices": list(PRECISIONS),
+        "help": "of products in attack steps: float32, or as accelerators round them; bfloat16 "
+        "computes the whole step in it; what is reported is always computed at highest",
+    },
     "--preset": {
         "default": "default",
         "type": _choice(PRESETS, "file.json", lambda name: name.endswith(".json")),
@@ -250,6 +270,7 @@ EFFORT: Arguments = {
         "help": "attack at most N of the images that the network gets right (default: all)",
     },
     **BATCH_SIZE,
+    **DEVICES,
     "--snapshots": {
         "type": COUNT,
         "default": 16,

@@ -64,6 +64,8 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         seed=arguments.seed,
         target_map=arguments.target_map,
         snapshots=arguments.snapshots,
+        precision=arguments.precision,
+        devices=arguments.devices,
     )
     return Subject(model, images, settings, config)
 

@@ -117,7 +117,9 @@ class DenseNet(nnx.Module):
     def features(self, image: Image, act: Activation = relu) -> Features:
         """Return the last features, a ReLU: [..., H, W, 3] -> [..., H/32, W/32, C]."""
         trunk = self.trunk
-        x = stem_pool(act(trunk.norm0(trunk.conv0(normalise(image, self.mean, self.std)))))
+        x = stem_pool(
+            act(trunk.norm0(trunk.conv0(normalise(image, self.mean, self.std, trunk.conv0.kernel))))
+        )
         for i, depth in enumerate(self.depths, 1):
             x = trunk[f"transition{i - 1}"](x, act) if i > 1 else x
             for j in range(depth):

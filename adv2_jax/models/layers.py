@@ -38,14 +38,21 @@ def batch_norm(channels: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(channels, use_running_average=True, momentum=0.9, epsilon=1e-5, rngs=rngs)
 
 
-def normalise(image: Image, mean: Sequence[float], std: Sequence[float]) -> Array:
-    """Return (image - mean) / std, channel by channel: [..., H, W, 3] -> [..., H, W, 3]."""
+def normalise(
+    image: Image, mean: Sequence[float], std: Sequence[float], weights: Array | nnx.Param[Array]
+) -> Array:
+    """Return (image - mean) / std, channel by channel: [..., H, W, 3] -> [..., H, W, 3].
+
+    In the type of the image, or in that of the weights it meets if they are of half precision.
+    """
     # of the image's rank: broadcasting must not depend on `jax_numpy_rank_promotion`
     shift, scale = (
         jnp.asarray(values, image.dtype).reshape((1,) * (image.ndim - 1) + (-1,))
         for values in (mean, std)
     )
-    return (image - shift) / scale
+    x = (image - shift) / scale
+    # cast last: in [.5, 1) bfloat16 has steps of 1/256, and an attack has steps of a tenth of that
+    return x.astype(weights.dtype) if jnp.finfo(weights.dtype).bits < 32 else x
 
 
 def stem_pool(x: Array) -> Array:

@@ -134,7 +134,7 @@ class CifarResNet(nnx.Module):
 
     def scales(self, image: Image, act: Activation = relu) -> list[Features]:
         """Return the output of each stage, [..., H/s, W/s, s width] for s = 1, 2, 4."""
-        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std))))
+        x = act(self.bn1(self.conv1(normalise(image, self.mean, self.std, self.conv1.kernel))))
         return run_all((self.layer1, self.layer2, self.layer3), x, act)
 
     def features(self, image: Image, act: Activation = relu) -> Features:
@@ -190,7 +190,9 @@ class ImageNetResNet(nnx.Module):
 
     def scales(self, image: Image, act: Activation = relu) -> list[Features]:
         """Return the output of each stage, [..., H/s, W/s, s/4 width expansion], s = 4..32."""
-        x = stem_pool(act(self.bn1(self.conv1(normalise(image, self.mean, self.std)))))
+        x = stem_pool(
+            act(self.bn1(self.conv1(normalise(image, self.mean, self.std, self.conv1.kernel))))
+        )
         return run_all((self.layer1, self.layer2, self.layer3, self.layer4), x, act)
 
     def features(self, image: Image, act: Activation = relu) -> Features:

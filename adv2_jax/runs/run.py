@@ -25,10 +25,12 @@ from adv2_jax.attacks import (
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.descent import OnStep
+from adv2_jax.devices import number_of_devices, replicate
 from adv2_jax.files import intact, write_summary
 from adv2_jax.identity import environment, tree_fingerprint
 from adv2_jax.interpreters import INTERPRETERS, Interpreter
 from adv2_jax.models import user
+from adv2_jax.precision import at
 from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.schema import (
     ATTACKS,
@@ -52,7 +54,7 @@ Progress = Callable[[int, int, int], OnStep]
 TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 # of the command line, but not of the results: may change when a run is resumed
-UNRELATED = ("command", "out", "run_directory", "resume", "overwrite", "quiet", "table")
+UNRELATED = ("command", "out", "run_directory", "resume", "overwrite", "quiet", "table", "devices")
 CURVE_POINTS = 100  # at most
 
 
@@ -64,13 +66,15 @@ class Settings(NamedTuple):
         threat: threat model.
         preset: name, or presets by interpreter (`presets.read`).
         warm_steps, steps: take the place of the preset's when given.
-        batch_size: images at a time.
+        batch_size: images at a time on each device.
         seed: of target classes, target maps and bootstrap.
         target_map: the map to be shown where the image set has no target maps of its own:
             "benign", that of the unchanged image, which hides the attack; "image", that of another
             image of the target class; "patch", a random figure.
         snapshots: of how many images, the first, to keep what they were on the way: some eight
             pictures an attack, each explained.
+        precision: of attack steps (see `attacks.attack`).
+        devices: number of devices of this host to use; all unless given.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -82,6 +86,8 @@ class Settings(NamedTuple):
     seed: int = 0
     target_map: str = "benign"
     snapshots: int = 16
+    precision: str = "high"
+    devices: int | None = None
 
 
 def interpreter_of(name: str) -> str | Interpreter:
@@ -169,14 +175,22 @@ def run(
     """
     prints = fingerprints(model, image_set)
     presets = _presets(settings)
-    selection = select(model, image_set, limit=limit, batch_size=settings.batch_size)
+    model = replicate(model, number_of_devices(settings.devices))
+    selection = select(
+        model,
+        image_set,
+        limit=limit,
+        batch_size=settings.batch_size,
+        devices=settings.devices,
+    )
     task = make_task(model, image_set, selection, settings)
     maps = task.images.target_maps
     for interpreter in presets:  # before the work
         wanted = None if maps is None else maps.shape
         check_target_maps(model, task.images.images.shape, interpreter, wanted)
     # ADV² of each interpreter, and plain PGD of the same cost
-    jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
+    with at(settings.precision):  # as in `attack`: work is counted on the traces of its steps
+        jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
     parts = [Part(one.name, kind, i) for one in presets for kind in ATTACKS for i in range(count)]
     store = Store(directory, identity(config or {}, prints), parts)
@@ -304,23 +318,39 @@ def make_task(
         if kind == "patch":
             size = benign.shape[1:]
             return np.stack([targets.patch(size, seed=seed, index=int(i)) for i in indices[places]])
-        return maps_of(model, image_set.images[donors[places]], classes[places], interpreter)
+        donated = image_set.images[donors[places]]
+        return maps_of(model, donated, classes[places], interpreter, settings)
 
     return Task(chosen, indices, classes, kind if own_maps is None else "file", target_maps)
 
 
 def maps_of(
-    model: Classifier, images: np.ndarray, classes: np.ndarray, interpreter: Interpreter
+    model: Classifier,
+    images: np.ndarray,
+    classes: np.ndarray,
+    interpreter: Interpreter,
+    settings: Settings,
 ) -> np.ndarray:
-    """Return the maps [B, h, w] of a batch; those of images on which they fail are not a number."""
+    """Return the maps [M, h, w] of images; those of images on which they fail are not a number."""
+    return _seen(model, images, classes, interpreter, settings)[1]
+
+
+def _seen(
+    model: Classifier,
+    images: np.ndarray,
+    classes: np.ndarray,
+    interpreter: Interpreter,
+    settings: Settings,
+) -> tuple[np.ndarray, np.ndarray]:
     return explain(
         model,
         images,
         classes,
         interpreter=interpreter,
-        batch_size=len(images),
+        batch_size=settings.batch_size,
         all_may_fail=True,
-    )[1]
+        devices=settings.devices,
+    )
 
 
 class Job(NamedTuple):
@@ -375,50 +405,60 @@ def _attack_all(
     store: Store,
     progress: Progress,
 ) -> None:
-    """Make every part that is not finished yet, a batch after the other."""
-    n, size = len(task.targets), settings.batch_size
-    groups = list(batches(np.arange(n), size))
-    todo = [
-        [job for job in jobs if not all(map(store.has, job.parts(i)))] for i in range(len(groups))
-    ]
-    steps = sum(count_steps(job.preset, n, size) for job in jobs)
-    left = sum(count_steps(job.preset, 1, 1) for some in todo for job in some)
-    on_step = progress(n, steps, steps - left)
-    for i, places in enumerate(groups):
-        for name, kind, arrays in attack_batch(model, task, todo[i], places, settings, on_step):
-            if not store.has(part := Part(name, kind, i)):
+    """Make every part that is not finished yet, as many batches at a time as there are devices."""
+    n, devices = len(task.targets), number_of_devices(settings.devices)
+    groups = list(batches(np.arange(n), settings.batch_size))
+
+    def missing(job: Job, batch: int) -> bool:
+        return not all(map(store.has, job.parts(batch)))
+
+    todo = [[job for job in jobs if missing(job, i)] for i in range(len(groups))]
+    steps = {job: count_steps(job.preset, 1, 1, 1) for job in jobs}
+    left = sum(steps[job] for some in todo for job in some)
+    on_step = progress(
+        n, len(groups) * sum(steps.values()), len(groups) * sum(steps.values()) - left
+    )
+    for first in range(0, len(groups), devices):
+        together = range(first, min(first + devices, len(groups)))
+        places = np.concatenate([groups[i] for i in together])
+        some = [job for job in jobs if any(job in todo[i] for i in together)]
+        made = attack_batches(model, task, some, places, settings, on_step)
+        for name, kind, batch, arrays in made:
+            if not store.has(part := Part(name, kind, first + batch)):
                 store.save(part, arrays)
 
 
-def attack_batch(
+def attack_batches(
     model: Classifier,
     task: Task,
     jobs: Sequence[Job],
     places: np.ndarray,
     settings: Settings,
     on_step: OnStep,
-) -> Iterator[tuple[str, str, Arrays]]:
-    """Yield interpreter, attack and arrays of each part of a batch.
+) -> Iterator[tuple[str, str, int, Arrays]]:
+    """Yield interpreter, attack, number of the batch and arrays of each part of some batches.
 
     Args:
         model: the classifier.
         task: the images of the run.
         jobs: the attacks.
-        places: [B] of the batch among the images; the last batch is padded by repeating its last
+        places: [k B] of k whole batches among the images; the last is padded by repeating its last
             image, so that all have one size and one compilation. Padding is not returned.
         settings: of the run.
-        on_step: called with the number of steps newly done.
+        on_step: called with the number of steps newly done, of all batches together.
     """
     chosen, targets = task.images.take(places), task.targets[places]
     assert chosen.labels is not None
     labels, valid = chosen.labels, int(np.ptp(places)) + 1  # without padding
+    size = min(settings.batch_size, len(task.targets))
+    cuts = [slice(start, min(start + size, valid)) for start in range(0, valid, size)]
     # of the image's place in its source: no batch size changes what is drawn
     keys = image_keys(settings.seed, task.indices[places])
 
     # several jobs ask for the maps of one interpreter
     @cache
     def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
-        benign = maps_of(model, chosen.images, labels, interpreter)
+        benign = maps_of(model, chosen.images, labels, interpreter, settings)
         return benign, task.target_maps(interpreter, places, benign)
 
     for job in jobs:
@@ -432,19 +472,21 @@ def attack_batch(
             interpreter=attacked,
             threat=settings.threat,
             preset=job.preset,
-            batch_size=len(places),
-            on_step=on_step,
+            batch_size=size,
+            on_step=lambda new: on_step(new * len(cuts)),
             snapshots=int((np.unique(places) < settings.snapshots).sum()),
             all_may_fail=True,
             keys=keys,
+            precision=settings.precision,
+            devices=settings.devices,
         )
-        seconds = np.array([time.perf_counter() - start])
+        seconds = np.array([time.perf_counter() - start]) / len(cuts)
         flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
         for interpreter in job.interpreters:
             maps, float_maps = result.maps, result.float_maps
             if attacked is None:  # plain PGD draws no maps
-                maps = maps_of(model, result.images, targets, interpreter)
-                float_maps = maps_of(model, result.float_images, targets, interpreter)
+                maps = maps_of(model, result.images, targets, interpreter, settings)
+                float_maps = maps_of(model, result.float_images, targets, interpreter, settings)
             evaluated = Evaluated(
                 chosen.images,
                 targets,
@@ -457,13 +499,21 @@ def attack_batch(
                 flows,
             )
             of_images = _of_images(job.attack, evaluated, result)
-            arrays = {key: values[:valid] for key, values in of_images.items()}
-            arrays |= Attacked.named(
-                f"{job.attack}/",
-                curve_steps=_curve_steps(result),
-                **_snapshots(model, interpreter, job.preset, targets, result),
-            )
-            yield interpreter.name, job.attack, arrays | {SECONDS: seconds}
+            for batch, cut in enumerate(cuts):
+                arrays = {key: values[cut] for key, values in of_images.items()}
+                arrays |= Attacked.named(
+                    f"{job.attack}/",
+                    curve_steps=_curve_steps(result),
+                    **_snapshots(
+                        model,
+                        interpreter,
+                        job.preset,
+                        targets[cut],
+                        result.snapshots[cut],
+                        settings,
+                    ),
+                )
+                yield interpreter.name, job.attack, batch, arrays | {SECONDS: seconds}
 
 
 def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, np.ndarray]:
@@ -501,22 +551,15 @@ def _snapshots(
     interpreter: Interpreter,
     preset: Preset,
     targets: np.ndarray,
-    result: Result,
+    images: np.ndarray,
+    settings: Settings,
 ) -> dict[str, np.ndarray]:
     """Return snapshots of the first images, their maps by an interpreter, and their confidences."""
-    images = result.snapshots
     if not len(images):
         return {}
     m, s = images.shape[:2]
     labels, frames = np.repeat(targets[:m], s), images.reshape(m * s, *images.shape[2:])
-    logits, maps = explain(
-        model,
-        frames,
-        labels,
-        interpreter=interpreter,
-        batch_size=len(targets),
-        all_may_fail=True,
-    )
+    logits, maps = _seen(model, frames, labels, interpreter, settings)
     return {
         "snapshot_steps": np.array(snapshot_steps(preset), np.int32),
         "snapshot_images": images,

@@ -55,7 +55,12 @@ class Selection(NamedTuple):
 
 
 def select(
-    model: Classifier, image_set: ImageSet, *, limit: int | None = None, batch_size: int = 32
+    model: Classifier,
+    image_set: ImageSet,
+    *,
+    limit: int | None = None,
+    batch_size: int = 32,
+    devices: int | None = None,
 ) -> Selection:
     """Return the images a network gets right, at most `limit` of them.
 
@@ -68,7 +73,7 @@ def select(
             lower (of two classes: swapped) or on images of another range than [0, 1], a class is
             out of range, or no image is left.
     """
-    logits = predict(model, image_set.images, batch_size)
+    logits = predict(model, image_set.images, batch_size, devices=devices)
     # would do as logits in part: the right classes, wrong confidences and gradients
     if (logits >= 0).all() and np.allclose(logits.sum(-1), 1, atol=1e-3):
         raise ValueError(
@@ -103,7 +108,11 @@ def select(
 
 
 def predict(
-    model: Classifier, images: np.ndarray, batch_size: int, all_may_fail: bool = False
+    model: Classifier,
+    images: np.ndarray,
+    batch_size: int,
+    all_may_fail: bool = False,
+    devices: int | None = None,
 ) -> np.ndarray:
     """Return the logits [N, K] of images, as `explain` gives them."""
     # no map is drawn: any class will do
@@ -115,6 +124,7 @@ def predict(
         interpreter=no_map,
         batch_size=batch_size,
         all_may_fail=all_may_fail,
+        devices=devices,
     )[0]
 
 

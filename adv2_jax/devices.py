@@ -1,0 +1,63 @@
+"""Devices: the only module that knows how many there are.
+
+A batch is split over the devices of this host, and every device holds the whole network: images do
+not see each other, so nothing is exchanged. Each device computes a batch of the same size whatever
+their number; XLA then compiles the same program for it, and results have the same bits.
+"""
+
+from functools import lru_cache
+from typing import Any, TypeVar
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+T = TypeVar("T")
+
+# jax 0.7 raises NotImplementedError for the gradient of a convolution of sharded images in `vmap`
+SHARDS = jax.__version_info__ >= (0, 8)
+AXIS = "batch"
+
+
+def number_of_devices(count: int | None = None) -> int:
+    """Return how many devices of this host are used.
+
+    Args:
+        count: of devices; None is all, or one where this JAX cannot split a batch.
+
+    Raises:
+        ValueError: there are not so many, or this JAX uses one only.
+    """
+    there = jax.local_device_count()
+    if count is None:
+        return there if SHARDS else 1
+    if not 1 <= count <= there:
+        raise ValueError(f"{count} devices are asked for, JAX sees {there} on this host")
+    if count > 1 and not SHARDS:
+        raise ValueError(
+            f"{count} devices are asked for, and jax {jax.__version__} splits no batch: "
+            "install jax 0.8 or later, or use one process for each device"
+        )
+    return count
+
+
+@lru_cache
+def _mesh(count: int) -> Mesh:
+    # Auto: under explicit axes, JAX's default, indexing by a sharded array is refused
+    return jax.make_mesh(
+        (count,), (AXIS,), axis_types=(AxisType.Auto,), devices=jax.local_devices()[:count]
+    )
+
+
+def spread(batch: Any, count: int) -> Any:
+    """Move a batch to the devices, an equal share to each: leading axis [count * B]."""
+    return _put(batch, count, PartitionSpec(AXIS))
+
+
+def replicate(model: T, count: int) -> T:
+    """Move arrays to every device; where they are there, nothing is copied."""
+    return _put(model, count, PartitionSpec())
+
+
+def _put(values: Any, count: int, spec: PartitionSpec) -> Any:
+    # one device needs no mesh: arrays go where JAX puts them
+    return jax.device_put(values, NamedSharding(_mesh(count), spec) if count > 1 else None)
