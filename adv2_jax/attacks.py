@@ -54,8 +54,8 @@ from adv2_jax.types import Classifier, Image, Label, Map
 
 T = TypeVar("T")
 
-# Half the spacing of float32 in [.5, 1), the largest rounding error there. An 8-bit image that was
-# divided by 255 in float32 is this close to k/255, and taken for k/255 in float64 too
+# The spacing of float32 in [.5, 1), twice the largest rounding error there. An 8-bit image that was
+# divided by 255 in float32 is closer than this to k/255, and taken for k/255 in float64 too
 ULP = 2.0**-24
 
 
@@ -156,6 +156,8 @@ def attack(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
     )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
     model = replicate(static_leaves(model), count)
+    # pixels between two levels may have no level inside a small ball: a threat model refuses them
+    # before any work is done
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(to_unit(image))
     parts = [
@@ -258,6 +260,8 @@ def map_shape(
     return _map_shape(architecture(model), tuple(shape), interpreter.explain, interpreter.solver)
 
 
+# every batch asks for it, and a trace of a large network takes seconds; the key is the
+# architecture, so other weights of the same network share the entry
 @lru_cache(maxsize=64)
 def _map_shape(
     known: Architecture, shape: tuple[int, ...], explain: Explain, solver: Solver | None
@@ -364,6 +368,7 @@ def _gradient_evaluations(
     known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
     unit = _work_of_step(known, Options(threat), None, shape)
+    # a network without convolutions and dots has no work to divide by
     if not unit:
         return float(preset.warm_steps + preset.steps)
     interpreter, options = preset.interpreter, joint_options(preset, threat)
@@ -392,6 +397,7 @@ def _work_of_step(
     Arguments have the very types of those in `attack`: then `descent.step_of` is traced once.
     """
     model, image, label = _abstract(known, shape)
+    # (1, 1) is the shape of the empty target map that `_problems` gives to plain PGD
     map_size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     problem = Problem(image, label, jax.ShapeDtypeStruct(map_size, np.float32), key)
@@ -490,6 +496,8 @@ def _problems(
         return Problem(to_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     check_target_maps(model, x.shape, interpreter, maps.shape)
+    # a map that is NaN throughout is that of an image that failed in `explain`: it fails here too,
+    # and must not stop the others
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
@@ -542,6 +550,7 @@ def _attack_batch(
             pictured=max(pictured, 0),
         )
     x = images_of(on_device, crafted.params, threat)
+    # np.array: what `device_get` returns may be read-only, and failed images are overwritten below
     x, params, last, curves = jax.tree.map(
         np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
     )
@@ -565,8 +574,10 @@ def _attack_batch(
         (images, *_seen(model, images, problems.target, *faces, driver, devices))
         for images in (to_uint8(rounded), x)
     )
+    # `last`, not `params`: the best iterate stays finite when the gradients after it are not
     failed = ~finite((last, problems.target_map, results, float_results))
     if failed.any():
+        # parameters too, or the saved ones would disagree with the unchanged image
         unchanged = jax.device_get(jax.vmap(threat.init)(problems.image))
         for values, old in zip(jax.tree.leaves(params), jax.tree.leaves(unchanged), strict=True):
             values[failed] = old[failed]
@@ -594,5 +605,6 @@ def _seen(
     with at("highest"):
         seen = look(model, x, classes, interpreter, solver, driver)[:2]
     logits, maps = map(np.array, jax.device_get(seen))
+    # one bad value spoils a scaled map, so no part of it can be compared
     maps[~finite(maps)] = np.nan
     return logits, maps
