@@ -165,9 +165,12 @@ def _craft(
     states, warm = run(states, schedules[0], stages.warm)
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
     images = images_of(problems, states.params, threat, True)
+    # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
     memory = solved(model, images, problems.target, stages.solver, driver)
     if stages.init is not None:
         memory = _remember(model, images, stages.init)
+    # anew from the parameters alone: momentum of ℓ_prd and the lowest criterion of the warm start
+    # mean nothing for the joint loss
     states = _start(problems, states.params, memory, stages.joint)
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
@@ -179,6 +182,7 @@ def _craft(
         curves = jax.tree.map(operator.add, curves, info)
         return states, curves, picture(pictures, slots[c], states.params)
 
+    # `Any`: tuples on the host, arrays in a loop, where the number of the chunk is traced
     cuts: Any = stages.cuts
     slots: Any = stages.slots
     joint = jax.tree.map(lambda values: np.zeros((len(values), cuts[-1]), values.dtype), warm)
@@ -217,6 +221,8 @@ def snapshot_steps(preset: Preset) -> list[int]:
     # chunks end where iterates are compared anyway: a picture costs no further cut
     unit = preset.score_every if scores_apart(preset) else 1
     units = math.ceil(preset.steps / unit)
+    # seven intervals where they are equal, else the nearest number that divides; a convention, for
+    # a film that is short and regular
     count = next((k for k in (7, 8, 6, 9, 5) if units % k == 0), 7)
     stride, total = math.ceil(units / count) * unit, preset.warm_steps + preset.steps
     return sorted({0, *(range(preset.warm_steps, total, stride) if stride else ()), total})
@@ -255,6 +261,7 @@ def _remember(model: Classifier, images: Array, init: Init) -> Any:
 
 def tabulate(n: int, *schedules: Schedule) -> Numbers:
     """Return the values of schedules over n steps, as arrays: other values need no retrace."""
+    # the values do not depend on the padding: a schedule knows n
     # each length compiles small programs of its own: round up to multiples of 256
     steps = np.arange(max(math.ceil(n / 256), 1) * 256)
     with jax.transfer_guard("allow"):  # optax computes with numbers of the host
@@ -273,6 +280,8 @@ def joint_options(preset: Preset, threat: Threat) -> Options:
         smoothing=preset.smoothing,
         yielding=preset.yielding,
         rounded=preset.rounded,
+        # a surrogate that is not faithful draws another map than the analyst sees: `_compare` does
+        # it
         keep_best=preset.score_every > 0 and not scores_apart(preset),
     )
 
