@@ -164,6 +164,8 @@ def direction(options: Options) -> optax.GradientTransformation:
     threat, momentum = options.threat, options.momentum
     if momentum is None:
         return (threat.optimiser or threat.steepest)()
+    # normalised first, so that momentum sums directions: gradients of a confident network are tiny,
+    # and differ by orders of magnitude from step to step
     return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
 
 
@@ -231,6 +233,7 @@ def step(
         by_map = criterion(info.confidence, info.map_l1, options.confidence)
         state = keep_better(state, info.loss if options.surrogate is None else by_map)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
+    # the step size is data, not an optax schedule: other values of it need no new program
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
     holds = info.confidence >= options.confidence
     weight = jnp.clip(
