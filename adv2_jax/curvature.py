@@ -83,6 +83,8 @@ CONTEXT = Context(tau=WIDTH)
 
 # one for all ReLUs, or one for each in the order of the network; None keeps ReLU
 Activations = Activation | Sequence[Activation] | None
+# keeps the memory of the backward passes bounded: 16 images' activations whatever K is (1000 for
+# ImageNet); a convention, not tuned
 BLOCK = 16  # gradients of logits computed at a time
 
 
@@ -154,6 +156,7 @@ def _score(
 def _as_pytree(act: Activations) -> Any:
     if act is None or isinstance(act, Partial):
         return act
+    # a plain function is no pytree, and would have to be static: each new lambda a new program
     return Partial(act) if callable(act) else [_as_pytree(one) for one in act]
 
 
@@ -184,6 +187,8 @@ def _softmax_term(
 
 @jax.jit
 def _sandwich(push: Operator, bend: Operator, v: Array) -> Array:
+    # one linearisation serves both sides: the backward pass is the transpose of the forward one, so
+    # the product is symmetric up to rounding
     return jax.linear_transpose(push, v)(bend(push(v)))[0]
 
 
@@ -199,6 +204,8 @@ def network_term(
 
     Arguments of `hessian`; zero without a surrogate `act`. A product costs as much as one of it.
     """
+    # ∂S/∂z is held fixed while the logits are differentiated twice: its own slope is
+    # `softmax_term`. It needs no `act`, which leaves values as they are
     weights = _score_slope(model, image, label, score=score)
     return hessian_of(_weighted_logits, image, model, weights, _as_pytree(act))
 
@@ -242,6 +249,7 @@ def softmax_spectrum(
     gradients = (
         jax.vmap(one)(rows) if len(rows) <= BLOCK else jax.lax.map(one, rows, batch_size=BLOCK)
     )
+    # Q is [D, K]: QR of the slopes, not of JJᵀ, whose condition number is the square
     basis, triangle = jnp.linalg.qr(gradients.T)
     bend = jax.hessian(lambda z: score(z, label))(logits)
     values, vectors = jnp.linalg.eigh(triangle @ bend @ triangle.T)
@@ -250,6 +258,7 @@ def softmax_spectrum(
     return Eigenpairs(
         values,
         (basis @ vectors[:, order]).T.reshape(-1, *image.shape),
+        # exact but for rounding: no residual to report
         jnp.zeros_like(values),
         jnp.asarray(len(rows)),
     )
@@ -310,6 +319,8 @@ def _difference(
     def one(offset: Array) -> Array:
         return slope(image + offset + step * v) - slope(image + offset - step * v)
 
+    # a central difference: with ± ends the error of a smooth score is of second order in h, and the
+    # mean segment lies around the image
     return jax.vmap(one)(offsets).mean(0) / (2 * step)
 
 
@@ -329,6 +340,7 @@ def normalised(
     `hessian` and `eigenpairs`; costs `depth` products.
     """
     operator = hessian(model, image, label, act=act, score=score)
+    # Lanczos takes the value of largest size of either sign, as ‖H‖₂ is
     top = eigenpairs(operator, image, 1, depth=depth, key=key).values[0]
     return jnp.abs(top) / jnp.linalg.norm(gradient(model, image, label, score=score))
 
@@ -448,7 +460,9 @@ def fidelity(
         truths = jnp.stack([secant(model, image, label, step=h, score=score)(v) for h in steps])
         return _agreement(jnp.stack([products(one, v) for one in surrogates]), truths)
 
+    # by index: the first directions stay the same when there are more of them
     keys = [jax.random.fold_in(key, i) for i in range(directions)]
+    # signs, as steps of a sign attack are; then h is the change of every pixel value
     signs = [jax.random.rademacher(key, image.shape, image.dtype) for key in keys]
     return Fidelity(*jnp.moveaxis(jnp.stack([compare(v) for v in signs]), 1, 0))
 
@@ -459,6 +473,7 @@ def _agreement(seen: Array, truth: Array) -> Array:
     """Return cosine and norm ratio: [surrogates, steps, ...], [steps, ...] -> [2, surrogates, steps]."""
     axes = tuple(range(2, seen.ndim))
     a, b = (jnp.sqrt((values**2).sum(axes)) for values in (seen, truth[None]))
+    # sums of products, not unit vectors: a zero product would be divided by its zero norm
     inner = (seen * truth[None]).sum(axes)
     # a product that is zero has no direction
     cosine = jnp.where(a * b > 0, inner / jnp.where(a * b > 0, a * b, 1), 0)
@@ -616,6 +631,7 @@ def _start(
     signs = shaped(step_size * jax.random.rademacher(key, flat.shape, flat.dtype))
     params = threat.project(signs, image)
     benign = surrogate(model, image, label, context).map
+    # -1 lies below any change, so that the start counts
     return _Ascent(benign, params, params, jnp.full((), -1, benign.dtype))
 
 
@@ -652,6 +668,7 @@ def _largest_change(
     model, image, label, context = problem
     x = threat.apply(state.best, image)
     m = surrogate(model, x, label, context).map
+    # the root only here: its own slope at a change of 0 would be infinite
     change, distance = jnp.sqrt(map_l2(m, state.benign)), jnp.linalg.norm((x - image).ravel())
     # a start that the threat model projects onto the image itself has no distance
     constant = jnp.where(distance > 0, change / jnp.where(distance > 0, distance, 1), 0)
