@@ -124,6 +124,7 @@ def eigenpairs(
     """
     if not 1 <= k <= depth:
         raise ValueError(f"k = {k} must lie in 1..depth = {depth}")
+    # Gaussian, not signs: every direction alike, so that no eigenvector is missed for its shape
     start = jax.random.normal(key, like.shape, at_least_float32(like).dtype)
     return _largest(_lanczos(_pytree(operator), start, depth, driver), k, like.shape)
 
@@ -151,6 +152,7 @@ def singular_values(
         like, k, depth, key, driver: as for `eigenpairs`.
     """
     pairs = eigenpairs(gram(linear), like, k, depth=depth, key=key, driver=driver)
+    # JᵀJ has no eigenvalue below 0 but by rounding
     sigma = jnp.sqrt(jnp.maximum(pairs.values, 0))
     residuals = jnp.where(sigma > 0, pairs.residuals / jnp.where(sigma > 0, sigma, 1), 0)
     return pairs._replace(values=sigma, residuals=residuals)
@@ -232,6 +234,7 @@ def _for_each_probe(
     keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(probes))
 
     def one(key: Array) -> Any:
+        # signs: of all independent entries of unit variance they give the trace the least variance
         return function(operator, jax.random.rademacher(key, like.shape, dtype))
 
     if by_host(driver, (operator, like, key)):
@@ -259,6 +262,7 @@ def _moments(powers: Array) -> Moments:
         return jnp.stack([trace, jnp.sqrt(squares), rank])
 
     left_out = jax.vmap(statistics)((powers.sum(0) - powers) / (n - 1))
+    # jackknife, since root and ratio are no means: (n-1)/n times the sum of squares about the mean
     errors = jnp.sqrt((n - 1) * left_out.var(0))
     return Moments(*map(Estimate, statistics(powers.mean(0)), errors))
 
