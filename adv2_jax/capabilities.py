@@ -47,6 +47,8 @@ def logits_of(
     """
     if act is not None and not callable(act):
         rest = iter(act)
+        # a network calls its activations in one order at every trace, so position can stand for a
+        # name
         return logits_of(model, image, lambda z: next(rest)(z))
     network, pooled = cast(Any, model), not lacks(model, "features", "head")
     method = network.features if pooled else network.logits
@@ -64,6 +66,7 @@ def pre_activations(model: Classifier, image: Image) -> list[Array]:
 
     def record(z: Array) -> Array:
         entering.append(z)
+        # true values go on, so that later layers see what they see without the recorder
         return jax.nn.relu(z)
 
     logits_of(model, image, record)
@@ -122,6 +125,7 @@ def static_leaves(model: Any) -> Any:
     if not _is_hashable(structure):
         raise ValueError(f"what {type(model).__name__} declares static must be hashable, no array")
     if not _is_hashable(rest):
+        # searched again, with paths, only once a message is needed: paths are slow
         path, leaf = next(
             (path, leaf)
             for path, leaf in jax.tree.leaves_with_path(model)
@@ -175,6 +179,7 @@ def architecture(model: Any) -> Architecture:
     return Architecture(
         structure,
         tuple((leaf.shape, leaf.dtype) for leaf in leaves),
+        # asked by effect: the flag may be set by a context manager for this thread alone
         jax.dtypes.canonicalize_dtype(float).itemsize == 8,
     )
 
@@ -255,6 +260,7 @@ def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspec
             (other,) = {"features", "head"} - set(lacking)
             absent = f"{other} but no method {lacking[0]}"
         raise ValueError(f"{name} has {absent}: {PROTOCOL}")
+    # before the trace: BatchNorm in training would fail there with a message about vmap or mutation
     training = next(_in_training(model.whole() if isinstance(model, StaticLeaves) else model), None)
     if training is not None:
         raise ValueError(training)
@@ -307,6 +313,7 @@ def count_relus(program: Any, shape: tuple[int, ...]) -> int:
         shape: of the image, [H, W, 3].
     """
     equations = getattr(program, "jaxpr", program).eqns
+    # jaxprs do not link a value to its equation
     made_by = {out: equation.primitive.name for equation in equations for out in equation.outvars}
     clipped = {
         v
@@ -317,6 +324,7 @@ def count_relus(program: Any, shape: tuple[int, ...]) -> int:
     }
     count = 0
     for equation in equations:
+        # jit, custom_jvp, scan and the like hold programs of their own
         count += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
         if equation.primitive.name == "max" and equation.outvars[0] not in clipped:
             values = [v for v in equation.invars if not _is_literal(v)]
@@ -352,6 +360,7 @@ def _in_training(model: Any) -> Iterator[str]:
 def _refuse_training(call: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
     """Intercept the methods of Linen: the mode of a module is known only while it is called."""
     module = context.module
+    # dropout of rate 0 is the same in both modes
     random = isinstance(module, linen.Dropout) and module.rate > 0
     if context.method_name == "__call__" and (random or isinstance(module, linen.BatchNorm)):
         for option, effect in TRAINING.items():
@@ -379,6 +388,7 @@ def _traced(
             program, value = jax.make_jaxpr(
                 lambda m, xs: jax.vmap(partial(f, m))(xs), return_shape=True
             )(model, batch)
+    # already says what to do, and Ctrl-C is no fault of the network
     except (_InTraining, KeyboardInterrupt):
         raise
     except BaseException as error:  # whatever the user's code raises
