@@ -31,6 +31,7 @@ def shared(factory: Callable[P, T]) -> Callable[P, T]:
     @wraps(factory)
     def make(*args: P.args, **kwargs: P.kwargs) -> T:
         bound = signature.bind(*args, **kwargs)
+        # `f()` and `f(x=default)` must give one object, or each would be compiled
         bound.apply_defaults()
         return cached(tuple(bound.arguments.items()))
 
@@ -57,6 +58,7 @@ class Bound:
 
     def __reduce__(self) -> Any:
         names, values = [name for name, _ in self.options], [value for _, value in self.options]
+        # flat lists: pickle must not see the functions themselves
         return _bind_all, (_reference(self.function), names, list(map(_reference, values)))
 
 
