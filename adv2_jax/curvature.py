@@ -84,7 +84,7 @@ CONTEXT = Context(tau=WIDTH)
 # one for all ReLUs, or one for each in the order of the network; None keeps ReLU
 Activations = Activation | Sequence[Activation] | None
 # keeps the memory of the backward passes bounded: 16 images' activations whatever K is (1000 for
-# ImageNet); a convention, not tuned
+# ImageNet)
 BLOCK = 16  # gradients of logits computed at a time
 
 

@@ -239,6 +239,7 @@ def examine(
     )
     jacobian = map_jacobian(options.interpreter, model, image, label, Context(tau, keys[4]))
     moved = singular_values(jacobian, image, 1, depth=depth, key=keys[5])
+    # an indefinite Hessian: what counts as curvature is the size of the value, whatever its sign
     surrogate_top, norm = jnp.abs(top.values[0]), jnp.linalg.norm(slope)
     cosines = {"gradient": slope} | ({} if change is None else {"change": change})
     return dict(
@@ -280,6 +281,7 @@ def _exact(
 @jax.jit
 def _cosine(a: Array, b: Array) -> Array:
     """Return |a·b| / ‖a‖‖b‖, 0 where one of them is zero."""
+    # eigenvectors have no sign: of the cosine only the size means anything
     size = jnp.linalg.norm(a) * jnp.linalg.norm(b)
     return jnp.abs(jnp.vdot(a, b)) / jnp.where(size > 0, size, 1)
 
@@ -307,6 +309,7 @@ def examine_batch(
     """
     images = jnp.asarray(to_unit(sample.images, np.float32))
     labels = jnp.asarray(sample.classes, jnp.int32)
+    # `Sample` in NumPy, 8 bits: only one batch is on the device in float32
     benign = sample.benign
     changes = None if benign is None else images - to_unit(benign, np.float32)
     inputs = images, labels, changes, jax.random.wrap_key_data(jnp.asarray(keys))
@@ -324,6 +327,7 @@ def examine_batch(
         measured = jax.device_get(_examine_together(model, *inputs, options=options))
     failed = ~finite(measured)
     arrays = {
+        # all of its numbers, or the means of two columns would be over different images
         name: np.where(failed.reshape(-1, *[1] * (values.ndim - 1)), np.float32("nan"), values)
         for name, values in measured.items()
     }
@@ -371,6 +375,8 @@ def study(
     samples, n = images.samples, len(images.indices)
     check(model, samples[0].images.shape[1:], options)
     pictures = [(one.images, one.classes, one.map_l1) for one in samples]
+    # of the very pixels that are measured, not of their source: a finished run may have been
+    # replaced meanwhile
     prints = {"network": tree_fingerprint(model), "images": tree_fingerprint(pictures)}
     model = static_leaves(model)
     parts = [(one.name, i) for one in samples for i in range(n)]
@@ -398,6 +404,7 @@ def study(
             "failed": positions[failed].tolist(),
             "fingerprints": prints,
         } | summary
+        # summary and arrays belong together: both are new, or both stay as they were
         with restored(directory / SUMMARY, directory / ARRAYS):
             named = {} if images.names is None else {"names": images.names}
             store.write_results({"indices": images.indices} | named)
@@ -443,12 +450,14 @@ def _examine_sample(
     """Measure the images of a sample that are not finished yet, a batch after the other."""
     size = 1 if by_host("auto", ()) else batch_size
     for places in batches(np.arange(len(keys)), size):
+        # `batches` repeats the last image to fill a batch; without `unique` it would be saved twice
         lacking = [i for i in np.unique(places) if not store.has((sample.name, i))]
         if not lacking:
             continue
         some = Sample(sample.name, *jax.tree.map(itemgetter(places), sample[1:]))
         arrays = examine_batch(model, some, keys[places], options)
         for i in lacking:
+            # a slice, not an index: parts have an axis of images, along which they are put together
             place = slice(i - places[0], i - places[0] + 1)
             store.save((sample.name, i), {name: one[place] for name, one in arrays.items()})
             on_step(1)
@@ -517,6 +526,7 @@ def _medians(values: NDArray[Any]) -> list[list[float | None]]:
     """Return medians over images [F, S, T], None where no image has a finite number."""
 
     def median(numbers: NDArray[Any]) -> float | None:
+        # a failed image counts in no median
         numbers = numbers[np.isfinite(numbers)]
         return float(np.median(numbers)) if len(numbers) else None
 

@@ -64,15 +64,18 @@ def quality(
         seed: of the images that φ blends in.
         batch_size: images at a time; changes memory and speed, not the result.
     """
+    # a key for each image before batches are cut: results do not depend on their size
     m, keys = np.asarray(maps, np.float32), jax.random.split(jax.random.key(seed), len(images))
     shares = [
         _shares(classifier, x / np.float32(255), *rest)
         for x, *rest in batches((images, labels, m, keys), batch_size)
     ]
+    # the last batch is padded; summed in float64, so that the batch size changes no digit
     kept, removed = np.concatenate(shares)[: len(images)].mean(0, dtype=float).tolist()
     measures = Quality(len(images), kept, removed)
     if objects is None:
         return measures
+    # without antialias: maps are enlarged, and a map as large as its image stays as it is
     large = np.asarray(jax.image.resize(m, objects.shape, "bilinear", antialias=False))
     return measures._replace(
         inside=float(large[objects].mean()),
@@ -108,6 +111,7 @@ def qualities(
     """
     assert images.labels is not None
     measures = {}
+    # a stable sort: RTS, which was trained, first, the others in their usual order
     for name in sorted(INTERPRETERS, key=lambda name: name != "rts"):
         x, y = images.images, images.labels
         _, maps = explain(model, x, y, interpreter=name, batch_size=batch_size)
@@ -121,6 +125,7 @@ def qualities(
 @partial(jax.vmap, in_axes=(None, 0, 0, 0, 0))
 def _shares(classifier: Classifier, x: Image, label: Label, m: Map, key: Array) -> Array:
     """Return `confidence_kept` and `confidence_removed` of one image, [2]."""
+    # one alternative for both blends: they differ by the map alone
     other = alternative(key, x)
     whole, left, removed = (
         log_probability(classifier, shown, label)

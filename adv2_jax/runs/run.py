@@ -173,6 +173,7 @@ def run(
         ValueError: one line: what is wrong, the value, and what is allowed.
         KeyboardInterrupt: says what is finished, and how to resume.
     """
+    # of all images, not only the selected: with another source, indices would mean others
     prints = fingerprints(model, image_set)
     presets = _presets(settings)
     model = replicate(model, number_of_devices(settings.devices))
@@ -233,6 +234,7 @@ def run(
         write_summary(directory, summary)
         with reading():
             publish(directory)
+    # last: until results and report are written, finished batches are all there is
     store.remove()
     return Outcome(rows, differences, selection.left_out, lost)
 
@@ -245,6 +247,7 @@ def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
     """Return the settings that bear on the results, and the fingerprints, as JSON reads them."""
     settings = {key: value for key, value in config.items() if key not in UNRELATED}
+    # through JSON: tuples become lists, as they come back from the file that they are compared with
     return dict(json.loads(json.dumps(settings | dict(prints))))
 
 
@@ -259,6 +262,7 @@ def _presets(settings: Settings) -> dict[Interpreter, Preset]:
     interpreters = [one.interpreter for one in resolved if one.interpreter is not None]
     names = [interpreter.name for interpreter in interpreters]
     for name in names:
+        # arrays and rows are filed by name alone
         if (times := names.count(name)) > 1:
             raise ValueError(
                 f"interpreter {name!r} is given {times} times; each needs its own name"
@@ -317,6 +321,7 @@ def make_task(
             return benign
         if kind == "patch":
             size = benign.shape[1:]
+            # by the place in the source: batches and left-out images change no patch
             return np.stack([targets.patch(size, seed=seed, index=int(i)) for i in indices[places]])
         donated = image_set.images[donors[places]]
         return maps_of(model, donated, classes[places], interpreter, settings)

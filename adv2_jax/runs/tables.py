@@ -42,6 +42,7 @@ class Table(NamedTuple):
     @property
     def run(self) -> str:
         """Return the name of the run, which is that of its folder; tables may share a run."""
+        # four of the six tables are columns of one and the same run
         return f"{self.threat}-{self.target_map}"
 
 
@@ -151,6 +152,7 @@ def _cell(row: Row, key: str, spread: bool) -> str:
 
 
 def _number(key: str, value: float | None) -> str:
+    # None where no image succeeded, or the measure is not defined: no number, not 0
     return "-" if value is None else as_text(value, columns()[key].decimals)
 
 
@@ -182,6 +184,7 @@ def make_table(
         ValueError: as for `run`; or a finished run had other settings.
     """
     table, folder = TABLES[name], directory / TABLES[name].run
+    # tables of one run share the folder: it may be there
     folder.mkdir(exist_ok=True)
     # a run that is made anew has its old summary until it is over: that does not count
     unfinished = (folder / UNFINISHED).exists()
@@ -204,15 +207,19 @@ def make_table(
         with intact(folder / "summary.json"):
             sheet = by_rows(table.title, table.keys, summary["rows"])
     else:
+        # explained maps on images of others cost little against the attacks: computed anew, with no
+        # file of its own to be checked
         finished = load_run(folder)
         summary["transfer"] = transfer_matrix(finished, model, batch_size=settings.batch_size)
         add(finished, publish=publish, transfer=summary["transfer"])
         sheet = by_matrix(table.title, summary["transfer"])
     shown: dict[str, Any] = {
+        # a copy of the numbers: a table's folder can be read without its run
         key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary
     }
     with atomic(directory / "table.md", "w") as file:
         file.write(sheet.markdown())
+    # the run's own summary has no word of tables, since several may share it
     head = {"table": name, "run": table.run, "config": dict(config), "environment": environment()}
     write_summary(directory, head | shown)
     return sheet
@@ -222,6 +229,7 @@ def _check_settings(directory: Path, asked: Mapping[str, Any]) -> None:
     """Refuse a finished run of other settings."""
     summary = read_summary(directory)
     with intact(directory / "summary.json"):
+        # the same reduction on both sides: options that change no result may differ
         was = identity(summary["config"], summary["fingerprints"])
     if changed := changes(was, asked):
         raise ValueError(f"{directory} holds a run with other settings: {changed}")
