@@ -1008,6 +1008,11 @@ def test_which_sources_have_images_of_any_size(tmp_path):
     ] == [False] * 3 + [True] * 2
 
 
+def test_images_of_a_folder_with_the_name_of_a_file_have_any_size(tmp_path):
+    (tmp_path / "photos.npz/val").mkdir(parents=True)
+    assert sizes_vary(tmp_path / "photos.npz") and sizes_vary(tmp_path / "photos.npz/val")
+
+
 def test_an_image_set_may_be_images_alone():
     images = ImageSet(PIXELS)
     check_classes(images, 2)

@@ -104,7 +104,10 @@ def sizes_vary(source: str | os.PathLike[str]) -> bool:
 
     Folders and TensorFlow Datasets are such sources.
     """
-    return not any(pattern.fullmatch(os.fspath(source)) for pattern in (EMBEDDED, NPZ))
+    name = os.fspath(source)
+    # as in `load`: the embedded set first, and a folder may be called photos.npz
+    file = NPZ.fullmatch(name) and not os.path.isdir(name)
+    return not (EMBEDDED.fullmatch(name) or file)
 
 
 def _fitted(image_set: ImageSet, size: int | None) -> ImageSet:
