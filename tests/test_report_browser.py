@@ -81,7 +81,12 @@ def run_in_browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page():
-    """Return a page of five images, two with snapshots.
+    """Return the page of an attack with four snapshots."""
+    return page_with_snapshots(confidences=[0.01, 0.25, 0.75, 0.98])
+
+
+def page_with_snapshots(confidences):
+    """Return a page of five images, two with a snapshot at every tenth step for each confidence.
 
     Their order by the map distance of ADV² is 3, 0, 4, 1; that of image 2 is not known.
     """
@@ -101,10 +106,10 @@ def page():
             attack == "pgd"
         )
         results[f"cam/{attack}/map_l1"] = np.array([0.02, 0.2, np.nan, 0.01, 0.1])
-        results[f"cam/{attack}/snapshot_steps"] = np.array([0, 10, 20, 30])
-        results[f"cam/{attack}/snapshot_images"] = pixels(2, 4)
-        results[f"cam/{attack}/snapshot_maps"] = rng.random((2, 4, 4, 4))
-        results[f"cam/{attack}/snapshot_confidence"] = np.tile([0.01, 0.25, 0.75, 0.98], (2, 1))
+        results[f"cam/{attack}/snapshot_steps"] = 10 * np.arange(len(confidences))
+        results[f"cam/{attack}/snapshot_images"] = pixels(2, len(confidences))
+        results[f"cam/{attack}/snapshot_maps"] = rng.random((2, len(confidences), 4, 4))
+        results[f"cam/{attack}/snapshot_confidence"] = np.tile(confidences, (2, 1))
         results[f"cam/{attack}/flow"] = rng.normal(size=(5, 16, 16, 2))
         results[f"cam/{attack}/curve_steps"] = np.arange(3)
         results[f"cam/{attack}/curve_loss"] = rng.random((5, 3))
@@ -174,6 +179,14 @@ def test_slider_goes_through_the_steps_and_back(run_in_browser, page):
     assert result["playing"] == [0, 0, 1, -1]
     assert result["frame"] == pytest.approx([4, 1, 1], abs=0.01)
     assert result["same"] is True
+
+
+def test_slider_starts_at_the_last_of_more_than_101_steps(run_in_browser):
+    page = page_with_snapshots(confidences=np.linspace(0, 1, 121))
+    result = run_in_browser(
+        page, 'const slider = one(".slider input"); return [slider.value, slider.max];'
+    )
+    assert result == ["120", "120"]
 
 
 def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, page):

@@ -38,7 +38,7 @@ function setUpCards(form) {
   form.addEventListener("reset", () => setTimeout(update));
   // Enter in a field would load the page anew
   form.addEventListener("submit", (event) => event.preventDefault());
-  // hidden until here: without a script these fields would do nothing
+  // of no use without a script
   form.querySelector(".scripted").hidden = false;
   update();
 }
@@ -49,12 +49,13 @@ function setUpSteps(card) {
   const players = [...card.querySelectorAll(".film")].map((film) => player(card, film));
   const last = Math.max(...players.map((play) => play.frames)) - 1;
   if (last < 1) return;
-  slider.max = slider.value = last;
+  slider.max = last; // before the value, which is clamped to it; 100 unless set
+  slider.value = last;
 
   function update() {
     const told = players.map((play) => play(Math.round((slider.value / last) * (play.frames - 1))));
     output.value = told.join(" · ");
-    // screen readers would read the number of the frame, not the step
+    // else screen readers say the number of the frame
     slider.setAttribute("aria-valuetext", told.join(", "));
   }
 
