@@ -86,10 +86,11 @@ class Interpreter(NamedTuple):
         name: name in results and presets.
         explain: (model, image, label) -> map, the map that the analyst sees.
         surrogate: (model, image, label, context) -> `Seen`, differentiated by the adversary.
-        faithful: True if the values of the surrogate's map are those of `explain` (its derivatives
-            may differ). Then the pass that computes the gradient also scores the iterate;
-            otherwise the explained map is drawn for that every few steps.
-        solver: `explain` step by step, for an interpreter that is itself a descent; else None. The
+        faithful: whether the values of the surrogate's map are those of `explain` (its derivatives
+            may differ): if so, each step compares iterates by the map that it differentiates; if
+            not, they are compared by the explained map, every `Preset.score_every` steps.
+        solver: for an interpreter that is itself a descent, what draws its explained map step by
+            step in place of `explain`, also for each of these comparisons; None for others. The
             memory of the surrogate has the same structure, and each complete solve replaces it.
         init: (model, image) -> memory of a surrogate without a solver before its first step; None
             for a surrogate without memory.
