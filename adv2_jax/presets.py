@@ -108,10 +108,11 @@ class Preset:
         yielding: how fast the map term gives way where the prediction fails (see
             `descent.Options`).
         rounded: take joint steps at 8-bit images (see `descent.Options`).
-        score_every: 0 returns the last iterate, else the best. With a faithful surrogate, and in
-            plain PGD, every iterate is compared, at no cost, by the step that starts from it. With
-            another surrogate the explained map is computed for that after every `score_every` joint
-            steps, and a solver's memory starts anew from it.
+        score_every: 0 returns the last iterate; any other number the best, compared after every so
+            many joint steps by the explained map if the interpreter is not `faithful`. Else, and in
+            plain PGD, the number does not matter: every iterate is compared, at no cost, by the
+            step that starts from it. A comparison of an interpreter with a `solver` is a complete
+            solve, from which the memory of the surrogate starts anew.
         warm_step_size: α of the warm start.
     """
 
@@ -169,6 +170,7 @@ _DEFAULT_CAM = Preset(
     cam_interpreter(),
     warm_steps=0,
     steps=150,
+    # a constant sign step comes no closer to a map than its own size (docs/method.md, the attack)
     step_size=decay(PIXEL / 2, PIXEL / 40),
     balance=ramp(300.0, 600.0),
     map_loss=losses.map_mse,
@@ -209,6 +211,7 @@ _DEFAULT_MASK = replace(
     _DEFAULT_CAM,
     interpreter=mask_interpreter(),
     steps=100,
+    # ten times the weight of CAM, found by search like the others
     balance=ramp(3000.0, 6000.0),
     tau=constant(0.03),
     score_every=10,

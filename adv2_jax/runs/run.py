@@ -391,6 +391,7 @@ def _jobs(
         return Job(attack, preset, tuple(interpreters), cost)
 
     adv2 = [job("adv2", preset, [interpreter]) for interpreter, preset in presets.items()]
+    # a run of plain PGD is often half of the work, and knows nothing of interpreters
     sharing: dict[int, list[Interpreter]] = {}
     for one in adv2:
         # a step of plain PGD is one unit of cost

@@ -215,7 +215,9 @@ def make_table(
         sheet = by_matrix(table.title, summary["transfer"])
     shown: dict[str, Any] = {
         # a copy of the numbers: a table's folder can be read without its run
-        key: summary[key] for key in ("counts", "rows", "paired", "transfer") if key in summary
+        key: summary[key]
+        for key in ("counts", "rows", "paired", "transfer")
+        if key in summary
     }
     with atomic(directory / "table.md", "w") as file:
         file.write(sheet.markdown())

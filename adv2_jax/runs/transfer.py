@@ -92,6 +92,7 @@ def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
         KeyError: names an array that is not there.
         ValueError: names an array with its type and shape.
     """
+    # headers alone: the arrays may be gigabytes, and are read when asked for
     n, *size, _ = headers["images"][0]
     # kind of type, and shape; maps may be of any size
     pictures: Any = ("u", (n, *size, 3))
@@ -187,6 +188,7 @@ def transfer_to(
             "interpreter": run.interpreters[column],
             "batch_size": batch_size,
         }
+        # its own maps: another network never showed those of the run
         logits, benign_maps = explain(model, run.results.images, labels, **options)
         right = logits.argmax(-1) == labels
         if not right.any():
@@ -198,6 +200,8 @@ def transfer_to(
             logits, maps = explain(
                 model, images[right], classes[right], all_may_fail=True, **options
             )
+            # only where it is right while benign: an error it makes anyway is no success of the
+            # attack
             hits = metrics.success(logits, targets[right])
             rows.append(
                 {
