@@ -239,6 +239,8 @@ def _dots(rng: np.random.Generator) -> Distance:
     return lambda z: dots(z) - radius
 
 
+# In sides of the image: thinner than any object (RADIUS), so that none passes for one. Kinds and
+# ranges are a convention; the weights belong to them, so they cannot change alone
 _CLUTTER: tuple[Callable[[np.random.Generator], Distance], ...] = (
     partial(_walk, steps=1, length=(0.15, 0.5), bend=0, half_width=(0.015, 0.04)),  # a bar
     partial(_walk, steps=5, length=(0.15, 0.3), bend=1.2, half_width=(0.006, 0.012)),  # a polyline
@@ -250,6 +252,9 @@ _CLUTTER: tuple[Callable[[np.random.Generator], Distance], ...] = (
 
 def _weave(pixels: Points, label: int) -> Floats:
     """Return a class's faint grating `[H, W, 1]`: one of five directions and two periods."""
+    # in pixels, whatever the size: above the 2 that pixels can show, and finer than stripes (7 or
+    # more at 64 x 64) and checks, so that no texture is taken for a weave; the factor 1.5 between
+    # the two is a convention
     direction, period = np.exp(1j * np.pi * (label % 5) / 5), (3.0, 4.5)[label // 5]
     return WEAVE * np.sin(2 * np.pi / period * (pixels * direction).real)[..., None]
 

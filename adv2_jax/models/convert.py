@@ -231,6 +231,8 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
     """Return the torch-style state dict of a module: the inverse of `from_state_dict`."""
     flat = [(path, np.asarray(leaf[...])) for path, leaf in nnx.to_flat_state(nnx.state(model))]
     return {
+        # order="C": a transposed array is a view with other strides, and writers such as
+        # `safetensors.numpy.save_file` write memory as it lies
         _torch_key(path): np.asarray(array.transpose(TO_TORCH[array.ndim]), order="C")
         for path, array in flat
     }

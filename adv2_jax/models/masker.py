@@ -96,6 +96,9 @@ class Masker(nnx.Module):
         self.means = nnx.BatchStat(jnp.zeros((*embedding.shape[:1], deepest)))
         stages, c_in = [], deepest
         for *_, c_skip in reversed(shapes[:-1]):
+            # a quarter: with ImageNet-style encoders what comes from below stays narrower than the
+            # skip. 64 at least, so always with CIFAR-style ones (16 to 64 channels): it was 32
+            # before the decoder was widened together with `area_power`, for maps with edges
             c = max(c_skip // 4, 64)
             stages.append(Stage(c_in, c_skip, c, rngs=rngs))
             c_in = (c + c_skip) // BOTTLENECK * BOTTLENECK  # what the block of the stage gives

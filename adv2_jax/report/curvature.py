@@ -258,6 +258,8 @@ def _draw_vectors(tiles: Any, sample: Examined, place: int) -> None:
     pictures = {"image": sample.images[place] / 255}
     for kind, title in (("softmax", "exact"), ("surrogate", "surrogate")):
         vector = getattr(sample, f"{kind}_vector")[place]
+        # a few pixels hold most of an eigenvector: scaled by the largest, the rest would be grey.
+        # Cutting 1 in 200 entries is a convention; a zero vector stays grey
         size = np.quantile(np.abs(vector), 0.995) or 1.0
         cosines = [f"∇s {_cosine_text(getattr(sample, f'{kind}_cosine_gradient')[place])}"]
         change = getattr(sample, f"{kind}_cosine_change")

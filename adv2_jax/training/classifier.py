@@ -136,6 +136,7 @@ def _read_by_head(model: Any, image: NDArray[np.uint8]) -> Callable[[Any, Any], 
     program = jax.make_jaxpr(lambda params, x: nnx.merge(graph, params, others).head(x))(
         params, features
     ).jaxpr
+    # by identity: equations read literals too, which need not be hashable
     read = {id(variable) for equation in program.eqns for variable in equation.invars}
     inputs = jax.tree.unflatten(jax.tree.structure((params, features)), program.invars)[0]
     paths = {

@@ -198,6 +198,8 @@ def fit(
 
     # drawn from the first step on, done or not: the generator must pass over what it drew before
     draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
+    # uint32 is what `fold_in` takes: a Python number would be int64 under x64, another program for
+    # the same keys
     batches = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
     while done < len(losses):
         state, new = _advance(
