@@ -59,6 +59,7 @@ def _number(
 
     def number(text: str) -> Number:
         value: Number | None = None
+        # float('inf') and 1/0 are caught here or by the range: one message for all
         with contextlib.suppress(ValueError, ZeroDivisionError):
             value = read(text)
         if value is None or not in_range(value):
@@ -119,6 +120,7 @@ def _out(meaning: str, metavar: str = "DIR") -> Arguments:
     return {"--out": out, **OVERWRITE}
 
 
+# Groups of arguments that several commands share; their order is that of the help
 OVERWRITE: Arguments = {
     "--overwrite": {
         "action": "store_true",
@@ -229,6 +231,8 @@ INTERPRETER: Arguments = {
         "help": "weight of that loss; 0 leaves it out",
     },
 }
+# epsilon and penalty have no default here: each threat model has its own, and an option that it
+# does not take is refused
 EFFORT: Arguments = {
     "--precision": {
         "default": "high",
@@ -238,6 +242,7 @@ EFFORT: Arguments = {
     },
     "--preset": {
         "default": "default",
+        # a `type`, not `choices`: a file is allowed, too
         "type": _choice(PRESETS, "file.json", lambda name: name.endswith(".json")),
         "metavar": "NAME",
         "help": f"the attack's numbers: {', '.join(PRESETS)}, or a file.json of your own",
@@ -249,6 +254,7 @@ EFFORT: Arguments = {
         "(default: 8/255, and 0.5 for l2)",
     },
     "--flow-penalty": {
+        # the name of the parameter of the threat models
         "dest": "penalty",
         "type": REAL,
         "metavar": "W",
@@ -345,6 +351,7 @@ def _training(recipe: Recipe) -> Arguments:
     }
 
 
+# defaults come from the recipes, so that the command and the Python call train alike
 MASKER = MaskerRecipe()
 TERMS = {
     "variation": "λ1 of eq. 8, weight of the map's total variation",
@@ -353,6 +360,7 @@ TERMS = {
     "power": "λ4 of eq. 8, exponent of that confidence",
     "area_power": "exponent of the map in its mean",
 }
+# also the source of docs/cli.md, which a test compares with it
 COMMANDS = {
     "demo": Command(
         "attack three embedded images under every interpreter, in about a minute",
@@ -396,6 +404,7 @@ COMMANDS = {
         "make a table of the paper, on the embedded images or on yours",
         {
             "table": {
+                # metavar: argparse would write all names again into the usage
                 "choices": list(TABLES),
                 "metavar": "NAME",
                 "help": f"one of {', '.join(TABLES)}",
@@ -435,6 +444,7 @@ COMMANDS = {
             },
             "--interpreter": INTERPRETER["--interpreter"]
             | {
+                # one interpreter here, where an attack takes several
                 "nargs": None,
                 "help": "interpreter whose map's Jacobian is measured and, of a run, against which "
                 f"the images were made: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
@@ -566,6 +576,8 @@ COMMANDS = {
             "--tune": {"action": "store_true", "help": "train the encoder too"},
             **_training(MASKER),
             **{
+                # flags have dashes; argparse turns them into underscores again, the names of the
+                # fields
                 f"--{name.replace('_', '-')}": {
                     "type": WEIGHT,
                     "default": getattr(MASKER, name),
@@ -614,6 +626,7 @@ def parser() -> Parser:
     top.add_argument("--version", action="version", version=f"adv2 {__version__}")
     groups = {"": top.add_subparsers(metavar="COMMAND", required=True)}
     for name, command in COMMANDS.items():
+        # `train classifier` is a command of a group, made with its first one
         group, _, word = name.rpartition(" ")
         if group not in groups:
             subparser = groups[""].add_parser(group, help="train a network")
@@ -622,9 +635,12 @@ def parser() -> Parser:
             word,
             help=command.summary,
             epilog="\n  ".join(["examples:", *command.examples]),
+            # the lines of the examples stay as they are
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for argument, options in command.arguments.items():
+            # not ArgumentDefaultsHelpFormatter: it writes `(default: None)` and `(default: False)`
+            # too
             default = " (default: %(default)s)" if "default" in options else ""
             subparser.add_argument(argument, **options | {"help": options["help"] + default})
         subparser.set_defaults(run=name)

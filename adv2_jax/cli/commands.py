@@ -85,6 +85,7 @@ def table(arguments: argparse.Namespace) -> None:
     name, table = arguments.table, TABLES[arguments.table]
     files = ("table.md", "summary.json", f"{table.run}/summary.json", f"{table.run}/results.npz")
     check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
+    # a table fixes these two: its command has no options of theirs
     chosen = {"threat": table.threat, "target_map": table.target_map}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
@@ -99,6 +100,7 @@ def table(arguments: argparse.Namespace) -> None:
 def curvature(arguments: argparse.Namespace) -> None:
     """Run `adv2 curvature`."""
     of_run = arguments.run_directory is not None
+    # argparse cannot say which options go together: these depend on a positional
     given = [key for key in ("out", *SOURCE) if getattr(arguments, key) is not None]
     if of_run and given:
         raise ValueError(f"--{given[0]} is not for a finished run, whose own images are measured")
@@ -168,6 +170,7 @@ def demo(arguments: argparse.Namespace) -> None:
     # joined by =, so that a folder whose name begins with a dash is no option
     words = ["attack", *DEMO, f"--out={arguments.out}"]
     options = vars(parser().parse_args(words)) | vars(arguments)
+    # a second `adv2 demo` replaces its own folder without being told; any other folder is safe
     options["overwrite"] |= _is_demo(arguments.out)
     del options["run"]
     asked = argparse.Namespace(**options)
@@ -181,6 +184,7 @@ def _show_demo(asked: argparse.Namespace, subject: Subject, outcome: Outcome) ->
     def confidences(images: NDArray[np.uint8]) -> NDArray[np.floating]:
         return probabilities(predict(subject.model, images, asked.batch_size))
 
+    # Pillow is optional; the demo's words need no picture
     if find_spec("PIL") is None:
         print(f"{picture} needs Pillow: pip install 'adv2_jax[images]'")
     else:
@@ -201,6 +205,7 @@ def _in_words(rows: Sequence[Row], epsilon: float, scenes: int) -> str:
     def off(rows: Sequence[Row]) -> str:
         return " to ".join(f"{pick(row['map_l1'] for row in rows):.3f}" for pick in (min, max))
 
+    # rows of both attacks are in one order, that of the interpreters
     times = [a["map_l1"] / b["map_l1"] for a, b in zip(plain, joint, strict=True)]
     return (
         f"Attacked were the first {plain[0]['n']} of {scenes} embedded scenes that the network gets right, each to be taken for "
@@ -229,6 +234,7 @@ def _running(
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Open the directory of a run; yield it with the options that every run takes."""
     directory, bars = output_directory(_folder(arguments)), progress_bars(arguments.quiet)
+    # the directory is left last: after an error it is removed again if it is empty
     with directory as path, bars as start:
         options = {
             "resume": arguments.resume,
@@ -246,6 +252,7 @@ def _folder(arguments: argparse.Namespace) -> str:
 def check_out(arguments: argparse.Namespace, *names: str, unfinished: str) -> None:
     """Refuse, before any work, to write over the files of a finished run."""
     folder = _folder(arguments)
+    # of these names only: a folder may hold other files of the user's
     there = [name for name in names if os.path.exists(os.path.join(folder, name))]
     # an unfinished run has rules of its own, and messages of its own, where it is continued
     goes_on = arguments.resume or os.path.exists(os.path.join(folder, unfinished))

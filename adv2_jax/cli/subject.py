@@ -92,6 +92,8 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
     if arguments.run_directory is None:
         name = arguments.interpreter or "grad"
         interpreter = interpreter_of(name)
+        # the default is set here, not by the parser: whether --images was given tells a source from
+        # a run
         config["images"] = arguments.images or "shapes"
         source = argparse.Namespace(**vars(arguments) | {"images": config["images"]})
         reading = source_options(source, getattr(network, "image_size", None))
@@ -156,6 +158,7 @@ def network_of(
 def with_masker(model: Classifier, arguments: argparse.Namespace) -> Classifier:
     """Return the network with its masker, if it has one: that of --masker, or the embedded one."""
     file = arguments.masker
+    # the embedded masker was trained with the embedded network, and fits no other
     if file is None and arguments.model is not None:
         return model
     masker = models.embedded_masker() if file is None else models.load_masker(file)
@@ -173,6 +176,7 @@ def _interpreters(chosen: list[str] | None, model: Classifier) -> list[str]:
                 f"--interpreter {name} needs --masker FILE, the network's own masker; "
                 "adv2 train rts makes one"
             )
+    # each once: results of a second one of that name would take the place of the first
     return list(dict.fromkeys(chosen))
 
 
@@ -192,10 +196,13 @@ def _threat(arguments: argparse.Namespace) -> tuple[threats.Threat, dict[str, An
     """Return the threat model and its options, defaults included."""
     factory = threats.THREATS[arguments.threat]
     options = {
-        key: parameter.default for key, parameter in inspect.signature(factory).parameters.items()
+        # from the signature: the summary holds what was used, and no default is written twice
+        key: parameter.default
+        for key, parameter in inspect.signature(factory).parameters.items()
     }
     for flag, key in (("--epsilon", "epsilon"), ("--flow-penalty", "penalty")):
         value = getattr(arguments, key)
+        # refused, not ignored: the user would believe that it held
         if value is not None and key not in options:
             raise ValueError(f"{flag} is not for --threat {arguments.threat}")
         if value is not None:
@@ -205,6 +212,7 @@ def _threat(arguments: argparse.Namespace) -> tuple[threats.Threat, dict[str, An
 
 def source_options(arguments: argparse.Namespace, image_size: int | None) -> dict[str, Any]:
     """Return the options of `data.load`; images of varying sizes are cropped to the network's."""
+    # a file's own size is its author's choice; photographs have no common one
     cropped = arguments.size is None and data.sizes_vary(arguments.images)
     names = ("labels", "classes", "sample", "seed")
     return {

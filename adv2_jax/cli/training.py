@@ -42,6 +42,7 @@ def classifier(arguments: argparse.Namespace) -> None:
     sets = _training_sets(arguments, models.image_size(arguments.model), plain=PLAIN)
     start, images, labels = _start(arguments, sets), sets.held_out.images, sets.held_out.labels
     assert labels is not None
+    # of a network that starts at random it would be chance
     before = accuracy(start, images, labels) if arguments.weights else None
 
     def finish(model: models.Network, directory: Path) -> dict[str, Any]:
@@ -142,6 +143,7 @@ def _train(
     Raises:
         KeyboardInterrupt: says whether a checkpoint is kept.
     """
+    # options of the command line have the names of the recipe's fields: nothing is listed twice
     names = {field.name for field in fields(recipe)}
     options = {name: value for name, value in vars(arguments).items() if name in names}
     images, labels = sets.train.images, sets.train.labels
@@ -159,12 +161,14 @@ def _train(
                 "environment": environment(),
                 "counts": {"train": len(images), "held_out": len(sets.held_out.images)},
                 **finish(trained, directory),
+                # JSON has no float32
                 "losses": [float(loss) for loss in losses],
             }
             write_summary(directory, summary)
             page = report.write_training(directory)
             shutil.rmtree(checkpoints)  # last: what fails before can be resumed
         except KeyboardInterrupt:
+            # the first Ctrl-C may come before the first checkpoint
             hint = "; the last checkpoint is kept, --resume goes on from it"
             raise KeyboardInterrupt(hint if checkpoints.exists() else "") from None
     print(f"report: {page}")

@@ -25,6 +25,8 @@ from adv2_jax.report.pictures import (
 )
 from adv2_jax.runs.schema import Attacked, Results, attack_name
 
+# a page is one file with every picture in it: a film has eight frames of image and map each, and
+# each attack of a card has one
 SMALL_SIDE = 64  # longest side of a frame of a film, and of what lies below a map
 PALETTE = colour_map(np.arange(256) / 255)
 
@@ -158,6 +160,7 @@ def _attacked(subject: Subject, attack: str, attacked: Attacked, i: int, target:
     ]
     if attacked.flow is not None:
         flow = attacked.flow[i]
+        # arrows are enlarged to be seen: their length on the page says nothing
         longest = f"{np.linalg.norm(flow, axis=-1).max():.2f} px"
         alt = f"Flow of {name} image {number}, at most {longest}"
         tiles.append(_tile(_base(subject.results.images[i]) + charts.arrows(flow, alt)))
@@ -175,6 +178,7 @@ def _difference(subject: Subject, attacked: Attacked, i: int) -> str:
     change = amplified_difference(attacked.images[i], image)
     alt = f"Difference of ADV² image {number} to the benign image, times ten around mid grey"
     tiles, lines = [_tile(_picture(change, alt))], ["ADV² − benign"]
+    # usual attacks aim at the benign map: the same picture twice would tell nothing
     if not np.array_equal(aim.target_maps[i], aim.benign_maps[i]):
         tiles.append(_overlay(image, aim.target_maps[i], f"Target map of image {number}"))
         lines.append("and the target map")
@@ -240,10 +244,12 @@ def _map(values: ArrayLike, alt: str) -> str:
 
 def _kind(pixels: Pixels, max_side: int) -> str:
     """Return the style: a picture that was shrunk is smoothed, another shows its pixels."""
+    # browsers blur what they enlarge, which would hide the pixels of small images
     return "pixels" if max(pixels.shape[:2]) <= max_side else "photo"
 
 
 def _img(pixels: Pixels, alt: str, kind: str) -> str:
+    # in the page itself: a report is one file that can be sent, and loads nothing
     file = base64.b64encode(png(pixels, palette=PALETTE if kind == "map" else None))
     return f'<img class="{kind}" src="data:image/png;base64,{file.decode()}" alt="{escape(alt)}">'
 

@@ -32,6 +32,7 @@ def write(directory: Path | str) -> Path:
     summary = read_summary(folder)
     measured = (folder / CURVATURE_FILES[0]).exists()
     laboratory = curvature.read(folder, pictures=LIMIT) if measured else None
+    # pictures beyond the limit are never shown: reading them would take the memory of the run
     arrays = read_arrays(folder / "results.npz", pictures=LIMIT)
     return write_page(folder, render(summary, arrays, laboratory=laboratory))
 
@@ -99,6 +100,7 @@ def render(
     threats = {row["interpreter"]: row.get("threat") for row in reversed(rows)}
     subjects = [
         cards.Subject(name, threats[name], summary.get("classes"), results)
+        # dict.fromkeys: each once, in the order of the rows
         for name in dict.fromkeys(row["interpreter"] for row in rows)
         if results.explained(name)
     ]
@@ -130,12 +132,14 @@ def render(
         sections="".join(cards.section(one, total=total, limit=limit) for one in subjects),
         reproduction=reproduction(summary),
     )
+    # one frame for all pictures: a map of any size fills it, and so lies over its image
     return document(title, body, results.images.shape[1:3])
 
 
 def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
     """Return the facts of the head of the page; settings only where all rows agree."""
     rows, left_out = summary["rows"], summary.get("counts", {}).get("left_out")
+    # the last row's, so those that differ are blanked in the next line
     common = {key: row.get(key) for row in rows for key in tables.SETTINGS}
     settings = common | dict.fromkeys(tables.differing(rows)) | summary.get("config", {})
     keys = ("model", "threat", "epsilon", "target_map", "preset")
@@ -160,6 +164,7 @@ def document(title: str, body: str, size: Sequence[int] = (1, 1)) -> str:
         body: HTML.
         size: height and width of the pictures; maps of another size fill the same frame.
     """
+    # from the palette of the pictures, so that scale and maps cannot disagree
     scale = ",".join(f"rgb({r},{g},{b})" for r, g, b in INFERNO)
     return template("page.html").substitute(
         title=escape(title),
@@ -196,6 +201,7 @@ def reproduction(summary: Mapping[str, Any]) -> str:
 
 def asset(name: str) -> str:
     """Return the text of a file beside this module: style, script, or a piece of HTML."""
+    # through the package, not a path: it may be installed as a zip file
     return (resources.files("adv2_jax.report") / name).read_text(encoding="utf-8")
 
 

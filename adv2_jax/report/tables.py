@@ -36,6 +36,7 @@ def summary(rows: Sequence[Row]) -> str:
             for row in group
         ]
         title = escape(words.title(interpreter))
+        # one cell for the rows of an interpreter: screen readers read it with each of them
         lines[0] = f'<th scope="rowgroup" rowspan="{len(lines)}">{title}</th>{lines[0]}'
         groups.append(lines)
     headings = ["Interpreter", "Attack", *map(words.heading, settings), *map(_heading, keys)]
@@ -208,6 +209,7 @@ def _plain(
     label: str, headings: Iterable[str], lines: Iterable[Sequence[str]], kind: str = ""
 ) -> str:
     """Draw a table of texts."""
+    # names of networks and classes are a user's: they may hold < or &
     group = [_line(name, map(escape, cells)) for name, *cells in lines]
     return _table(label, headings, [group], kind=kind)
 

@@ -29,7 +29,10 @@ def write_training(directory: Path | str) -> Path:
         "Held-out accuracy": summary.get("accuracy"),
         "Before": summary.get("accuracy_before"),
     }
+    # a masker has no accuracy, and a fresh network none before
     facts |= {key: words.number(one, 4) for key, one in accuracies.items() if one is not None}
+    # a loss of thousands of steps has more points than the chart has pixels: a band holds those of
+    # a column
     loss, rows = charts.over_steps("loss", summary["losses"]), summary.get("quality")
     curve = charts.chart([loss], anchor="curve", title="Loss of a step", limits=[0.0])
     curve += charts.legend([loss], "Band: smallest to largest.")

@@ -40,6 +40,7 @@ def description(interpreter: str) -> str:
 def class_name(classes: Sequence[str] | None, label: int) -> str:
     """Return the name of a class, or its number where there is no name."""
     names = classes or ()
+    # -1 would be the last name
     return str(names[label]) if 0 <= label < len(names) else f"class {label}"
 
 
