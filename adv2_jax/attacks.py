@@ -20,6 +20,7 @@ from adv2_jax.capabilities import (
     architecture,
     check_activation,
     lacks,
+    logits_of,
     num_classes,
     static_leaves,
 )
@@ -46,6 +47,7 @@ from adv2_jax.descent import (
     step_of,
 )
 from adv2_jax.devices import number_of_devices, replicate, spread
+from adv2_jax.errors import first_line
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
 from adv2_jax.precision import at, computing
 from adv2_jax.presets import Preset, look_up, resolve
@@ -156,6 +158,7 @@ def attack(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
     )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
     model = replicate(static_leaves(model), count)
+    check_precision(model, benign.shape[1:], precision)
     # pixels between two levels may have no level inside a small ball: a threat model refuses them
     # before any work is done
     for image in () if benign.dtype == np.uint8 else benign:
@@ -342,6 +345,30 @@ def check_target_maps(
         raise ValueError(
             f"target_maps must be {list(expected)} for {interpreter.name}, got {list(maps or ())}"
         )
+
+
+def check_precision(model: Classifier, shape: tuple[int, ...], precision: str) -> None:
+    """Refuse a network that cannot compute in the precision of the steps.
+
+    Args:
+        model: the classifier.
+        shape: of the images, [H, W, 3].
+        precision: one of `precision.PRECISIONS`.
+
+    Raises:
+        ValueError: for another precision, or a network that does not take weights in bfloat16.
+    """
+    with at(precision):
+        used = computing(model, precision)
+    if used is model:
+        return
+    try:
+        jax.eval_shape(logits_of, used, jax.ShapeDtypeStruct(shape, np.float32))
+    except Exception as error:  # a user's network: JAX, Flax or it refuses types that do not fit
+        raise ValueError(
+            "precision 'bfloat16' needs a network that casts its image to the type of its weights: "
+            + first_line(error)
+        ) from None
 
 
 def gradient_evaluations(

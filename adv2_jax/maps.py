@@ -37,7 +37,19 @@ def min_max(raw: Array, power: float | None = None) -> Map:
     constant = jnp.isfinite(span) & (span <= resolution)
     # double where: the inner one keeps 0/0 out of the branch that the outer one discards, whose
     # gradient would otherwise be NaN
-    return jnp.where(constant, 0, (raw - low) / jnp.where(constant, 1, span))
+    scaled = within_unit((raw - low) / jnp.where(constant, 1, span))
+    return jnp.where(constant, 0, scaled)
+
+
+def within_unit(m: Map) -> Map:
+    """Return a map clipped to [0, 1], with the derivatives of the map itself.
+
+    Only rounding is clipped: GPUs divide to within two units in the last place, and x / x may be
+    1 + 1e-7 there.
+    """
+    # as a correction without a derivative: that of `clip` at 1, where every map has an entry, is
+    # one half
+    return m + jax.lax.stop_gradient(jnp.clip(m, 0, 1) - m)
 
 
 def channel_max(gradient: Array, power: float | None = None) -> Array:

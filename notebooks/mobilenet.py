@@ -29,7 +29,9 @@ class MobileNet:
     graph: str = dataclasses.field(metadata={"static": True})
 
     def features(self, image, act=jax.nn.relu):  # [224, 224, 3] in [0, 1] -> [7, 7, 1280]
-        values = {"images_int8": 2 * image[None] - 1}  # the network was trained on [-1, 1]
+        x = 2 * image[None] - 1  # the network was trained on [-1, 1]
+        # in the type of the weights, which --precision bfloat16 narrows
+        values = {"images_int8": x.astype(jnp.result_type(*self.weights.values()))}
         for operation in json.loads(self.graph)["ops"]:
             if operation["op"] in ("conv", "dwconv"):
                 x = self.conv(operation, values[operation["input"]])

@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.tree_util import Partial
 
 import adv2_jax as adv2
@@ -29,11 +30,11 @@ from adv2_jax.attacks import gradient_evaluations, map_shape
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import craft, joint_options
 from adv2_jax.descent import Numbers, Options, Problem, batched_step, init
-from adv2_jax.models import user
+from adv2_jax.models import ClassifierWithMasker, Encoder, Masker, user
 from adv2_jax.presets import resolve
 
 NETWORKS = ("cifar_resnet20", "resnet50", "densenet169")
-INTERPRETERS = ("pgd", "cam", "grad_cam", "grad", "mask")
+INTERPRETERS = ("pgd", "cam", "grad_cam", "grad", "mask", "rts")
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -74,14 +75,19 @@ def rates(repeats: int) -> dict[str, float]:
 
 
 def networks(names: list[str], weights: str | None) -> dict[str, tuple[Any, int]]:
-    """Return networks by name with the side of their images; random weights, or those of a file."""
+    """Return networks by name with the side of their images; random weights, or those of a file.
+
+    Each has a masker whose encoder is itself, or a ResNet-50 where it is no ResNet.
+    """
     made: dict[str, tuple[Any, int]] = {}
     for name in names:
         if user.is_reference(name):
             made[name.rpartition(":")[2]] = user.load(name, weights), 224
-        else:
-            model = adv2.models.build(name)
-            made[name] = model, model.image_size
+            continue
+        model = adv2.models.build(name)
+        encoder = model if isinstance(model, Encoder) else adv2.models.build("resnet50")
+        masker = Masker(encoder, rngs=nnx.Rngs(0))
+        made[name] = ClassifierWithMasker(model, masker), model.image_size
     return made
 
 
@@ -91,8 +97,9 @@ def measured(
     """Return the seconds of a step and of attacks under the default preset, for a batch.
 
     `step` is one joint step of many that are dispatched one after the other, without a wait; `host`
-    and `loop` are an attack of n steps, divided by n. `gradients` is the work of that attack on an
-    image, in gradients of ℓ_prd, divided by n; `rate` the multiply-adds a second in `loop`.
+    and `fori` are an attack of n steps by these drivers, divided by n, and `seconds` the faster.
+    `gradients` is the work of that attack on an image, in gradients of ℓ_prd, divided by n; `rate`
+    the multiply-adds a second in it.
     """
     rng, b, n = np.random.default_rng(0), arguments.batch_size, arguments.steps
     threat, shape = adv2.threats.linf(), (side, side, 3)
@@ -125,22 +132,25 @@ def measured(
 
             row["step"] = median_seconds(steps, arguments.repeats) / n
         attack = partial(craft, used, problems, preset, threat)
-        for key, driver in (("host", "host"), ("loop", "fori")):
-            row[key] = median_seconds(partial(attack, driver=driver), arguments.repeats) / n
-    return row | {"rate": b * row["gradients"] * unit / row["loop"]}
+        for driver in arguments.drivers:
+            row[driver] = median_seconds(partial(attack, driver=driver), arguments.repeats) / n
+    row["seconds"] = min(row[driver] for driver in arguments.drivers)
+    return row | {"rate": b * row["gradients"] * unit / row["seconds"]}
 
 
 def line(row: dict[str, Any], best: dict[str, float], batch_size: int) -> str:
     """Return a row in words."""
     words = [
         f"{row['network']:15} {row['interpreter']:9} {row['precision']:9}",
-        f"{1e3 * row['loop'] / batch_size:8.3f} ms",
-        f"loop/step {row['loop'] / row['step']:5.2f}" if "step" in row else " " * 15,
-        f"loop/host {row['loop'] / row['host']:5.2f}",
+        f"{1e3 * row['seconds'] / batch_size:8.3f} ms",
         f"{row['rate'] / best[row['precision']]:5.1%} of the chip's rate",
     ]
+    if "step" in row:
+        words.append(f"attack/steps {row['seconds'] / row['step']:5.2f}")
+    if "host" in row and "fori" in row:
+        words.append(f"fori/host {row['fori'] / row['host']:5.2f}")
     if "eager" in row:
-        words.append(f"eager PyTorch {row['eager'] / row['loop']:5.2f} x as long")
+        words.append(f"eager PyTorch {row['eager'] / row['seconds']:5.2f} x as long")
     return "  ".join(words)
 
 
@@ -172,7 +182,8 @@ def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path)
         of_network = [row for row in rows if row["network"] == name]
         kinds = list(dict.fromkeys(row["interpreter"] for row in of_network))
         series = {
-            f"adv2_jax, {p}": ("loop", p) for p in dict.fromkeys(r["precision"] for r in of_network)
+            f"adv2_jax, {p}": ("seconds", p)
+            for p in dict.fromkeys(r["precision"] for r in of_network)
         }
         series |= {
             f"eager PyTorch, {p}": ("eager", p)
@@ -186,7 +197,7 @@ def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path)
                 0.8 / len(series),
                 label=label,
             )
-        axis.set(title=name, yscale="log", ylabel="gradients of an image a second")
+        axis.set(title=name, yscale="log", ylabel="gradients a second (images x steps)")
         axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
     axes[0][-1].legend(fontsize="small")
     figure.suptitle(title)
@@ -203,6 +214,9 @@ def main() -> None:
     parser.add_argument("--weights", help="file for path/to/file.py:name")
     parser.add_argument("--interpreters", nargs="+", default=INTERPRETERS)
     parser.add_argument("--precisions", nargs="+", default=["highest"])
+    # XLA compiles convolutions in loops to slow code for CPUs: minutes for nothing
+    drivers = ["host"] if jax.default_backend() == "cpu" else ["host", "fori"]
+    parser.add_argument("--drivers", nargs="+", default=drivers, choices=["host", "fori"])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=5)
@@ -221,7 +235,7 @@ def main() -> None:
         import eager
     rows = []
     for network, (model, side) in networks(arguments.networks, arguments.weights).items():
-        twin = None if eager is None else eager.twin(model)
+        twin = None if eager is None else eager.twin(getattr(model, "classifier", model))
         for asked in arguments.precisions:
             for name in arguments.interpreters:
                 row = {"network": network} | measured(model, side, name, asked, arguments)

@@ -168,3 +168,10 @@ def test_blur_is_a_weighted_mean_of_the_pixels_there_are(raw, sigma):
     np.testing.assert_allclose(actual, expected, atol=1e-5)  # float32 sums of 48 numbers of order 1
     channels = maps.blur(jnp.asarray(np.stack([raw, 2 * raw], axis=-1), jnp.float32), sigma)
     np.testing.assert_allclose(channels, np.stack([expected, 2 * expected], axis=-1), atol=2e-5)
+
+
+def test_rounding_beyond_the_unit_interval_is_clipped_and_has_the_derivatives_of_the_map():
+    """A GPU may divide x by x to 1 + 1e-7, which a check of maps in [0, 1] would refuse."""
+    off = jnp.asarray([-1e-8, 0.0, 0.3, 1.0, 1 + 2**-23], jnp.float32)
+    np.testing.assert_array_equal(maps.within_unit(off), jnp.float32([0, 0, 0.3, 1, 1]))
+    np.testing.assert_array_equal(jax.vmap(jax.grad(maps.within_unit))(off), np.ones(5))
