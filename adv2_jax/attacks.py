@@ -35,6 +35,7 @@ from adv2_jax.crafting import (
     snapshot_steps,
 )
 from adv2_jax.data.images import check_integers, check_range
+from adv2_jax.data.lazy import Images, LazyImages, ahead
 from adv2_jax.descent import (
     Driver,
     Info,
@@ -99,7 +100,7 @@ class Result(NamedTuple):
 
 def attack(
     model: Classifier,
-    images: ArrayLike,
+    images: ArrayLike | LazyImages,
     targets: ArrayLike,
     target_maps: ArrayLike | None = None,
     *,
@@ -152,7 +153,7 @@ def attack(
     """
     threat = threats.linf() if threat is None else threat
     resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
-    benign = check_images(images)
+    benign = np.asarray(check_images(images))
     n, count = len(benign), number_of_devices(devices)
     problems = _problems(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
@@ -208,7 +209,7 @@ def no_map(model: Classifier, image: Image, label: Label) -> Map:
 
 def explain(
     model: Classifier,
-    images: ArrayLike,
+    images: ArrayLike | LazyImages,
     labels: ArrayLike,
     *,
     interpreter: str | Interpreter | Explain,
@@ -248,8 +249,10 @@ def explain(
     check_interpreter(model, x.shape[1:], interpreter)
     count, faces = number_of_devices(devices), (interpreter.explain, interpreter.solver)
     model = replicate(static_leaves(model), count)
+    # images that are decoded on demand are decoded while the device works on the batch before
     parts = [
-        _seen(model, x, c, *faces, driver, count) for x, c in batches(inputs, batch_size, count)
+        _seen(model, x, c, *faces, driver, count)
+        for x, c in ahead(batches(inputs, batch_size, count))
     ]
     logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
     _check_failed(~finite((logits, maps)), all_may_fail)
@@ -490,16 +493,18 @@ def to_uint8(x: Any) -> np.ndarray:
     return np.round(np.nan_to_num(np.asarray(x)) * 255).astype(np.uint8)
 
 
-def check_images(images: ArrayLike) -> np.ndarray:
+def check_images(images: ArrayLike | LazyImages) -> Images:
     """Return images, uint8 or floating point in [0, 1], as an array [N, H, W, 3].
+
+    Those that are decoded on demand stay as they are.
 
     Raises:
         ValueError: for another type, shape or range, or NaN.
     """
-    x = np.asarray(images)
+    x = images if isinstance(images, LazyImages) else np.asarray(images)
     if x.ndim != 4 or x.shape[-1] != 3 or 0 in x.shape:
         raise ValueError(f"images must be [N, H, W, 3] with N >= 1, got {list(x.shape)}")
-    if x.dtype == np.uint8:
+    if isinstance(x, LazyImages) or x.dtype == np.uint8:
         return x
     if x.dtype.kind != "f":
         raise ValueError(f"images must be uint8, or floating point in [0, 1], got {x.dtype}")
@@ -544,7 +549,7 @@ def finite(values: Any) -> np.ndarray:
     return np.all([np.isfinite(leaf).reshape(len(leaf), -1).all(1) for leaf in leaves], axis=0)
 
 
-def _classes(name: str, values: ArrayLike, model: Classifier, x: np.ndarray) -> np.ndarray:
+def _classes(name: str, values: ArrayLike, model: Classifier, x: Images) -> np.ndarray:
     """Return class indices as int32 [N], checked: one for each image, in the model's range."""
     classes = np.asarray(values)
     check_integers(name, classes, len(x))

@@ -34,7 +34,7 @@ LAYERS = [
 PACKAGES = {
     "interpreters": "base gradients activation_maps mask_descent masker_maps",
     "models": "layers resnet densenet masker convert user",
-    "data": "images photos shapes targets class_files folder tfds sources splits",
+    "data": "lazy images photos shapes targets class_files folder tfds sources splits",
     "runs": "schema store select run transfer curvature tables faithfulness",
     "training": "checkpoints loop classifier masker",
     "report": "words pictures charts tables cards labelled curvature page training",

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from adv2_jax import explain, metrics, threats
 from adv2_jax.attacks import attack
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
+from adv2_jax.data.lazy import LazyImages
 from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
 from adv2_jax.runs import store
@@ -266,6 +268,36 @@ def test_resuming_must_be_said_and_settings_stay(tmp_path):
     ):
         run(Mean(), varied(seed=1), QUICK, tmp_path, config={"seed": 0}, resume=True)
     assert sorted(tmp_path.rglob("*")) == files
+
+
+def on_demand(image_set, edited=None):
+    """The set with images that are decoded on demand, and its pixels; those of image `edited` are others."""
+    pixels = image_set.images.copy()
+    if edited is not None:
+        pixels[edited, 3, 3, 0] ^= 1
+    names = [f"{i}.png" for i in range(len(pixels))]
+    return image_set._replace(images=LazyImages(names, lambda i: pixels[i].copy())), pixels
+
+
+def test_images_decoded_on_demand_give_the_same_bytes_and_must_not_change(tmp_path, whole):
+    lazy, pixels = on_demand(varied())
+    with pytest.raises(KeyboardInterrupt, match=r"^; 3 of 8 parts are kept"):
+        run(Mean(), lazy, QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
+    threads = threading.active_count()
+    edited, _ = on_demand(varied(), edited=6)
+    with pytest.raises(ValueError, match="with other settings: image set was 126 numbers "):
+        run(Mean(), edited, QUICK, tmp_path, config={"seed": 0}, resume=True)
+
+    def edit(images, steps, done):  # between the choice of the images and the attack on the last
+        pixels[6, 3, 3, 0] ^= 1
+        return lambda new: None
+
+    with pytest.raises(ValueError, match=r"^6\.png has changed since it was first read$"):
+        run(Mean(), lazy, QUICK, tmp_path, config={"seed": 0}, resume=True, progress=edit)
+    assert threading.active_count() == threads
+    # another copy of the same images
+    run(Mean(), on_demand(varied())[0], QUICK, tmp_path, config={"seed": 0}, resume=True)
+    assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
 
 
 def full_disk(monkeypatch, module, name, call):

@@ -59,9 +59,9 @@ def read_photo(path):
 
 
 def refused(message, *arguments, **options):
-    """One line that holds the message."""
+    """One line that holds the message, at the latest when the images are decoded."""
     with pytest.raises(ValueError) as caught:
-        load(*arguments, **options)
+        np.asarray(load(*arguments, **options).images)
     assert message in str(caught.value), caught.value
     assert "\n" not in str(caught.value)
 
@@ -662,7 +662,7 @@ def test_malformed_exif_turns_nothing(tmp_path, kind, block):
     write(tmp_path / f"a.{kind}", PIXELS[0], exif=block, **options)
     write(tmp_path / "plain" / f"a.{kind}", PIXELS[0], **options)
     np.testing.assert_array_equal(
-        load(tmp_path / "plain").images[0], photos.read_all(tmp_path, [f"a.{kind}"], None)[0]
+        load(tmp_path / "plain").images[0], photos.reader(tmp_path, [f"a.{kind}"], None)(0)
     )
 
 
@@ -1112,12 +1112,12 @@ def test_grey_and_transparent_data_sets(prepare):
     prepare(
         "clear", image_and_label(4), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}]
     )
-    assert (load("tfds:clear/test").images == 255).all()
+    assert (np.asarray(load("tfds:clear/test").images) == 255).all()
     prepare(
         "wrong", image_and_label(3), [{"image": png(np.zeros((8, 8, 4), np.uint8)), "label": 0}]
     )
     refused(
-        "cannot read tfds:wrong/test: example 0 must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]",
+        "cannot read tfds:wrong/test, example 0: it must be uint8 with 1, 3 or 4 channels, got uint8 [8, 8, 4]",
         "tfds:wrong/test",
     )
 
@@ -1130,6 +1130,15 @@ def test_unlabelled_data_sets(prepare):
     refused("tfds:partly/test: some images have labels and some have none", "tfds:partly/test")
     prepare("plain", {"image": features["image"]}, [{"image": png(PIXELS[0])}])
     assert load("tfds:plain/test").labels is None
+
+
+def test_labels_are_read_without_decoding_the_images(prepare):
+    rows = [{"image": png(PIXELS[i]), "label": i % 2} for i in range(6)]
+    prepare("damaged", image_and_label(), [*rows, {"image": b"no image", "label": 1}])
+    images = load("tfds:damaged/test")
+    assert images.labels.tolist() == [0, 1, 0, 1, 0, 1, 1]
+    np.testing.assert_array_equal(images.take(np.arange(7) > 3).images[:2], PIXELS[4:])
+    refused("cannot read tfds:damaged/test, example 6: cannot identify image", "tfds:damaged/test")
 
 
 def test_classes_without_names_are_numbers(prepare, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from adv2_jax.data import photos
 from adv2_jax.data.class_files import ClassList, composed, read_labels, whole
 from adv2_jax.data.images import Draw, ImageSet
+from adv2_jax.data.lazy import LazyImages
 from adv2_jax.errors import listed
 
 # What systems, archives and servers leave in folders, in small letters. Hidden files are ignored
@@ -51,12 +52,12 @@ def load(
     labels: str | os.PathLike[str] | None = None,
     class_list: ClassList | None = None,
 ) -> ImageSet:
-    """Read the images of a folder, sorted by name.
+    """List the images of a folder, sorted by name; they are decoded on demand.
 
     Args:
         folder: either with one folder a class, in which there are only images, or flat.
         size: side in pixels the network wants; None where all images have one size.
-        draw: N -> the sorted indices of those to be read.
+        draw: N -> the sorted indices of those to be listed.
         labels: CSV file about a flat folder (see `class_files.read_labels`); files it does not name
             are left out.
         class_list: the classes of the network, which class folders or the CSV file may name (see
@@ -88,7 +89,7 @@ def load(
         raise ValueError(
             f"{folder} has class folders: labels in a file, {labels}, are for a flat folder"
         )
-    # only the files that are drawn are decoded
+    # only the files that are drawn are ever decoded
     listing = (
         _class_folders(folder, folders, class_list)
         if folders
@@ -96,9 +97,9 @@ def load(
     )
     indices = draw(len(listing.images))
     chosen = listing.take(indices)
-    names: list[str] = chosen.images.tolist()
+    names: list[str] = np.asarray(chosen.images).tolist()
     return chosen._replace(
-        images=photos.read_all(folder, names, size),
+        images=LazyImages(names, photos.reader(folder, names, size)),
         names=np.array([_printable(name) for name in names]),
         positions=indices,
     )

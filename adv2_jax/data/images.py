@@ -1,9 +1,11 @@
 """The image set that every source gives and every run takes."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from adv2_jax.data.lazy import Images, LazyImages
 
 Draw = Callable[[int], np.ndarray]  # N -> sorted indices of the images to be read
 
@@ -12,7 +14,7 @@ class ImageSet(NamedTuple):
     """N images; optional entries are None where the source has none.
 
     Attributes:
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, 3]; those of files are decoded on demand (`lazy.LazyImages`).
         labels: int32 [N]; None: unlabelled, the label is the network's own prediction.
         targets: int32 [N], target classes.
         target_maps: float32 [N, h, w] in [0, 1], the maps to be shown.
@@ -27,7 +29,7 @@ class ImageSet(NamedTuple):
             if the network gets many images wrong, in one line.
     """
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray | None = None
     targets: np.ndarray | None = None
     target_maps: np.ndarray | None = None
@@ -39,14 +41,17 @@ class ImageSet(NamedTuple):
     advice: str | None = None
 
     def take(self, indices: np.ndarray) -> "ImageSet":
-        """Return the images at `indices` [M] (integers, or booleans [N])."""
-        return self._replace(
-            **{
-                name: value[indices]
-                for name, value in self._asdict().items()
-                if isinstance(value, np.ndarray)
-            }
-        )
+        """Return the images at `indices` [M] (integers, or booleans [N]); nothing is decoded."""
+        taken: dict[str, Any] = {
+            name: value.take(indices) if isinstance(value, LazyImages) else value[indices]
+            for name, value in self._asdict().items()
+            if isinstance(value, np.ndarray | LazyImages)
+        }
+        return self._replace(**taken)
+
+    def decode(self) -> "ImageSet":
+        """Return the set with all its images in memory."""
+        return self._replace(images=np.asarray(self.images))
 
 
 def check_classes(image_set: ImageSet, num_classes: int) -> None:

@@ -5,9 +5,11 @@ Pillow is loaded when it is first needed.
 
 import contextlib
 import os
+import re
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +41,9 @@ SUFFIXES = (
 # Times as long as wide: of a longer image only the middle is resized, so that memory does not grow
 # with the length.
 STRIP = 8
+DARK = 2**12  # what 12-bit numbers stay below
+PILLOW = r"PIL\."  # the modules whose warnings are ignored
+ONE_AT_A_TIME = threading.Lock()  # those who turn stderr away and back
 
 
 def fit(pixels: np.ndarray, size: int | None, *, nearest: bool = False) -> np.ndarray:
@@ -104,7 +109,12 @@ def read(
         with pillow.open(path, formats=FORMATS) as image:
             # before loading, which empties `tile`: of 16-bit colour only the tiles tell
             wide = image.mode.startswith("I") or any(";16" in str(tile) for tile in image.tile)
-            _load_upright(image)
+            # Pillow itself warns only, up to twice its limit
+            pixels, limit = image.width * image.height, pillow.MAX_IMAGE_PIXELS
+            if limit is not None and pixels > limit:
+                raise ValueError(f"Image size ({pixels} pixels) exceeds limit of {limit} pixels")
+            with _stderr_discarded() if image.format == "TIFF" else contextlib.nullcontext():
+                _load_upright(image)
             return fit(np.asarray(to_rgb(image)), size), _largest(image) if wide else None
     except pillow.UnidentifiedImageError:
         raise ValueError(
@@ -145,47 +155,46 @@ def _largest(image: "Image.Image") -> int:
     return top if image.mode.startswith("I") or top == 0 else top << 8 | 255
 
 
-def read_all(folder: Path, names: Sequence[str], size: int | None) -> NDArray[np.uint8]:
-    """Read the images [N, H, W, 3] at `names` below a folder, several at a time.
+def reader(
+    folder: Path, names: Sequence[str], size: int | None
+) -> Callable[[int], NDArray[np.uint8]]:
+    """Return a function that reads one of the images at `names` below a folder: index -> pixels.
 
-    Raises:
-        ValueError: as `read`; images differ in size and none is asked for; all 16-bit images
-            together use less than a sixteenth of their range, as 12-bit numbers do: they would be
-            black.
+    It may be called from several threads, and raises what `read` does; and a ValueError for a
+    16-bit image if all 16-bit images together use less than a sixteenth of their range, as 12-bit
+    numbers do: they would be black.
     """
-    with (
-        warnings.catch_warnings(),
-        _stderr_discarded(),
-        ThreadPoolExecutor(os.cpu_count()) as pool,  # last: its threads end before the others
-    ):
-        warnings.simplefilter("ignore")  # odd metadata is not the user's concern
-        # Pillow itself refuses only what is above twice its limit, and warns before
-        warnings.simplefilter("error", _pillow().DecompressionBombWarning)
-        # an error or Ctrl-C cancels what has not begun
-        images, peaks = zip(*pool.map(lambda name: read(folder / name, size), names), strict=True)
-    largest = max((peak for peak in peaks if peak is not None), default=0)
-    if 0 < largest < 2**12:  # what 12-bit numbers reach
-        raise ValueError(
-            f"the 16-bit images of {folder} hold no number above {largest}, of 65535, and would be "
-            "black: multiply them to the full range (12-bit numbers by 16), or save them with 8 "
-            "bits"
-        )
-    return stack(names, images)
 
+    @cache
+    def largest() -> int:
+        """Return the largest of all 16-bit numbers, or that of the first bright image."""
+        top = 0
+        for name in names:
+            top = max(top, read(folder / name)[1] or 0)
+            if top >= DARK:
+                break
+        return top
 
-def stack(names: Sequence[str], images: Sequence[np.ndarray]) -> np.ndarray:
-    """Stack images of one size to [N, H, W, 3].
-
-    Raises:
-        ValueError: names two images that differ in size.
-    """
-    for name, image in zip(names, images, strict=True):
-        if image.shape != images[0].shape:
+    def decode(i: int) -> NDArray[np.uint8]:
+        _silence_pillow()
+        pixels, peak = read(folder / names[i], size)
+        # one bright image vouches for the set: only a dark one makes the others be looked at
+        if peak and peak < DARK and largest() < DARK:
             raise ValueError(
-                f"{names[0]} is {images[0].shape[1]} x {images[0].shape[0]} pixels, "
-                f"{name} {image.shape[1]} x {image.shape[0]}: --size N brings images to one size"
+                f"the 16-bit images of {folder} hold no number above {largest()}, of 65535, and "
+                "would be black: multiply them to the full range (12-bit numbers by 16), or save "
+                "them with 8 bits"
             )
-    return np.stack(images)
+        return pixels
+
+    return decode
+
+
+def _silence_pillow() -> None:
+    """Ignore Pillow's warnings: odd metadata is not the user's concern."""
+    # for good, since images are read in threads: `catch_warnings` would restore the filters of others
+    if ("ignore", None, Warning, re.compile(PILLOW), 0) not in warnings.filters:
+        warnings.filterwarnings("ignore", module=PILLOW)
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
@@ -209,15 +218,15 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
     return pillow.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def channels_to_rgb(name: str, pixels: np.ndarray, channels: int) -> NDArray[np.uint8]:
+def channels_to_rgb(pixels: np.ndarray, channels: int) -> NDArray[np.uint8]:
     """Convert uint8 [H, W, channels], grey, RGB or RGBA, to [H, W, 3], transparency over white.
 
     Raises:
-        ValueError: the image of this name has another form.
+        ValueError: the image has another form.
     """
     if pixels.dtype != np.uint8 or channels not in (1, 3, 4) or pixels.shape[2:] != (channels,):
         raise ValueError(
-            f"{name} must be uint8 with 1, 3 or 4 channels, got {pixels.dtype} {list(pixels.shape)}"
+            f"it must be uint8 with 1, 3 or 4 channels, got {pixels.dtype} {list(pixels.shape)}"
         )
     return np.asarray(to_rgb(_pillow().fromarray(pixels[..., 0] if channels == 1 else pixels)))
 
@@ -228,17 +237,18 @@ def _stderr_discarded() -> Iterator[None]:
 
     libtiff writes there what it finds wrong, past Python, and raises besides.
     """
-    try:
-        saved = os.dup(2)
-    except OSError:  # there is none
-        yield
-        return
-    with open(os.devnull, "wb") as null, open(saved, "wb"):
-        os.dup2(null.fileno(), 2)
+    with ONE_AT_A_TIME:
         try:
+            saved = os.dup(2)
+        except OSError:  # there is none
             yield
-        finally:
-            os.dup2(saved, 2)
+            return
+        with open(os.devnull, "wb") as null, open(saved, "wb"):
+            os.dup2(null.fileno(), 2)
+            try:
+                yield
+            finally:
+                os.dup2(saved, 2)
 
 
 def _pillow() -> Any:

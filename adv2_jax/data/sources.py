@@ -51,10 +51,13 @@ def load(
         seed: of the draw.
 
     Returns:
-        the set; `labels` is None where the source has no labels.
+        the set; `labels` is None where the source has no labels. The images of folders and of
+        TensorFlow Datasets are decoded on demand (`lazy.LazyImages`), and never all in memory
+        unless asked for, `np.asarray(images)`.
 
     Raises:
-        ValueError: one line that names the source, what is wrong and what is allowed.
+        ValueError: one line that names the source, what is wrong and what is allowed. An image that
+            is decoded on demand is refused then.
     """
     if size is not None and not 1 <= size <= LARGEST:
         raise ValueError(f"size must be at least 1 and at most {LARGEST}, got {size}")
@@ -115,7 +118,7 @@ def _fitted(image_set: ImageSet, size: int | None) -> ImageSet:
     if size is None or image_set.images.shape[1:3] == (size, size):
         return image_set  # a copy could be over a gigabyte
     fitted = image_set._replace(
-        images=np.stack([photos.fit(image, size) for image in image_set.images])
+        images=np.stack([photos.fit(image, size) for image in np.asarray(image_set.images)])
     )
     if fitted.objects is None:
         return fitted

@@ -4,6 +4,7 @@ The library is loaded when it is first needed.
 """
 
 import contextlib
+import copy
 import difflib
 import logging
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import numpy as np
 
 from adv2_jax.data import photos
 from adv2_jax.data.images import Draw, ImageSet
+from adv2_jax.data.lazy import LazyImages
 from adv2_jax.errors import first_line
 
 FORMAT = "array_record"  # the library's default, tfrecord, needs TensorFlow to be read
@@ -29,8 +31,8 @@ def load(source: str, *, size: int | None, draw: Draw) -> ImageSet:
         draw: N -> the sorted indices of those to be read.
 
     Returns:
-        images, as the library decodes them (it leaves EXIF rotation out); labels, None if there are
-        none; names of the classes.
+        images, decoded on demand by the library (which leaves EXIF rotation out); labels, None if
+        there are none; names of the classes.
 
     Raises:
         ValueError: one line: unknown set or split, not prepared (and how to), no single image
@@ -48,27 +50,36 @@ def load(source: str, *, size: int | None, draw: Draw) -> ImageSet:
         stack.callback(logger.setLevel, logger.level)
         logger.setLevel(logging.ERROR)
         builder = _builder(name)
+        from tensorflow_datasets import decode
+
         image = _feature(builder, "Image", source)
         label = _feature(builder, "ClassLabel", source, needed=False)
-        images, labels = [], []
         with _in_one_line(builder, name, source):
             data = builder.as_data_source(split=split)
             indices = draw(len(data))
+            names = [f"example {i}" for i in indices]
             channels = builder.info.features[image].shape[-1]
-            for i in indices:  # one at a time: of photographs only the resized ones are kept
-                example = data[int(i)]
-                pixels = photos.channels_to_rgb(f"example {i}", example[image], channels)
-                images.append(photos.fit(pixels, size))
-                labels.append(example[label] if label else -1)
-    labelled = np.array(labels) >= 0  # the library's label where there is none is -1
+            # the same reader, which leaves the images as they are stored: labels are read in seconds
+            encoded = copy.copy(data)
+            encoded.decoders = {image: decode.SkipDecoding()}
+            # the library's label where there is none is -1
+            labels = np.array([encoded[int(i)][label] if label else -1 for i in indices], np.int32)
+
+        def read(i: int) -> np.ndarray:
+            with _in_one_line(builder, name, f"{source}, {names[i]}"):
+                pixels = photos.channels_to_rgb(data[int(indices[i])][image], channels)
+                return photos.fit(pixels, size)
+
+        images = LazyImages(names, read)
+    labelled = labels >= 0
     if labelled.any() and not labelled.all():
         raise ValueError(
             f"{source}: some images have labels and some have none; slice the split to one kind"
         )
     classes = tuple(builder.info.features[label].names) if label else None
     return ImageSet(
-        photos.stack([f"example {i}" for i in indices], images),
-        np.array(labels, np.int32) if labelled.all() else None,
+        images,
+        labels if labelled.all() else None,
         classes=classes,
         positions=indices,
         classes_from=None if classes is None else f"{source} has {len(classes)} classes",

@@ -39,6 +39,7 @@ from adv2_jax.curvature import (
     spectral_density,
 )
 from adv2_jax.data import ImageSet, targets
+from adv2_jax.data.lazy import Images
 from adv2_jax.descent import OnStep, by_host
 from adv2_jax.files import intact, restored, write_summary
 from adv2_jax.identity import environment, tree_fingerprint
@@ -116,7 +117,7 @@ class Sample(NamedTuple):
     """
 
     name: str
-    images: np.ndarray
+    images: Images
     classes: np.ndarray
     benign: np.ndarray | None = None
     map_l1: np.ndarray | None = None
@@ -307,7 +308,7 @@ def examine_batch(
         keys: `attacks.image_keys`.
         options: static.
     """
-    images = jnp.asarray(to_unit(sample.images, np.float32))
+    images = jnp.asarray(to_unit(np.asarray(sample.images), np.float32))
     labels = jnp.asarray(sample.classes, jnp.int32)
     # `Sample` in NumPy, 8 bits: only one batch is on the device in float32
     benign = sample.benign

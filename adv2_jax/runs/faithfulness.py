@@ -110,10 +110,11 @@ def qualities(
         The measures of each interpreter, by its name.
     """
     assert images.labels is not None
+    # read once for all interpreters
+    x, y = np.asarray(images.images), images.labels
     measures = {}
     # a stable sort: RTS, which was trained, first, the others in their usual order
     for name in sorted(INTERPRETERS, key=lambda name: name != "rts"):
-        x, y = images.images, images.labels
         _, maps = explain(model, x, y, interpreter=name, batch_size=batch_size)
         measures[name] = quality(
             model.classifier, x, y, maps, images.objects, batch_size=batch_size

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from adv2_jax.attacks import (
 )
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
+from adv2_jax.data.lazy import ahead
 from adv2_jax.descent import OnStep
 from adv2_jax.devices import number_of_devices, replicate
 from adv2_jax.files import intact, write_summary
@@ -173,8 +174,6 @@ def run(
         ValueError: one line: what is wrong, the value, and what is allowed.
         KeyboardInterrupt: says what is finished, and how to resume.
     """
-    # of all images, not only the selected: with another source, indices would mean others
-    prints = fingerprints(model, image_set)
     presets = _presets(settings)
     model = replicate(model, number_of_devices(settings.devices))
     selection = select(
@@ -184,6 +183,9 @@ def run(
         batch_size=settings.batch_size,
         devices=settings.devices,
     )
+    # of all images, not only the selected: with another source, indices would mean others; and
+    # after the images were looked at: those that are decoded on demand are not read once more
+    prints = fingerprints(model, image_set)
     task = make_task(model, image_set, selection, settings)
     maps = task.images.target_maps
     for interpreter in presets:  # before the work
@@ -424,19 +426,25 @@ def _attack_all(
     on_step = progress(
         n, len(groups) * sum(steps.values()), len(groups) * sum(steps.values()) - left
     )
+    work = []
     for first in range(0, len(groups), devices):
         together = range(first, min(first + devices, len(groups)))
         places = np.concatenate([groups[i] for i in together])
         some = [job for job in jobs if any(job in todo[i] for i in together)]
-        made = attack_batches(model, task, some, places, settings, on_step)
-        for name, kind, batch, arrays in made:
-            if not store.has(part := Part(name, kind, first + batch)):
-                store.save(part, arrays)
+        work += [(first, places, some)] if some else []
+    images = ahead(task.images.take(places).decode() for _, places, _ in work)
+    with closing(images):
+        for (first, places, some), chosen in zip(work, images, strict=True):
+            made = attack_batches(model, task, chosen, some, places, settings, on_step)
+            for name, kind, batch, arrays in made:
+                if not store.has(part := Part(name, kind, first + batch)):
+                    store.save(part, arrays)
 
 
 def attack_batches(
     model: Classifier,
     task: Task,
+    chosen: ImageSet,
     jobs: Sequence[Job],
     places: np.ndarray,
     settings: Settings,
@@ -447,15 +455,16 @@ def attack_batches(
     Args:
         model: the classifier.
         task: the images of the run.
+        chosen: those of the batches, in memory.
         jobs: the attacks.
         places: [k B] of k whole batches among the images; the last is padded by repeating its last
             image, so that all have one size and one compilation. Padding is not returned.
         settings: of the run.
         on_step: called with the number of steps newly done, of all batches together.
     """
-    chosen, targets = task.images.take(places), task.targets[places]
-    assert chosen.labels is not None
-    labels, valid = chosen.labels, int(np.ptp(places)) + 1  # without padding
+    images, labels, targets = np.asarray(chosen.images), chosen.labels, task.targets[places]
+    assert labels is not None
+    valid = int(np.ptp(places)) + 1  # without padding
     size = min(settings.batch_size, len(task.targets))
     cuts = [slice(start, min(start + size, valid)) for start in range(0, valid, size)]
     # of the image's place in its source: no batch size changes what is drawn
@@ -464,7 +473,7 @@ def attack_batches(
     # several jobs ask for the maps of one interpreter
     @cache
     def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
-        benign = maps_of(model, chosen.images, labels, interpreter, settings)
+        benign = maps_of(model, images, labels, interpreter, settings)
         return benign, task.target_maps(interpreter, places, benign)
 
     for job in jobs:
@@ -472,7 +481,7 @@ def attack_batches(
         start = time.perf_counter()
         result = attack(
             model,
-            chosen.images,
+            images,
             targets,
             None if attacked is None else aim(attacked)[1],
             interpreter=attacked,
@@ -494,7 +503,7 @@ def attack_batches(
                 maps = maps_of(model, result.images, targets, interpreter, settings)
                 float_maps = maps_of(model, result.float_images, targets, interpreter, settings)
             evaluated = Evaluated(
-                chosen.images,
+                images,
                 targets,
                 chosen.objects,
                 *aim(interpreter),

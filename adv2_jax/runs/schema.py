@@ -364,7 +364,7 @@ class View:
         return [entry for entry in vars(cls).values() if isinstance(entry, Entry)]
 
     @classmethod
-    def named(cls, prefix: str = "", /, **values: NDArray[Any] | None) -> dict[str, NDArray[Any]]:
+    def named(cls, prefix: str = "", /, **values: Any) -> dict[str, NDArray[Any]]:
         """Return arrays under the names that the file has for them; None is left out."""
         names = {entry.name for entry in cls.entries()}
         assert names.issuperset(values), f"{set(values) - names} has no place in {cls.__name__}"

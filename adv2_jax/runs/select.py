@@ -13,6 +13,7 @@ from adv2_jax.attacks import explain, no_map
 from adv2_jax.capabilities import logits_of
 from adv2_jax.data import ImageSet
 from adv2_jax.data.images import check_classes
+from adv2_jax.data.lazy import Images
 from adv2_jax.errors import listed
 from adv2_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from adv2_jax.types import Activation, Classifier, Image, Logits
@@ -109,7 +110,7 @@ def select(
 
 def predict(
     model: Classifier,
-    images: np.ndarray,
+    images: Images,
     batch_size: int,
     all_may_fail: bool = False,
     devices: int | None = None,
@@ -157,7 +158,7 @@ def _check_order(predicted: np.ndarray, labels: np.ndarray, num_classes: int) ->
 
 
 def _check_range(
-    model: Classifier, images: np.ndarray, labels: np.ndarray, right: np.ndarray, batch_size: int
+    model: Classifier, images: Images, labels: np.ndarray, right: np.ndarray, batch_size: int
 ) -> None:
     """Refuse a network that was trained on another range than [0, 1] and does not rescale."""
     # not the first: folders are read a class after the other

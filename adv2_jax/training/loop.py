@@ -8,6 +8,7 @@ so a resumed run skips the draws of finished steps and meets the same random num
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -22,11 +23,11 @@ from jax import Array
 from numpy.typing import NDArray
 
 from adv2_jax.data.images import check_integers, check_range
+from adv2_jax.data.lazy import Images, ahead
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.training.checkpoints import Checkpoints
 
 Model = TypeVar("Model", bound=nnx.Module)
-Images = NDArray[np.uint8]
 Labels = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 OnLoss = Callable[[int, float], None]
@@ -164,7 +165,8 @@ def fit(
         model: its present weights are the start.
         loss: (model, constants, key, images [B, H, W, 3] in [0, 1], labels [B]) -> [], the mean
             over a batch; `key` is another one at each step.
-        images: uint8 `[N, H, W, 3]`, checked (`check_examples`).
+        images: uint8 `[N, H, W, 3]`, checked (`check_examples`). Those that are decoded on demand
+            are all read once before the first step, for the fingerprint: a damaged one is met then.
         labels: integers `[N]`.
         recipe: the hyper-parameters; must be equal when resuming.
         checkpointing: where to keep checkpoints, and whom to tell the losses.
@@ -200,19 +202,20 @@ def fit(
     draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
     # uint32 is what `fold_in` takes: a Python number would be int64 under x64, another program for
     # the same keys
-    batches = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
-    while done < len(losses):
-        state, new = _advance(
-            partial(step, constants), state, islice(batches, every), done, checkpointing.on_loss
-        )
-        losses[done : done + len(new)] = new
-        done += len(new)
-        if not np.isfinite(new).all():  # before it is saved: a checkpoint can always be resumed
-            raise ValueError(
-                f"training diverged by step {done}; a lower learning rate than {recipe.learning_rate} may help"
+    made = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
+    with closing(ahead(made)) as batches:
+        while done < len(losses):
+            state, new = _advance(
+                partial(step, constants), state, islice(batches, every), done, checkpointing.on_loss
             )
-        if store:
-            store.save(done, Checkpoint(state, losses))
+            losses[done : done + len(new)] = new
+            done += len(new)
+            if not np.isfinite(new).all():  # before it is saved: a checkpoint can always be resumed
+                raise ValueError(
+                    f"training diverged by step {done}; a lower learning rate than {recipe.learning_rate} may help"
+                )
+            if store:
+                store.save(done, Checkpoint(state, losses))
     nnx.update(trained, state.params, state.others)
     trained.eval()
     return trained, losses
@@ -335,7 +338,7 @@ def _advance(
     """Return the state after some more batches, and their losses.
 
     A loss is read only once the next step is handed over: JAX runs steps asynchronously, so the
-    host makes a batch while the device works.
+    device never waits for the host.
     """
     losses: list[Array] = []
     for batch in batches:
@@ -364,10 +367,10 @@ def _augmentations(n: int, recipe: Recipe) -> Iterator[Augmentation]:
 
 def _augment(images: Images, draw: Augmentation) -> Images:
     """Return a batch, shifted (edges are repeated) and mirrored: [N, H, W, 3] -> [B, H, W, 3]."""
-    height, width = images.shape[1:3]
+    batch, (height, width) = images[draw.indices], images.shape[1:3]
     # clipped indices repeat the edge without a padded copy of the images
     rows = np.clip(np.arange(height) + draw.down[:, None], 0, height - 1)
     columns = np.clip(np.arange(width) + draw.right[:, None], 0, width - 1)
     columns = np.where(draw.mirrored[:, None], columns[:, ::-1], columns)
     # one gather: the shifted and mirrored images are never made one by one
-    return images[draw.indices[:, None, None], rows[:, :, None], columns[:, None]]
+    return batch[np.arange(len(batch))[:, None, None], rows[:, :, None], columns[:, None]]

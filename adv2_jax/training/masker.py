@@ -13,6 +13,7 @@ from jax import Array
 from adv2_jax.attacks import batches
 from adv2_jax.blending import alternative
 from adv2_jax.capabilities import num_classes
+from adv2_jax.data.lazy import ahead
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, saliency_loss, size_loss
 from adv2_jax.models import Masker
 from adv2_jax.training.loop import (
@@ -176,7 +177,10 @@ def class_means(masker: Masker, images: Images, labels: Labels, *, batch_size: i
     """
     pooled = np.concatenate(
         # by a float32: uint8 by a Python number is float64 in NumPy
-        [_pooled(masker.encoder, x / np.float32(255)) for x in batches(images, batch_size)],
+        [
+            _pooled(masker.encoder, np.asarray(x) / np.float32(255))
+            for x in ahead(batches(images, batch_size))
+        ],
         dtype=float,  # sums over many images lose digits in float32
     )[: len(images)]  # `batches` fills up the last one
     means = [
