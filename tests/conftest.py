@@ -22,6 +22,8 @@ enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.
 
 # most programs run once: compiling them well does not pay
 jax.config.update("jax_disable_most_optimizations", True)
+# GPUs and TPUs round the factors of float32 products unless told otherwise, and references too
+jax.config.update("jax_default_matmul_precision", "highest")
 # Two thirds of the time of the suite is XLA's, which compiles a third of the programs again and again: one cache for all processes
 # of a run, those that pytest starts (`-n 2`) among them. It starts empty
 CACHE = None if "PYTEST_XDIST_WORKER" in os.environ else tempfile.TemporaryDirectory()
