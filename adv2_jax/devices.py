@@ -1,11 +1,14 @@
-"""Devices: the only module that knows how many there are.
+"""Devices: the only module that knows how many there are, and where their programs are kept.
 
 A batch is split over the devices of this host, and every device holds the whole network: images do
 not see each other, so nothing is exchanged. Each device computes a batch of the same size whatever
 their number; XLA then compiles the same program for it, and results have the same bits.
 """
 
+import contextlib
+import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -61,3 +64,26 @@ def replicate(model: T, count: int) -> T:
 def _put(values: Any, count: int, spec: PartitionSpec) -> Any:
     # one device needs no mesh: arrays go where JAX puts them
     return jax.device_put(values, NamedSharding(_mesh(count), spec) if count > 1 else None)
+
+
+def keep_programs() -> None:
+    """Keep compiled programs on disk, in the user's cache folder, from one process to the next.
+
+    Compiling takes longer than a short run. JAX's own settings (`JAX_COMPILATION_CACHE_DIR`, ...)
+    are left as they are; nothing is kept where the folder cannot be made.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adv2_jax"
+    # every program: JAX keeps only those that take a second to compile, a run has a dozen of half
+    # a second for each of these
+    settings = {
+        "jax_compilation_cache_dir": str(cache),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    with contextlib.suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        for name, value in settings.items():
+            if name.upper() not in os.environ:
+                jax.config.update(name, value)

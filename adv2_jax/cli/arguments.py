@@ -314,8 +314,9 @@ def _training(recipe: Recipe) -> Arguments:
             "type": POSITIVE,
             "default": recipe.batch_size,
             "metavar": "N",
-            "help": "images a step",
+            "help": "images a step, of all devices together",
         },
+        **DEVICES,
         "--learning-rate": {
             "type": REAL,
             "default": recipe.learning_rate,

@@ -12,6 +12,7 @@ import jax
 from adv2_jax.cli import commands, training
 from adv2_jax.cli.arguments import parser
 from adv2_jax.cli.console import check_devices, one_line, warnings_on_stderr
+from adv2_jax.devices import keep_programs
 
 RUN: dict[str, Callable[[argparse.Namespace], object]] = {
     "demo": commands.demo,
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = RUN[options.pop("run")]
         with warnings_on_stderr(options.get("quiet", False)):
             check_devices()
+            keep_programs()
             run(argparse.Namespace(**options, command=shlex.join(["adv2", *words])))
     except (ValueError, OSError) as error:
         return _fail(str(error))

@@ -135,8 +135,8 @@ def _train(
     Args:
         arguments: of the command.
         sets: images to train on, and those held out.
-        train: (images, labels, *, checkpointing, **options of the recipe) -> what is trained, and
-            the loss of every step.
+        train: (images, labels, *, checkpointing, devices, **options of the recipe) -> what is
+            trained, and the loss of every step.
         recipe: its type; its options are those of the command line.
         finish: (what is trained, directory) -> entries of the summary; saves, measures and prints.
 
@@ -155,6 +155,7 @@ def _train(
                 checkpointing = Checkpointing(
                     checkpoints, arguments.checkpoint_every, arguments.resume, on_loss
                 )
+                options["devices"] = arguments.devices
                 trained, losses = train(images, labels, checkpointing=checkpointing, **options)
             summary = {
                 "config": config_of(arguments),

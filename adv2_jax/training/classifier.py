@@ -57,6 +57,7 @@ def train_classifier(
     labels: Labels,
     *,
     checkpointing: Checkpointing = NO_CHECKPOINTS,
+    devices: int | None = None,
     **options: Any,
 ) -> tuple[Model, Losses]:
     """Train a copy of a classifier.
@@ -69,6 +70,7 @@ def train_classifier(
         images: uint8 `[N, H, W, 3]`, N >= `batch_size`.
         labels: integers `[N]` in 0..K-1.
         checkpointing: where to keep checkpoints, and whom to tell the losses.
+        devices: as `loop.fit`.
         **options: the attributes of `ClassifierRecipe`.
 
     Returns:
@@ -103,6 +105,7 @@ def train_classifier(
         trainable=_read_by_head(model, images[0]) if recipe.head_only else nnx.Param,
         # a head alone is trained on the features that it will see, those of running statistics
         set_mode=lambda trainee: trainee.eval() if recipe.head_only else trainee.train(),
+        devices=devices,
     )
 
 

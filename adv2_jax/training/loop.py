@@ -6,6 +6,7 @@ and the host feeds it batches, because XLA:CPU compiles convolutions inside loop
 so a resumed run skips the draws of finished steps and meets the same random numbers.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from adv2_jax.data.images import check_integers, check_range
 from adv2_jax.data.lazy import Images, ahead
+from adv2_jax.devices import number_of_devices, replicate, spread
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.training.checkpoints import Checkpoints
 
@@ -156,10 +158,13 @@ def fit(
     constants: Any = None,
     trainable: Any = nnx.Param,
     set_mode: Callable[[Any], None] = lambda model: model.train(),
+    devices: int | None = None,
 ) -> tuple[Model, Losses]:
     """Train a copy of a network.
 
     The same arguments give the same weights, whether the run was interrupted and resumed or not.
+    Another number of devices sums gradients and batch statistics in another order: the same to
+    rounding.
 
     Args:
         model: its present weights are the start.
@@ -173,13 +178,16 @@ def fit(
         constants: pytree that the loss needs and does not train.
         trainable: NNX filter of the variables that are trained.
         set_mode: sets the copy to training; all of it unless given.
+        devices: number of devices of this host that share each batch; unless given, as many as
+            divide it evenly.
 
     Returns:
         The trained network, set to inference, and the loss of every step `[steps]`.
 
     Raises:
-        ValueError: the loss is no longer finite, `checkpoint_every` is below 1, or the folder does
-            not hold what `resume` says (see `Checkpoints.begin`).
+        ValueError: the loss is no longer finite, `checkpoint_every` is below 1, the devices do not
+            divide the batch evenly, or the folder does not hold what `resume` says (see
+            `Checkpoints.begin`).
     """
     every = checkpointing.checkpoint_every
     if every is None:
@@ -188,6 +196,13 @@ def fit(
         raise ValueError(f"checkpoint_every must be at least 1, got {every}")
     if checkpointing.resume and checkpointing.checkpoints is None:
         raise ValueError("resume needs checkpoints, the folder of the run to go on with")
+    count = number_of_devices(devices)
+    if devices is None:
+        count = math.gcd(count, recipe.batch_size)
+    elif recipe.batch_size % count:
+        raise ValueError(
+            f"batch_size must be a multiple of the {count} devices, got {recipe.batch_size}"
+        )
     trained = nnx.clone(model)
     set_mode(trained)
     done, losses, store = 0, np.zeros(recipe.steps(len(images)), np.float32), None
@@ -197,12 +212,18 @@ def fit(
             checkpointing.checkpoints, _settings(model, constants, images, labels, recipe)
         )
         done, (state, losses) = store.begin(Checkpoint(state, losses), resume=checkpointing.resume)
+    # XLA sums the gradients of the devices by itself, and the statistics of BatchNorm: the program
+    # says what a batch is, not where
+    state, constants = replicate((state, constants), count)
 
     # drawn from the first step on, done or not: the generator must pass over what it drew before
     draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
     # uint32 is what `fold_in` takes: a Python number would be int64 under x64, another program for
     # the same keys
-    made = ((np.uint32(i), _augment(images, draw), labels[draw.indices]) for i, draw in draws)
+    made = (
+        (np.uint32(i), *spread((_augment(images, draw), labels[draw.indices]), count))
+        for i, draw in draws
+    )
     with closing(ahead(made)) as batches:
         while done < len(losses):
             state, new = _advance(

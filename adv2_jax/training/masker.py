@@ -78,6 +78,7 @@ def train_masker(
     labels: Labels,
     *,
     checkpointing: Checkpointing = NO_CHECKPOINTS,
+    devices: int | None = None,
     **options: Any,
 ) -> tuple[Masker, Losses]:
     """Train a copy of a masker to explain a classifier (eq. 8), then measure its class means.
@@ -90,6 +91,7 @@ def train_masker(
         images: uint8 `[N, H, W, 3]`, N >= `batch_size`.
         labels: integers `[N]` in 0..K-1.
         checkpointing: where to keep checkpoints, and whom to tell the losses.
+        devices: as `loop.fit`.
         **options: the attributes of `MaskerRecipe`.
 
     Returns:
@@ -116,6 +118,7 @@ def train_masker(
         if recipe.tune
         else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("encoder"))),
         set_mode=_set_mode,
+        devices=devices,
     )
     # after the training: where the encoder is tuned, its features move
     trained.means[...] = class_means(trained, images, labels)
