@@ -177,7 +177,8 @@ def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path)
     import matplotlib.pyplot as plt
 
     names = list(dict.fromkeys(row["network"] for row in rows))
-    figure, axes = plt.subplots(1, len(names), figsize=(4.5 * len(names), 3.6), squeeze=False)
+    size = {"figsize": (4.5 * len(names), 4), "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(names), squeeze=False, **size)
     for axis, name in zip(axes[0], names, strict=True):
         of_network = [row for row in rows if row["network"] == name]
         kinds = list(dict.fromkeys(row["interpreter"] for row in of_network))
@@ -199,9 +200,9 @@ def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path)
             )
         axis.set(title=name, yscale="log", ylabel="gradients a second (images x steps)")
         axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
-    axes[0][-1].legend(fontsize="small")
+    # of one network: all have the same series, and below, where it hides no bar
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(title)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
 
 
