@@ -53,17 +53,17 @@ def _mesh(count: int) -> Mesh:
 
 def spread(batch: Any, count: int) -> Any:
     """Move a batch to the devices, an equal share to each: leading axis [count * B]."""
-    return _put(batch, count, PartitionSpec(AXIS))
+    # one device needs no mesh: arrays go where JAX puts them
+    shares = NamedSharding(_mesh(count), PartitionSpec(AXIS)) if count > 1 else None
+    return jax.device_put(batch, shares)
 
 
 def replicate(model: T, count: int) -> T:
-    """Move arrays to every device; where they are there, nothing is copied."""
-    return _put(model, count, PartitionSpec())
-
-
-def _put(values: Any, count: int, spec: PartitionSpec) -> Any:
-    # one device needs no mesh: arrays go where JAX puts them
-    return jax.device_put(values, NamedSharding(_mesh(count), spec) if count > 1 else None)
+    """Copy a pytree of arrays to every device; of one device it is returned as it is."""
+    # building an NNX module anew takes milliseconds, and every `explain` comes here
+    if count == 1:
+        return model
+    return jax.device_put(model, NamedSharding(_mesh(count), PartitionSpec()))
 
 
 def keep_programs() -> None:

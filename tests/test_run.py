@@ -1,9 +1,13 @@
 """A run: its images, its rows against its arrays, and that nothing that is finished is lost."""
 
+import dataclasses
 import errno
 import json
 import threading
+from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -68,6 +72,26 @@ def test_rows_are_what_the_arrays_say(tmp_path):
         # the map of a colour is its channel, which is brightest on the object
         assert row["benign_pointing_game"] == 1
     assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WithFunction:
+    """A network one leaf of which is a function, as in Equinox."""
+
+    weights: jax.Array
+    last: Callable
+
+    def logits(self, image, act=jax.nn.relu):
+        return self.last(act(image.reshape(-1, 3) @ self.weights).mean(0))
+
+
+def test_a_network_with_a_function_among_its_leaves_is_attacked(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
+    model = WithFunction(jnp.eye(3, 4), jnp.tanh)
+    settings = Settings(["grad"], threats.linf(), steps=1, batch_size=2)
+    outcome = run(model, ImageSet(images), settings, tmp_path)
+    assert [row["n"] for row in outcome.rows] == [3, 3]
 
 
 def test_own_target_maps_of_another_size_are_refused(tmp_path):

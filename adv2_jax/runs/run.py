@@ -26,7 +26,7 @@ from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.lazy import ahead
 from adv2_jax.descent import OnStep
-from adv2_jax.devices import number_of_devices, replicate
+from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
 from adv2_jax.identity import environment, tree_fingerprint
 from adv2_jax.interpreters import INTERPRETERS, Interpreter
@@ -175,7 +175,6 @@ def run(
         KeyboardInterrupt: says what is finished, and how to resume.
     """
     presets = _presets(settings)
-    model = replicate(model, number_of_devices(settings.devices))
     selection = select(
         model,
         image_set,
