@@ -159,7 +159,7 @@ def attack(
         model, benign, targets, target_maps, resolved.interpreter, all_may_fail
     )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
     model = replicate(static_leaves(model), count)
-    check_precision(model, benign.shape[1:], precision)
+    stepped = _of_steps(model, benign.shape[1:], precision)
     # pixels between two levels may have no level inside a small ball: a threat model refuses them
     # before any work is done
     for image in () if benign.dtype == np.uint8 else benign:
@@ -167,6 +167,7 @@ def attack(
     parts = [
         _attack_batch(
             model,
+            stepped,
             benign[indices],
             batch,
             resolved,
@@ -350,13 +351,8 @@ def check_target_maps(
         )
 
 
-def check_precision(model: Classifier, shape: tuple[int, ...], precision: str) -> None:
-    """Refuse a network that cannot compute in the precision of the steps.
-
-    Args:
-        model: the classifier.
-        shape: of the images, [H, W, 3].
-        precision: one of `precision.PRECISIONS`.
+def _of_steps(model: Classifier, shape: tuple[int, ...], precision: str) -> Classifier:
+    """Return the network as attack steps compute it, on images [H, W, 3]; refuse one that cannot.
 
     Raises:
         ValueError: for another precision, or a network that does not take weights in bfloat16.
@@ -364,7 +360,7 @@ def check_precision(model: Classifier, shape: tuple[int, ...], precision: str) -
     with at(precision):
         used = computing(model, precision)
     if used is model:
-        return
+        return model
     try:
         jax.eval_shape(logits_of, used, jax.ShapeDtypeStruct(shape, np.float32))
     except Exception as error:  # a user's network: JAX, Flax or it refuses types that do not fit
@@ -372,6 +368,7 @@ def check_precision(model: Classifier, shape: tuple[int, ...], precision: str) -
             "precision 'bfloat16' needs a network that casts its image to the type of its weights: "
             + first_line(error)
         ) from None
+    return used
 
 
 def gradient_evaluations(
@@ -559,6 +556,7 @@ def _classes(name: str, values: ArrayLike, model: Classifier, x: Images) -> np.n
 
 def _attack_batch(
     model: Classifier,
+    stepped: Classifier,
     benign: np.ndarray,
     problems: Problem,
     preset: Preset,
@@ -569,11 +567,14 @@ def _attack_batch(
     precision: str,
     devices: int,
 ) -> Result:
-    """Attack one batch, with snapshots of the first `pictured` images; cost is not counted here."""
+    """Attack one batch, with snapshots of the first `pictured` images; cost is not counted here.
+
+    The steps take `stepped`, what is returned is of `model`.
+    """
     on_device = spread(problems, devices)
     with at(precision):
         crafted = craft(
-            computing(model, precision),
+            stepped,
             on_device,
             preset,
             threat,

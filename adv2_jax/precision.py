@@ -49,21 +49,12 @@ def at(precision: str) -> AbstractContextManager[object]:
     Raises:
         ValueError: for another precision.
     """
-    check(precision)
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     # on a CPU all are the same, and under each context every function would be traced again
     if jax.default_backend() == "cpu":
         return nullcontext()
     return jax.default_matmul_precision("default" if precision == "bfloat16" else precision)
-
-
-def check(precision: str) -> None:
-    """Refuse a precision that is not one of `PRECISIONS`.
-
-    Raises:
-        ValueError: names it.
-    """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
 
 
 def computing(model: T, precision: str) -> T:

@@ -83,7 +83,6 @@ WEIGHT = _number("a number, 0 or more", _fraction, lambda x: 0 <= x < float("inf
 # steps and places are int32 in compiled programs; a JAX key is made from 32 bits
 COUNT = _number("a whole number, 0 or more and below 2**31", int, lambda n: 0 <= n < 2**31)
 POSITIVE = _number("a whole number above 0 and below 2**31", int, lambda n: 0 < n < 2**31)
-
 SEED = _number("a whole number, 0 or more and below 2**32", int, lambda n: 0 <= n < 2**32)
 
 

@@ -166,9 +166,9 @@ def convert(arguments: argparse.Namespace) -> None:
 
 def demo(arguments: argparse.Namespace) -> None:
     """Run `adv2 demo`: an attack of fixed settings, a picture, three sentences."""
-    # what the demo is told are options of the attack, too: they take the place of its defaults
     # joined by =, so that a folder whose name begins with a dash is no option
     words = ["attack", *DEMO, f"--out={arguments.out}"]
+    # what the demo is told are options of the attack, too: they take the place of its defaults
     options = vars(parser().parse_args(words)) | vars(arguments)
     # a second `adv2 demo` replaces its own folder without being told; any other folder is safe
     options["overwrite"] |= _is_demo(arguments.out)

@@ -421,10 +421,9 @@ def _attack_all(
 
     todo = [[job for job in jobs if missing(job, i)] for i in range(len(groups))]
     steps = {job: count_steps(job.preset, 1, 1, 1) for job in jobs}
+    total = len(groups) * sum(steps.values())
     left = sum(steps[job] for some in todo for job in some)
-    on_step = progress(
-        n, len(groups) * sum(steps.values()), len(groups) * sum(steps.values()) - left
-    )
+    on_step = progress(n, total, total - left)
     work = []
     for first in range(0, len(groups), devices):
         together = range(first, min(first + devices, len(groups)))
