@@ -4,9 +4,6 @@ Written as the usual scripts are: NCHW images, `autograd.grad`, one step a Pytho
 chooses its fastest convolutions. The networks are functions of the same weights.
 """
 
-import statistics
-import time
-
 import jax
 import numpy as np
 import torch
@@ -199,8 +196,8 @@ def grad(net, x, targets):
 LOSSES = {"pgd": pgd, "cam": cam, "grad_cam": grad_cam, "grad": grad}
 
 
-def step_seconds(net, name, shape, precision, steps, repeats):
-    """Return the seconds of one step of an attack on a batch [B, H, W, 3], medians over repeats."""
+def attack_of(net, name, shape, precision, steps):
+    """Return a function of no arguments that attacks a batch [B, H, W, 3], for speed.py to time."""
     # TF32 or not, as JAX's "highest" is float32 and what is below it TF32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = precision != "highest"
     torch.backends.cudnn.benchmark = True
@@ -228,10 +225,4 @@ def step_seconds(net, name, shape, precision, steps, repeats):
             x = x.detach()
         return x.cpu()
 
-    attack()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        attack()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) / steps
+    return attack

@@ -17,18 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import adv2_jax as adv2
 from adv2_jax.crafting import joint_options, tabulate
 from adv2_jax.descent import Problem, descend, init
+from adv2_jax.devices import SHARDS, spread
 from adv2_jax.presets import resolve
 
 MAP_SHAPES = {"cam": (4, 4), "grad": (16, 16)}
 STEPS = 4
 WIDE = adv2.threats.linf(0.1)
-# jax 0.7 raises NotImplementedError for the gradient of a convolution of sharded images under `vmap`
-SHARDS = jax.__version_info__ >= (0, 8)
 TARGETS = np.arange(5) % 3
 
 
@@ -102,8 +100,7 @@ def report(name):
 
 def on_two_devices(model, problems, preset):
     """`craft` of four images on one device, and on two with two images each."""
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    sharded = jax.device_put(problems, NamedSharding(mesh, PartitionSpec("batch")))
+    sharded = spread(problems, 2)
     craft = jax.jit(lambda model, problems: adv2.craft(model, problems, preset, WIDE))
     programs = [craft.lower(model, asked).compile() for asked in (problems, sharded)]
     alone, shared = (
