@@ -16,7 +16,7 @@ import adv2_jax
 
 ROOT = Path(adv2_jax.__file__).parent
 LAYERS = [
-    {"types", "options", "errors", "precision", "cost", "devices"},
+    {"types", "options", "errors", "precision", "cost", "devices", "hosts"},
     {"activations", "maps", "losses", "files", "identity"},
     {"capabilities", "blending", "state_dicts"},
     {"interpreters", "threats", "models", "data", "metrics"},

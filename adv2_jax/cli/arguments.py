@@ -145,6 +145,27 @@ DEVICES: Arguments = {
         "help": "number of devices of this machine to use, or all (default: all)",
     },
 }
+HOSTS: Arguments = {
+    "--distributed": {
+        "action": "store_true",
+        "help": "share the run with other hosts or processes, each of which is given the same "
+        "command, and sees the same --out (Slurm, Kubernetes, TPU pods)",
+    },
+    "--coordinator": {
+        "metavar": "HOST:PORT",
+        "help": "with --distributed, where JAX does not detect the hosts: an address of process 0",
+    },
+    "--processes": {
+        "type": POSITIVE,
+        "metavar": "N",
+        "help": "with --coordinator: number of processes",
+    },
+    "--process": {
+        "type": COUNT,
+        "metavar": "I",
+        "help": "with --coordinator: number of this process, from 0",
+    },
+}
 WEIGHTS_KEY: Arguments = {
     "--weights-key": {
         "metavar": "NAME",
@@ -390,6 +411,7 @@ COMMANDS = {
                 "take the place of benign",
             },
             **EFFORT,
+            **HOSTS,
             **_out("where to write summary.json, results.npz, report.html and log.jsonl"),
         },
         [

@@ -10,9 +10,10 @@ from typing import NoReturn
 import jax
 
 from adv2_jax.cli import commands, training
-from adv2_jax.cli.arguments import parser
+from adv2_jax.cli.arguments import HOSTS, parser
 from adv2_jax.cli.console import check_devices, one_line, warnings_on_stderr
 from adv2_jax.devices import keep_programs
+from adv2_jax.hosts import connect, processes
 
 RUN: dict[str, Callable[[argparse.Namespace], object]] = {
     "demo": commands.demo,
@@ -43,10 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = vars(parser().parse_args(words))
         run = RUN[options.pop("run")]
+        distributed, *hosts = (options.get(flag[2:]) for flag in HOSTS)
+        if distributed:
+            connect(*hosts)
+        elif any(value is not None for value in hosts):
+            raise ValueError("--coordinator, --processes and --process need --distributed")
+        if processes().index > 0:
+            options["quiet"] = True
         with warnings_on_stderr(options.get("quiet", False)):
             check_devices()
             keep_programs()
             run(argparse.Namespace(**options, command=shlex.join(["adv2", *words])))
+            processes().finish()
     except (ValueError, OSError) as error:
         return _fail(str(error))
     except MemoryError as error:

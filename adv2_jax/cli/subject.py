@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
-from adv2_jax.cli.arguments import EMBEDDED
+from adv2_jax.cli.arguments import EMBEDDED, HOSTS
 from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs import curvature
@@ -116,8 +116,9 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return every option by name, for the summary."""
-    return vars(arguments) | {"model": arguments.model or EMBEDDED}
+    """Return every option by name, for the summary; results do not depend on the hosts."""
+    options = {name: value for name, value in vars(arguments).items() if f"--{name}" not in HOSTS}
+    return options | {"model": arguments.model or EMBEDDED}
 
 
 def model_of(arguments: argparse.Namespace) -> Classifier:

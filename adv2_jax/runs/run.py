@@ -28,6 +28,7 @@ from adv2_jax.data.lazy import ahead
 from adv2_jax.descent import OnStep
 from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
+from adv2_jax.hosts import processes
 from adv2_jax.identity import environment, tree_fingerprint
 from adv2_jax.interpreters import INTERPRETERS, Interpreter
 from adv2_jax.models import user
@@ -150,7 +151,8 @@ def run(
     PGD alone gets as many gradient evaluations as ADV² on the same interpreter. Target classes are
     the set's own or drawn from the seed. A finished batch stays in the directory until the run is
     over: beyond the image set and the images taken from it, one batch and a dozen numbers an image
-    are held in memory.
+    are held in memory. Of several processes (`hosts.connect`) each makes its share of the batches;
+    process 0 alone returns, the others exit when it has finished.
 
     Args:
         model: the classifier.
@@ -195,12 +197,23 @@ def run(
         jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
     parts = [Part(one.name, kind, i) for one in presets for kind in ATTACKS for i in range(count)]
-    store = Store(directory, identity(config or {}, prints), parts)
+    everybody = processes()
+    store = Store(directory, identity(config or {}, prints), parts, leads=everybody.index == 0)
     # what an interrupted run left may be damaged
     reading = partial(intact, directory) if resume else nullcontext
     with store.kept():
-        store.begin(resume=resume)
+        if everybody.index == 0:
+            store.begin(resume=resume)
+            if everybody.count > 1:
+                store.announce()
+        everybody.begin()
+        if everybody.index > 0:
+            store.join()
         _attack_all(model, task, jobs, settings, store, progress)
+        if everybody.index > 0:
+            everybody.finish()
+        if everybody.count > 1:
+            store.collect()
         with reading():
             rows, differences, failed = _rows(jobs, store, settings, task.target_map)
         images = task.images
@@ -412,30 +425,32 @@ def _attack_all(
     store: Store,
     progress: Progress,
 ) -> None:
-    """Make every part that is not finished yet, as many batches at a time as there are devices."""
+    """Make every part of this process that is not finished yet, a batch on each device."""
     n, devices = len(task.targets), number_of_devices(settings.devices)
     groups = list(batches(np.arange(n), settings.batch_size))
 
     def missing(job: Job, batch: int) -> bool:
         return not all(map(store.has, job.parts(batch)))
 
-    todo = [[job for job in jobs if missing(job, i)] for i in range(len(groups))]
+    # the share of this process, of all batches: processes are resumed in any number
+    share = range(processes().index, len(groups), processes().count)
+    todo = {i: [job for job in jobs if missing(job, i)] for i in share}
     steps = {job: count_steps(job.preset, 1, 1, 1) for job in jobs}
-    total = len(groups) * sum(steps.values())
-    left = sum(steps[job] for some in todo for job in some)
-    on_step = progress(n, total, total - left)
+    total = len(share) * sum(steps.values())
+    left = sum(steps[job] for some in todo.values() for job in some)
+    on_step = progress(n * len(share) // len(groups), total, total - left)
     work = []
-    for first in range(0, len(groups), devices):
-        together = range(first, min(first + devices, len(groups)))
+    for first in range(0, len(share), devices):
+        together = share[first : first + devices]
         places = np.concatenate([groups[i] for i in together])
         some = [job for job in jobs if any(job in todo[i] for i in together)]
-        work += [(first, places, some)] if some else []
+        work += [(together, places, some)] if some else []
     images = ahead(task.images.take(places).decode() for _, places, _ in work)
     with closing(images):
-        for (first, places, some), chosen in zip(work, images, strict=True):
+        for (together, places, some), chosen in zip(work, images, strict=True):
             made = attack_batches(model, task, chosen, some, places, settings, on_step)
             for name, kind, batch, arrays in made:
-                if not store.has(part := Part(name, kind, first + batch)):
+                if not store.has(part := Part(name, kind, together[batch])):
                     store.save(part, arrays)
 
 
@@ -462,7 +477,7 @@ def attack_batches(
     """
     images, labels, targets = np.asarray(chosen.images), chosen.labels, task.targets[places]
     assert labels is not None
-    valid = int(np.ptp(places)) + 1  # without padding
+    valid = len(np.unique(places))  # without padding
     size = min(settings.batch_size, len(task.targets))
     cuts = [slice(start, min(start + size, valid)) for start in range(0, valid, size)]
     # of the image's place in its source: no batch size changes what is drawn

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -28,6 +29,7 @@ UNFINISHED = f"{FOLDER}/{SETTINGS}"
 CURVATURE_FILES = ("curvature.json", "curvature.npz")  # beside those of a run
 MEASURE = "measure/"  # before a key: [B] numbers, one an image of the part
 SECONDS = f"{MEASURE}seconds"  # [1], of the part
+LATE = 90  # seconds until a file of another host is seen: NFS shows it within a minute
 ROWS = 64  # entries of a whole array that are compressed and written at a time
 
 
@@ -53,6 +55,7 @@ class Parts:
             each other.
         folder: name of the folder of finished parts.
         results: name of the file that the parts become.
+        leads: whether this process, of several that share the run, writes the log and the results.
     """
 
     def __init__(
@@ -63,8 +66,9 @@ class Parts:
         *,
         folder: str = FOLDER,
         results: str = "results.npz",
+        leads: bool = True,
     ):
-        self.directory, self.parts = directory, parts
+        self.directory, self.parts, self._leads = directory, parts, leads
         self._folder, self._results = directory / folder, results
         self._settings_path = self._folder / SETTINGS
         self._settings = dict(settings)
@@ -92,6 +96,29 @@ class Parts:
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
 
+    def announce(self) -> None:
+        """Write what the run was asked for."""
+        with self._writing(self._settings_path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with atomic(self._settings_path, "w") as file:
+                json.dump(self._settings, file, indent=2)
+
+    def join(self) -> None:
+        """Take part in a run that another process has announced.
+
+        Raises:
+            ValueError: it has other settings, or is not seen: the directory is not shared.
+        """
+        until = time.monotonic() + LATE
+        while not self._settings_path.exists():
+            if time.monotonic() > until:
+                raise ValueError(
+                    f"{self.directory} is not shared by all processes: process 0 wrote "
+                    f"{self._settings_path}, which this one does not see"
+                )
+            time.sleep(0.2)
+        Parts.begin(self, resume=True)
+
     def has(self, part: AnyPart) -> bool:
         """Return whether a part is finished."""
         return self._path(part).exists()
@@ -111,8 +138,7 @@ class Parts:
         with self._writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             if not self._settings_path.exists():
-                with atomic(self._settings_path, "w") as file:
-                    json.dump(self._settings, file, indent=2)
+                self.announce()
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
 
@@ -146,7 +172,8 @@ class Parts:
         """Return how to go on, for a message; if no part is finished, "", and remove the run."""
         n = sum(map(self.has, self.parts))
         if n == 0:
-            self.remove()
+            if self._leads:
+                self.remove()
             return ""
         return f"; {n} of {len(self.parts)} parts are kept, --resume goes on from them"
 
@@ -198,9 +225,18 @@ class Store(Parts):
         """
         super().begin(resume=resume)
         if resume:
-            lines = [self._line(part) for part in self.parts if self.has(part)]
-            with self._writing(self._log), atomic(self._log, "w") as log:
-                log.writelines(lines)
+            self._write_log()
+
+    def collect(self) -> None:
+        """Wait until the parts of all processes are there; write the log of all."""
+        while not all(map(self.has, self.parts)):
+            time.sleep(0.2)
+        self._write_log()
+
+    def _write_log(self) -> None:
+        lines = [self._line(part) for part in self.parts if self.has(part)]
+        with self._writing(self._log), atomic(self._log, "w") as log:
+            log.writelines(lines)
 
     def save(self, part: AnyPart, arrays: Arrays) -> None:
         """Write a finished part with its measures, `seconds` among them; and its line of the log.
@@ -210,6 +246,8 @@ class Store(Parts):
         """
         new = not self._settings_path.exists()
         super().save(part, arrays)
+        if not self._leads:  # lines of several processes would mix: see `collect`
+            return
         with self._writing(self._log), self._log.open("w" if new else "a", encoding="utf-8") as log:
             log.write(self._line(part))
 
