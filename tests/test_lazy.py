@@ -3,6 +3,7 @@
 import os
 import shutil
 import threading
+import time
 import tracemalloc
 
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from PIL import Image
 from adv2_jax import cli, explain
 from adv2_jax.attacks import attack, batches, no_map
 from adv2_jax.data import ImageSet, load, photos
-from adv2_jax.data.lazy import LazyImages, ahead
+from adv2_jax.data.lazy import LazyImages, ahead, behind
 from adv2_jax.identity import tree_fingerprint
 from adv2_jax.runs.select import select
 from adv2_jax.training.loop import Recipe, _augment, _augmentations
@@ -297,3 +298,59 @@ def test_a_consumer_that_stops_early_leaves_no_thread():
     with pytest.raises(KeyboardInterrupt):
         made.throw(KeyboardInterrupt)
     assert threading.active_count() == threads
+
+
+# Writing behind
+
+
+def test_calls_are_made_in_order_while_the_caller_goes_on():
+    done, free = [], threading.Event()
+
+    def work(i):
+        assert free.wait(10)
+        done.append(i)
+
+    threads = threading.active_count()
+    with behind(work, waiting=2) as call:
+        call(0)
+        call(1)
+        assert done == []  # the caller went on
+        threading.Timer(0.05, free.set).start()
+        call(2)  # the queue is full: waits for the oldest
+        assert done[0] == 0
+    assert done == [0, 1, 2] and threading.active_count() == threads
+
+
+def test_nothing_is_done_after_an_error_which_is_raised_at_the_next_call_or_at_the_end():
+    done, failed = [], threading.Event()
+
+    def work(i):
+        done.append(i)
+        failed.set()
+        raise ValueError(f"no room for {i}")
+
+    with pytest.raises(ValueError, match=r"^no room for 0$"), behind(work, waiting=3) as call:
+        call(0)
+        call(1)
+    assert done == [0]
+    with pytest.raises(ValueError, match=r"^no room for 5$"), behind(work, waiting=1) as call:
+        call(5)
+        call(6)
+        raise AssertionError("the error is known by now")
+    assert done == [0, 5]
+
+
+def test_a_block_that_ends_early_waits_for_what_it_has_called():
+    done, started = [], threading.Event()
+
+    def work(i):
+        started.set()
+        time.sleep(0.05)
+        done.append(i)
+
+    with pytest.raises(KeyboardInterrupt), behind(work, waiting=3) as call:
+        call(0)
+        call(1)
+        assert started.wait(10)
+        raise KeyboardInterrupt
+    assert done == [0, 1]

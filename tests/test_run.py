@@ -360,6 +360,33 @@ def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, whole, monke
     assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
 
 
+def test_the_next_attack_begins_while_a_part_is_written_and_an_interrupt_waits_for_it(
+    tmp_path, monkeypatch
+):
+    going, begun = threading.Event(), threading.Event()
+    savez = np.savez
+
+    def slow(file, **arrays):
+        begun.set()
+        assert going.wait(30)
+        savez(file, **arrays)
+
+    def progress(images, steps, done):
+        def tick(new):
+            # a step of an attack while the part of the one before is being written
+            if begun.is_set():
+                threading.Timer(0.05, going.set).start()
+                raise KeyboardInterrupt
+
+        return tick
+
+    monkeypatch.setattr(store.np, "savez", slow)
+    with pytest.raises(KeyboardInterrupt, match=r"^; 1 of 8 parts are kept"):
+        run(Mean(), varied(), QUICK, tmp_path, progress=progress)
+    assert [path.name for path in tmp_path.rglob("0*")] == ["00000.npz"]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
 def test_disk_that_is_full_from_the_start_is_left_alone(tmp_path, monkeypatch):
     full_disk(monkeypatch, store.np, "savez", 1)
     with pytest.raises(

@@ -1,9 +1,11 @@
-"""Images that are decoded when they are asked for, and work that is done ahead of its consumer."""
+"""Images that are decoded when they are asked for; work that is done beside that on the device."""
 
+import contextlib
 import copy
 import os
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -115,3 +117,29 @@ def ahead(items: Iterable[T]) -> Generator[T, None, None]:
         while (item := coming.result()) is not end:
             coming = pool.submit(next, iterator, end)
             yield item
+
+
+@contextlib.contextmanager
+def behind(work: Callable[..., object], waiting: int) -> Iterator[Callable[..., None]]:
+    """Yield a function that has `work` done in a thread, in order, while its caller goes on.
+
+    So many calls at most wait for the thread; the next one waits for the oldest of them. After an
+    error nothing more is done; it is raised at the next call that knows of it, at the latest at the
+    end of the block. A block that ends early waits for the calls that it has made.
+    """
+
+    def after(previous: Future[None], *arguments: Any) -> None:
+        previous.result()  # raises its error: so does all that follows
+        work(*arguments)
+
+    def call(*arguments: Any) -> None:
+        if len(calls) == waiting:
+            calls[0].result()
+        if calls[-1].done():  # not waited for, but its error is known
+            calls[-1].result()
+        calls.append(pool.submit(after, calls[-1], *arguments))
+
+    with ThreadPoolExecutor(1) as pool:
+        calls = deque([pool.submit(lambda: None)], maxlen=waiting)
+        yield call
+        calls[-1].result()

@@ -24,7 +24,7 @@ from adv2_jax.attacks import (
 )
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
-from adv2_jax.data.lazy import ahead
+from adv2_jax.data.lazy import ahead, behind
 from adv2_jax.descent import OnStep
 from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
@@ -446,12 +446,13 @@ def _attack_all(
         some = [job for job in jobs if any(job in todo[i] for i in together)]
         work += [(together, places, some)] if some else []
     images = ahead(task.images.take(places).decode() for _, places, _ in work)
-    with closing(images):
+    # the parts of one attack may wait to be written while the device works on the next
+    with closing(images), behind(store.save, waiting=devices) as save:
         for (together, places, some), chosen in zip(work, images, strict=True):
             made = attack_batches(model, task, chosen, some, places, settings, on_step)
             for name, kind, batch, arrays in made:
                 if not store.has(part := Part(name, kind, together[batch])):
-                    store.save(part, arrays)
+                    save(part, arrays)
 
 
 def attack_batches(

@@ -234,7 +234,11 @@ class Store(Parts):
         self._write_log()
 
     def _write_log(self) -> None:
-        lines = [self._line(part) for part in self.parts if self.has(part)]
+        lines = []
+        for part in filter(self.has, self.parts):
+            measures = self._measures(part)
+            with intact(self._path(part)):  # numbers that a row needs may be missing
+                lines.append(self._line(part, measures))
         with self._writing(self._log), atomic(self._log, "w") as log:
             log.writelines(lines)
 
@@ -249,7 +253,8 @@ class Store(Parts):
         if not self._leads:  # lines of several processes would mix: see `collect`
             return
         with self._writing(self._log), self._log.open("w" if new else "a", encoding="utf-8") as log:
-            log.write(self._line(part))
+            # not read back from the file: `intact` changes the warning filters of all threads
+            log.write(self._line(part, _measures(arrays)))
 
     def measures(self, interpreter: str, attack: str) -> dict[str, NDArray[Any]]:
         """Return numbers [N] by key, one an image; `seconds` has one a part."""
@@ -258,26 +263,33 @@ class Store(Parts):
 
     def _measures(self, part: AnyPart) -> dict[str, NDArray[Any]]:
         path = self._path(part)
-        measures = read_arrays(path, lambda name: name.startswith(MEASURE))
         with intact(path):
-            for name, values in measures.items():
-                shape = (1,) if name == SECONDS else measures[f"{MEASURE}asr"].shape
-                if values.shape != shape or len(shape) != 1 or values.dtype.kind not in "bf":
-                    raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
-                sound = values if name == SECONDS else values[~measures[f"{MEASURE}failed"]]
-                if not np.isfinite(sound).all():  # would be met when the summary is written
-                    raise ValueError(f"{name} has numbers that are not finite")
-        return {name.removeprefix(MEASURE): values for name, values in measures.items()}
+            return _measures(read_arrays(path, lambda name: name.startswith(MEASURE)))
 
-    def _line(self, part: AnyPart) -> str:
-        measures = self._measures(part)
-        with intact(self._path(part)):
-            numbers = row(measures) | {"seconds": float(measures["seconds"][0])}
+    def _line(self, part: AnyPart, measures: Arrays) -> str:
+        numbers = row(measures) | {"seconds": float(measures["seconds"][0])}
         logged = [one.key for one in schema.MEASURES if not one.page_only and one.key in numbers]
         line = dict(zip(Part._fields, part, strict=True))
         for key in ("n", "failed", *logged, "seconds"):
             line[key] = None if numbers[key] is None else round(numbers[key], 6)
         return json.dumps(line) + "\n"
+
+
+def _measures(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Return the measures among the arrays of a part, by key.
+
+    Raises:
+        ValueError: names one whose shape, type or numbers are not those of a measure.
+    """
+    measures = {name: values for name, values in arrays.items() if name.startswith(MEASURE)}
+    for name, values in measures.items():
+        shape = (1,) if name == SECONDS else measures[f"{MEASURE}asr"].shape
+        if values.shape != shape or len(shape) != 1 or values.dtype.kind not in "bf":
+            raise ValueError(f"{name} is {values.dtype} {list(values.shape)}")
+        sound = values if name == SECONDS else values[~measures[f"{MEASURE}failed"]]
+        if not np.isfinite(sound).all():  # would be met when the summary is written
+            raise ValueError(f"{name} has numbers that are not finite")
+    return {name.removeprefix(MEASURE): values for name, values in measures.items()}
 
 
 def _join(name: str, headers: Mapping[Path, Headers]) -> Stream:
