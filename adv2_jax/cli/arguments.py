@@ -12,6 +12,7 @@ from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs.curvature import CLASSES, SCORES
+from adv2_jax.runs.schema import KEPT
 from adv2_jax.runs.tables import TABLES
 from adv2_jax.training.classifier import ClassifierRecipe
 from adv2_jax.training.loop import Recipe
@@ -411,6 +412,12 @@ COMMANDS = {
                 "take the place of benign",
             },
             **EFFORT,
+            "--keep": {
+                "default": "all",
+                "choices": list(KEPT),
+                "help": "what the results hold: all, or adversarial images and their numbers only, "
+                "without maps, curves and steps on the way, which the report then lacks",
+            },
             **HOSTS,
             **_out("where to write summary.json, results.npz, report.html and log.jsonl"),
         },

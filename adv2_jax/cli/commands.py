@@ -85,8 +85,8 @@ def table(arguments: argparse.Namespace) -> None:
     name, table = arguments.table, TABLES[arguments.table]
     files = ("table.md", "summary.json", f"{table.run}/summary.json", f"{table.run}/results.npz")
     check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
-    # a table fixes these two: its command has no options of theirs
-    chosen = {"threat": table.threat, "target_map": table.target_map}
+    # a table fixes these: its command has no options of theirs
+    chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all"}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
         options["limit"] = arguments.limit

@@ -66,6 +66,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         snapshots=arguments.snapshots,
         precision=arguments.precision,
         devices=arguments.devices,
+        keep=arguments.keep,
     )
     return Subject(model, images, settings, config)
 

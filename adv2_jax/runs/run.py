@@ -36,6 +36,7 @@ from adv2_jax.precision import at
 from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.schema import (
     ATTACKS,
+    KEPT,
     Aim,
     Arrays,
     Attacked,
@@ -77,6 +78,8 @@ class Settings(NamedTuple):
             pictures an attack, each explained.
         precision: of attack steps (see `attacks.attack`).
         devices: number of devices of this host to use; all unless given.
+        keep: key of `schema.KEPT`: "adversarial" leaves out maps, flows, curves and snapshots, which
+            are most of the bytes, from the results; what is measured is the same.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -90,6 +93,7 @@ class Settings(NamedTuple):
     snapshots: int = 16
     precision: str = "high"
     devices: int | None = None
+    keep: str = "all"
 
 
 def interpreter_of(name: str) -> str | Interpreter:
@@ -452,7 +456,7 @@ def _attack_all(
             made = attack_batches(model, task, chosen, some, places, settings, on_step)
             for name, kind, batch, arrays in made:
                 if not store.has(part := Part(name, kind, together[batch])):
-                    save(part, arrays)
+                    save(part, _kept(arrays, settings.keep))
 
 
 def attack_batches(
@@ -484,6 +488,9 @@ def attack_batches(
     # of the image's place in its source: no batch size changes what is drawn
     keys = image_keys(settings.seed, task.indices[places])
 
+    # not explained in vain
+    snapshots = settings.snapshots if settings.keep == "all" else 0
+
     # several jobs ask for the maps of one interpreter
     @cache
     def aim(interpreter: Interpreter) -> tuple[np.ndarray, np.ndarray]:
@@ -503,7 +510,7 @@ def attack_batches(
             preset=job.preset,
             batch_size=size,
             on_step=lambda new: on_step(new * len(cuts)),
-            snapshots=int((np.unique(places) < settings.snapshots).sum()),
+            snapshots=int((np.unique(places) < snapshots).sum()),
             all_may_fail=True,
             keys=keys,
             precision=settings.precision,
@@ -543,6 +550,16 @@ def attack_batches(
                     ),
                 )
                 yield interpreter.name, job.attack, batch, arrays | {SECONDS: seconds}
+
+
+def _kept(arrays: Arrays, keep: str) -> Arrays:
+    """Return the arrays of a part that the run keeps, and its measures."""
+    names = KEPT[keep]
+    return {
+        key: values
+        for key, values in arrays.items()
+        if names is None or key.startswith(MEASURE) or key.rpartition("/")[2] in names
+    }
 
 
 def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, np.ndarray]:

@@ -26,6 +26,8 @@ RESAMPLES = 2000  # of a bootstrap
 BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
+# which arrays a run keeps, by the last word of their names; None: all
+KEPT = {"all": None, "adversarial": ("images", "confidence", "success", "map_l1", "map_iou75")}
 
 
 def attack_name(attack: str, threat: str | None) -> str:

@@ -81,11 +81,12 @@ def load_run(directory: Path) -> Run:
         interpreters = {name: interpreters[name] for name in presets}  # in the order of the rows
     with intact(path := directory / "results.npz"):
         arrays = Stored(path)
-        _check_arrays(arrays.headers, interpreters)
-    return Run(directory, summary, interpreters, Results(arrays))
+        results = Results(arrays)
+        _check_arrays(arrays.headers, interpreters, any(map(results.explained, interpreters)))
+    return Run(directory, summary, interpreters, results)
 
 
-def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
+def _check_arrays(headers: Headers, interpreters: Iterable[str], keeps_maps: bool) -> None:
     """Refuse results that lack an array of a transfer, or have one of another shape or type.
 
     Raises:
@@ -100,7 +101,8 @@ def _check_arrays(headers: Headers, interpreters: Iterable[str]) -> None:
     maps: Any = ("f", (n, None, None))
     expected = Images.named(images=pictures, labels=classes, targets=classes)
     for name in interpreters:
-        expected |= Aim.named(f"{name}/", target_maps=maps)
+        if keeps_maps:
+            expected |= Aim.named(f"{name}/", target_maps=maps)
         for attack in ATTACKS:
             expected |= Attacked.named(f"{name}/{attack}/", images=pictures)
     for name, (kind, wanted) in expected.items():
@@ -142,7 +144,14 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         row for each source, a column for each interpreter: how far its maps of the source's images
         are, in the mean, from what the run wanted it to show (its benign maps where the attack
         hides). Benign images are explained for their label, others for their target class.
+
+    Raises:
+        ValueError: the run kept no maps.
     """
+    if not any(map(run.results.explained, run.interpreters)):
+        raise ValueError(
+            f"{run.directory} holds no maps to compare with: it was made with --keep adversarial"
+        )
     matrix: dict[str, Any] = {"interpreters": list(run.interpreters), "sources": run.sources}
     matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
     for name, interpreter in run.interpreters.items():
