@@ -12,7 +12,7 @@ from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs.curvature import CLASSES, SCORES
-from adv2_jax.runs.schema import KEPT
+from adv2_jax.runs.schema import FORMS, KEPT
 from adv2_jax.runs.tables import TABLES
 from adv2_jax.training.classifier import ClassifierRecipe
 from adv2_jax.training.loop import Recipe
@@ -298,6 +298,11 @@ EFFORT: Arguments = {
     },
     **BATCH_SIZE,
     **DEVICES,
+    "--results": {
+        "default": "auto",
+        "choices": list(FORMS),
+        "help": "write arrays into results.npz, or into a folder of shards; auto: above 2 GB",
+    },
     "--snapshots": {
         "type": COUNT,
         "default": 16,

@@ -31,7 +31,7 @@ from adv2_jax.files import atomic, output_directory, read_summary
 from adv2_jax.metrics import probabilities
 from adv2_jax.runs import curvature as laboratory
 from adv2_jax.runs.run import Outcome, run
-from adv2_jax.runs.schema import ATTACKS, Row
+from adv2_jax.runs.schema import ATTACKS, INDEX, RESULTS, SHARDS, Row, results_path
 from adv2_jax.runs.select import predict
 from adv2_jax.runs.store import CURVATURE_FILES, UNFINISHED
 from adv2_jax.runs.tables import (
@@ -53,7 +53,8 @@ DEMO = shlex.split(
 
 def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
     """Run `adv2 attack`; return what was attacked and what came out."""
-    check_out(arguments, "summary.json", "results.npz", "report.html", unfinished=UNFINISHED)
+    files = ("summary.json", RESULTS, f"{SHARDS}/{INDEX}", "report.html")
+    check_out(arguments, *files, unfinished=UNFINISHED)
     subject = subject_of(arguments)
     model, images, settings, config = subject
     with _running(arguments) as (directory, options):
@@ -68,8 +69,14 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
         if outcome.left_out and images.advice:
             print(images.advice)
         _print_failed(outcome.failed)
-        print(f"report: {directory / 'report.html'}")
+        _print_files(directory)
     return subject, outcome
+
+
+def _print_files(directory: Path) -> None:
+    if (results := results_path(directory)).is_dir():
+        print(f"results: {results}, a folder of shards in place of {RESULTS}")
+    print(f"report: {directory / 'report.html'}")
 
 
 def _print_failed(names: Sequence[object]) -> None:
@@ -83,8 +90,10 @@ def _print_failed(names: Sequence[object]) -> None:
 def table(arguments: argparse.Namespace) -> None:
     """Run `adv2 table`."""
     name, table = arguments.table, TABLES[arguments.table]
-    files = ("table.md", "summary.json", f"{table.run}/summary.json", f"{table.run}/results.npz")
-    check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
+    of_run = [f"{table.run}/{name}" for name in ("summary.json", RESULTS, f"{SHARDS}/{INDEX}")]
+    check_out(
+        arguments, "table.md", "summary.json", *of_run, unfinished=f"{table.run}/{UNFINISHED}"
+    )
     # a table fixes these: its command has no options of theirs
     chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all"}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
@@ -94,7 +103,7 @@ def table(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         print_sheet(sheet)
         print(f"table: {directory / 'table.md'}")
-        print(f"report: {directory / table.run / 'report.html'}")
+        _print_files(directory / table.run)
 
 
 def curvature(arguments: argparse.Namespace) -> None:

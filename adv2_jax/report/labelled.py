@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.files import read_arrays, read_summary
+from adv2_jax.files import read_summary
 from adv2_jax.report import words
 from adv2_jax.report.pictures import Pixels, amplified_difference, colour_map
-from adv2_jax.runs.schema import ATTACKS, Results, attack_name
+from adv2_jax.runs.schema import ATTACKS, Results, attack_name, read_results
 
 SIDE, GAP = 192, 6  # height of a picture, and the white around it
 LEFT, TOP, BELOW = 150, 52, 40  # row labels, column heads, what is written below a row
@@ -37,7 +37,7 @@ def gallery(directory: Path | str, look: Callable[[Pixels], NDArray[np.floating]
     from PIL import Image, ImageDraw, ImageFont
 
     folder = Path(directory)
-    results, summary = Results(read_arrays(folder / "results.npz")), read_summary(folder)
+    results, summary = Results(read_results(folder)), read_summary(folder)
     label, caption, power = (ImageFont.load_default(size) for size in (LABEL, CAPTION, POWER))
     names = list(dict.fromkeys(row["interpreter"] for row in summary["rows"]))
     height, width = results.images.shape[1:3]

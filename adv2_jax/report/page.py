@@ -7,17 +7,17 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from adv2_jax.files import atomic, check_schema, read_arrays, read_summary
+from adv2_jax.files import atomic, check_schema, read_summary
 from adv2_jax.report import cards, curvature, tables, words
 from adv2_jax.report.pictures import INFERNO
-from adv2_jax.runs.schema import Arrays, Results
+from adv2_jax.runs.schema import Arrays, Results, read_results
 from adv2_jax.runs.store import CURVATURE_FILES
 
 LIMIT = 64  # images shown for each interpreter
 
 
 def write(directory: Path | str) -> Path:
-    """Write `report.html` from `summary.json` and `results.npz` of a finished run.
+    """Write `report.html` from `summary.json` and the results of a finished run.
 
     Args:
         directory: the folder of the run.
@@ -33,7 +33,7 @@ def write(directory: Path | str) -> Path:
     measured = (folder / CURVATURE_FILES[0]).exists()
     laboratory = curvature.read(folder, pictures=LIMIT) if measured else None
     # pictures beyond the limit are never shown: reading them would take the memory of the run
-    arrays = read_arrays(folder / "results.npz", pictures=LIMIT)
+    arrays = read_results(folder, pictures=LIMIT)
     return write_page(folder, render(summary, arrays, laboratory=laboratory))
 
 

@@ -53,6 +53,7 @@ from adv2_jax.runs.schema import (
     Examined,
     Row,
     rank_correlation,
+    results_path,
     row,
 )
 from adv2_jax.runs.select import select
@@ -151,7 +152,7 @@ def of_run(
         limit: at most so many images, the first ones.
     """
     results = run.results
-    with intact(run.directory / "results.npz"):
+    with intact(results_path(run.directory)):
         some = slice(limit)
         classes = {"true": results.labels[some], "target": results.targets[some]}
         benign = results.images[some]

@@ -57,7 +57,17 @@ Progress = Callable[[int, int, int], OnStep]
 TargetMaps = Callable[[Interpreter, np.ndarray, np.ndarray], np.ndarray]
 
 # of the command line, but not of the results: may change when a run is resumed
-UNRELATED = ("command", "out", "run_directory", "resume", "overwrite", "quiet", "table", "devices")
+UNRELATED = (
+    "command",
+    "out",
+    "run_directory",
+    "resume",
+    "overwrite",
+    "quiet",
+    "table",
+    "devices",
+    "results",
+)
 CURVE_POINTS = 100  # at most
 
 
@@ -80,6 +90,7 @@ class Settings(NamedTuple):
         devices: number of devices of this host to use; all unless given.
         keep: key of `schema.KEPT`: "adversarial" leaves out maps, flows, curves and snapshots, which
             are most of the bytes, from the results; what is measured is the same.
+        results: form of the results, of `schema.FORMS`: one file, shards, or shards above 2 GB.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -94,6 +105,7 @@ class Settings(NamedTuple):
     precision: str = "high"
     devices: int | None = None
     keep: str = "all"
+    results: str = "auto"
 
 
 def interpreter_of(name: str) -> str | Interpreter:
@@ -230,7 +242,8 @@ def run(
                 indices=task.indices,
                 masks=images.objects,
                 names=images.names,
-            )
+            ),
+            settings.results,
         )
         summary = {
             "config": dict(config or {}),

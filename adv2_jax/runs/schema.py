@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adv2_jax import metrics
 from adv2_jax.attacks import finite
-from adv2_jax.files import read_arrays, stored
+from adv2_jax.files import Headers, intact, read_arrays, read_summary, stored
 from adv2_jax.threats import flow_penalty
 
 Row = dict[str, Any]
@@ -26,6 +26,9 @@ RESAMPLES = 2000  # of a bootstrap
 BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
+# the two forms of results, and what a folder of shards has that no other has
+RESULTS, SHARDS, INDEX = "results.npz", "results", "index.json"
+FORMS = ("auto", "npz", "shards")
 # which arrays a run keeps, by the last word of their names; None: all
 KEPT = {"all": None, "adversarial": ("images", "confidence", "success", "map_l1", "map_iou75")}
 
@@ -482,17 +485,77 @@ class Results(Images):
 
 
 class Stored(Mapping[str, NDArray[Any]]):
-    """The arrays of an .npz, each read from the file whenever it is asked for."""
+    """The arrays of an .npz, or of a folder of shards, each read whenever it is asked for.
+
+    Attributes:
+        paths: the files, in the order of their images.
+        headers: shape and type by name.
+
+    Raises:
+        ValueError: here and whenever arrays are read: names a file that is damaged, or does not go
+            with those before it.
+    """
 
     def __init__(self, path: Path):
-        self.headers = stored(path)
-        self._path = path
+        self.paths = _shards(path) if path.is_dir() else [path]
+        self.headers: Headers = {}
+        self._files: dict[str, list[Path]] = {}
+        for path in self.paths:
+            for name, (shape, dtype) in stored(path).items():
+                if name not in self.headers:
+                    self._files[name] = [path]
+                elif name.rpartition("/")[2] in SHARED:
+                    continue
+                else:
+                    (n, *rest), kind = self.headers[name]
+                    if (tuple(rest), kind) != (shape[1:], dtype):
+                        raise ValueError(f"cannot read {path}: {name} is {dtype} {list(shape)}")
+                    shape = (n + shape[0], *rest)
+                    self._files[name].append(path)
+                self.headers[name] = shape, dtype
+
+    def __contains__(self, name: object) -> bool:  # that of `Mapping` would read the array
+        return name in self.headers
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        return read_arrays(self._path, name.__eq__)[name]
+        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.headers)
 
     def __len__(self) -> int:
         return len(self.headers)
+
+    def read(self, name: str, pictures: int | None = None) -> NDArray[Any]:
+        """Return an array, or so many entries of one with three axes or more (`read_arrays`)."""
+        parts, is_picture = [], len(self.headers[name][0]) > 2
+        for path in self._files[name]:
+            parts.append(read_arrays(path, name.__eq__, pictures=pictures)[name])
+            if is_picture and pictures is not None:
+                pictures -= len(parts[-1])
+                if pictures == 0:
+                    break
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _shards(folder: Path) -> list[Path]:
+    index = read_summary(folder, INDEX)
+    with intact(folder / INDEX):
+        # a name alone: an index leads to no other folder
+        return [folder / Path(shard["file"]).name for shard in index["shards"]]
+
+
+def results_path(directory: Path) -> Path:
+    """Return where the results of a finished run are: results.npz, or a folder of shards."""
+    folder = directory / SHARDS
+    return folder if (folder / INDEX).exists() else directory / RESULTS
+
+
+def read_results(directory: Path, *, pictures: int | None = None) -> dict[str, NDArray[Any]]:
+    """Read the arrays of a finished run, with so many pictures, or all, from either form.
+
+    Raises:
+        ValueError: as `Stored`.
+    """
+    arrays = Stored(results_path(directory))
+    return {name: arrays.read(name, pictures) for name in arrays}

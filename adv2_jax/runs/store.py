@@ -7,6 +7,7 @@ but for the log, when the run is over. `Parts` serves other work of many parts a
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import time
@@ -18,10 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax.files import Headers, Stream, atomic, intact, read_arrays, stored, write_streams
+from adv2_jax.files import (
+    Headers,
+    Stream,
+    atomic,
+    intact,
+    read_arrays,
+    stored,
+    write_streams,
+    write_summary,
+)
 from adv2_jax.identity import changes
 from adv2_jax.runs import schema
-from adv2_jax.runs.schema import SHARED, Arrays, row
+from adv2_jax.runs.schema import INDEX, RESULTS, SHARED, Arrays, row
 
 FOLDER, SETTINGS = "batches", "settings.json"
 # exists from the first finished part until the run is over
@@ -30,6 +40,8 @@ CURVATURE_FILES = ("curvature.json", "curvature.npz")  # beside those of a run
 MEASURE = "measure/"  # before a key: [B] numbers, one an image of the part
 SECONDS = f"{MEASURE}seconds"  # [1], of the part
 LATE = 90  # seconds until a file of another host is seen: NFS shows it within a minute
+SHARD = 1000  # images; whatever batches and devices are
+LARGE = 2 * 10**9  # bytes of arrays that become shards unless --results says otherwise
 ROWS = 64  # entries of a whole array that are compressed and written at a time
 
 
@@ -54,7 +66,7 @@ class Parts:
         parts: all that the run is made of, in the order of the results: those of equal names follow
             each other.
         folder: name of the folder of finished parts.
-        results: name of the file that the parts become.
+        results: name of the file that the parts become; without its suffix, of a folder of shards.
         leads: whether this process, of several that share the run, writes the log and the results.
     """
 
@@ -65,7 +77,7 @@ class Parts:
         parts: Sequence[AnyPart],
         *,
         folder: str = FOLDER,
-        results: str = "results.npz",
+        results: str = RESULTS,
         leads: bool = True,
     ):
         self.directory, self.parts, self._leads = directory, parts, leads
@@ -148,17 +160,58 @@ class Parts:
         parts = [read_arrays(path, wanted) for path in paths]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
-    def write_results(self, whole: Arrays) -> None:
+    def write_results(self, whole: Arrays, form: str = "npz") -> None:
         """Write the results: some arrays of the whole run, then those of the parts.
+
+        Args:
+            whole: arrays of N images each.
+            form: of `schema.FORMS`; "auto" makes shards of what takes more than `LARGE` bytes.
 
         Raises:
             ValueError: names the file and why it cannot be written.
         """
+        headers = {path: stored(path) for path in map(self._path, self.parts)}
+        if form == "auto":
+            sizes = [one for held in headers.values() for one in held.values()]
+            sizes += [(values.shape, values.dtype) for values in whole.values()]
+            total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in sizes)
+            form = "shards" if total > LARGE else "npz"
+        n = len(next(iter(whole.values())))
+        file = self.directory / self._results
+        folder = file.with_suffix("")
+        results = folder if form == "shards" else file
         # written in the folder of parts: what a kill leaves of it is removed with the folder
-        written, results = self._folder / self._results, self.directory / self._results
+        written = self._folder / results.name
         with self._writing(results):
-            write_streams(written, self._streams(whole))
+            if form == "shards":
+                self._write_shards(written, whole, headers, n)
+            else:
+                write_streams(written, self._streams(whole, headers, 0, n))
+            # only a file is replaced in one step; a kill here leaves the parts, and --resume
+            if form == "shards" and file.exists():
+                self._discard(file)
+            if (folder / INDEX).exists():  # else it is a folder of somebody's
+                self._discard(folder)
             os.replace(written, results)
+
+    def _write_shards(
+        self, folder: Path, whole: Arrays, headers: Mapping[Path, Headers], n: int
+    ) -> None:
+        """Write a folder of `.npz`, of `SHARD` of the n images each, and an index."""
+        shutil.rmtree(folder, ignore_errors=True)  # of a kill
+        folder.mkdir()
+        shards: list[dict[str, Any]] = []
+        for start in range(0, n, SHARD):
+            name, stop = f"{len(shards):05d}.npz", min(start + SHARD, n)
+            streams = self._streams(whole, headers, start, stop)
+            # pictures shrink by a tenth: not worth as much time as an attack on an accelerator
+            write_streams(folder / name, streams, compressed=False)
+            shards.append({"file": name, "images": stop - start})
+        write_summary(folder, {"shards": shards}, INDEX)
+
+    def _discard(self, path: Path) -> None:
+        """Move old results into the folder of parts, with which they are removed."""
+        os.replace(path, self._folder / f"{path.name}.{os.urandom(4).hex()}")
 
     def remove(self) -> None:
         """Remove the parts: the run is over."""
@@ -192,15 +245,20 @@ class Parts:
         *names, number = part
         return self._folder / ".".join(names) / f"{number:05d}.npz"
 
-    def _streams(self, whole: Arrays) -> Iterator[tuple[str, Stream]]:
+    def _streams(
+        self, whole: Arrays, headers: Mapping[Path, Headers], start: int, stop: int
+    ) -> Iterator[tuple[str, Stream]]:
+        """Yield the arrays of some images by name; the first of them have all arrays."""
         for name, values in whole.items():
-            blocks = (values[i : i + ROWS] for i in range(0, len(values), ROWS))
-            yield name, Stream(values.shape, values.dtype, blocks)
+            blocks = (values[i : min(i + ROWS, stop)] for i in range(start, stop, ROWS))
+            yield name, Stream((stop - start, *values.shape[1:]), values.dtype, blocks)
         for (prefix, *_), parts in groupby(self.parts, key=lambda part: part[:-1]):
-            headers = {path: stored(path) for path in map(self._path, parts)}
-            for name in next(iter(headers.values())):
+            of_parts = {path: headers[path] for path in map(self._path, parts)}
+            for name in next(iter(of_parts.values())):
                 if not name.startswith(MEASURE):
-                    yield f"{prefix}/{name}", _join(name, headers)
+                    stream = _join(name, of_parts, start, stop)
+                    if start == 0 or stream.shape[0]:
+                        yield f"{prefix}/{name}", stream
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
@@ -292,23 +350,31 @@ def _measures(arrays: Arrays) -> dict[str, NDArray[Any]]:
     return {name.removeprefix(MEASURE): values for name, values in measures.items()}
 
 
-def _join(name: str, headers: Mapping[Path, Headers]) -> Stream:
+def _join(name: str, headers: Mapping[Path, Headers], start: int, stop: int) -> Stream:
     """Return an array of several parts as one; of what has no axis of images, that of the first.
+
+    Args:
+        name: of the array.
+        headers: of the parts.
+        start, stop: the images that are wanted, among those of all parts.
 
     Raises:
         ValueError: names a part whose array has another shape or type.
     """
     # not every part has snapshots, or a curve that some step reports
     paths = [path for path, header in headers.items() if name in header]
-    paths = paths[:1] if name.rpartition("/")[2] in SHARED else paths
     shape, dtype = headers[paths[0]][name]
-    n = 0
+    if name.rpartition("/")[2] in SHARED:
+        paths, start, stop = paths[:1], 0, shape[0]
+    end, pieces = 0, []
     for path in paths:
         held, kind = headers[path][name]
         if not held or (held[1:], kind) != (shape[1:], dtype):
             raise ValueError(
                 f"cannot read {path}: {name} is {kind} {list(held)}, before {dtype} {list(shape)}"
             )
-        n += held[0]
-    blocks = (read_arrays(path, name.__eq__)[name] for path in paths)
-    return Stream((n, *shape[1:]), dtype, blocks)
+        begin, end = end, end + held[0]
+        some = slice(max(start - begin, 0), max(stop - begin, 0))
+        pieces.append((path, some, len(range(held[0])[some])))
+    blocks = (read_arrays(path, name.__eq__)[name][some] for path, some, n in pieces if n)
+    return Stream((sum(n for *_, n in pieces), *shape[1:]), dtype, blocks)

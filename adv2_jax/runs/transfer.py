@@ -23,12 +23,14 @@ from adv2_jax.runs.schema import (
     Attacked,
     Evaluated,
     Images,
+    Measures,
     Results,
     Row,
     Stored,
     interval,
     mean,
     measure,
+    results_path,
     row,
 )
 from adv2_jax.types import Classifier
@@ -46,6 +48,13 @@ class Run(NamedTuple):
     def sources(self) -> list[str]:
         """Return the names of `inputs`: benign, plain PGD, and ADV² by the interpreter it fools."""
         return ["benign", "pgd", *self.interpreters]
+
+    def pieces(self) -> list["Run"]:
+        """Return the run a shard at a time, as runs of fewer images; a run of one file as it is."""
+        arrays = self.results.arrays
+        if not isinstance(arrays, Stored) or len(arrays.paths) == 1:
+            return [self]
+        return [self._replace(results=Results(Stored(path))) for path in arrays.paths]
 
     def inputs(self, interpreter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield each source, its images uint8 [N, H, W, 3], and their classes [N] to be explained.
@@ -79,7 +88,7 @@ def load_run(directory: Path) -> Run:
             assert preset.interpreter is not None
             interpreters[name] = preset.interpreter
         interpreters = {name: interpreters[name] for name in presets}  # in the order of the rows
-    with intact(path := directory / "results.npz"):
+    with intact(path := results_path(directory)):
         arrays = Stored(path)
         results = Results(arrays)
         _check_arrays(arrays.headers, interpreters, any(map(results.explained, interpreters)))
@@ -155,17 +164,21 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
     matrix: dict[str, Any] = {"interpreters": list(run.interpreters), "sources": run.sources}
     matrix |= {one.key: [[] for _ in run.sources] for one in schema.MEASURES if one.paired}
     for name, interpreter in run.interpreters.items():
-        target_maps = run.results.aim(name).target_maps
-        for i, (_, images, classes) in enumerate(run.inputs(name)):
-            _, maps = explain(
-                model,
-                images,
-                classes,
-                interpreter=interpreter,
-                batch_size=batch_size,
-                all_may_fail=True,
-            )
-            for key, distance in _distances(maps, target_maps).items():
+        measures: list[list[Measures]] = [[] for _ in run.sources]
+        for piece in run.pieces():
+            target_maps = piece.results.aim(name).target_maps
+            for of_source, (_, images, classes) in zip(measures, piece.inputs(name), strict=True):
+                _, maps = explain(
+                    model,
+                    images,
+                    classes,
+                    interpreter=interpreter,
+                    batch_size=batch_size,
+                    all_may_fail=True,
+                )
+                of_source.append(measure(Evaluated(maps=maps, target_maps=target_maps)))
+        for i, of_source in enumerate(measures):
+            for key, distance in _distances(_join(of_source)).items():
                 matrix[key][i].append(distance)
     return matrix
 
@@ -191,27 +204,36 @@ def transfer_to(
         ValueError: if the other network gets no image right, or cannot take the images.
     """
     rows: list[Row] = []
-    labels, targets = run.results.labels, run.results.targets
     for column in interpreters:
         options: dict[str, Any] = {
             "interpreter": run.interpreters[column],
             "batch_size": batch_size,
         }
-        # its own maps: another network never showed those of the run
-        logits, benign_maps = explain(model, run.results.images, labels, **options)
-        right = logits.argmax(-1) == labels
-        if not right.any():
-            raise ValueError(
-                f"{name} gets none of the {len(right)} images of {run.directory} right: "
-                "nothing can transfer to it"
-            )
-        for source, images, classes in run.inputs(column):
-            logits, maps = explain(
-                model, images[right], classes[right], all_may_fail=True, **options
-            )
-            # only where it is right while benign: an error it makes anyway is no success of the
-            # attack
-            hits = metrics.success(logits, targets[right])
+        measures: dict[str, list[Measures]] = {source: [] for source in run.sources}
+        for piece in run.pieces():
+            results = piece.results
+            # its own maps: another network never showed those of the run
+            logits, benign_maps = explain(model, results.images, results.labels, **options)
+            right = logits.argmax(-1) == results.labels
+            if not right.any():
+                continue
+            for source, images, classes in piece.inputs(column):
+                logits, maps = explain(
+                    model, images[right], classes[right], all_may_fail=True, **options
+                )
+                # only where it is right while benign: an error it makes anyway is no success of
+                # the attack
+                hits = metrics.success(logits, results.targets[right])
+                numbers = measure(Evaluated(maps=maps, target_maps=benign_maps[right]))
+                measures[source].append({**numbers, "hits": hits})
+        for source, of_source in measures.items():
+            if not of_source:
+                raise ValueError(
+                    f"{name} gets none of the {len(run.results.labels)} images of {run.directory} "
+                    "right: nothing can transfer to it"
+                )
+            numbers = _join(of_source)
+            hits = numbers.pop("hits")
             rows.append(
                 {
                     "model": name,
@@ -219,16 +241,20 @@ def transfer_to(
                     "n": len(hits),
                     "asr": mean(hits),
                     "interpreter": column,
-                    **_distances(maps, benign_maps[right]),
+                    **_distances(numbers),
                     "ci": {"asr": interval(hits)},
                 }
             )
     return rows
 
 
-def _distances(maps: np.ndarray, target_maps: np.ndarray) -> dict[str, float | None]:
+def _join(measures: Sequence[Measures]) -> dict[str, np.ndarray]:
+    return {key: np.concatenate([one[key] for one in measures]) for key in measures[0]}
+
+
+def _distances(measures: Measures) -> dict[str, float | None]:
     """Return the mean of each distance over the images whose maps are finite, by key."""
-    numbers = row(measure(Evaluated(maps=maps, target_maps=target_maps)))
+    numbers = row(measures)
     return {one.key: numbers[one.key] for one in schema.MEASURES if one.paired}
 
 
