@@ -140,7 +140,7 @@ def test_snapshots_of_the_first_images_alone(tmp_path, three):
 def test_shards_have_the_same_bytes_whatever_the_batches_and_interrupts(tmp_path, sharded):
     other = tmp_path / "other"
     other.mkdir()
-    settings = SHARDED._replace(batch_size=2)
+    settings = SHARDED._replace(batch_size=3)
 
     def interrupt(images, steps, done):
         def tick(new):
