@@ -67,9 +67,9 @@ def test_a_run_without_maps_is_reported_studied_and_shown_to_others_and_says_wha
         transfer_matrix(finished, Mean())
 
 
-def test_keep_is_an_option_of_adv2_attack(tmp_path):
-    command = ["attack", "--images", "shapes:3", "--limit", "1", "--steps", "0", "--warm-steps"]
-    command += ["1", "--interpreter", "cam", "--keep", "adversarial", "--out", str(tmp_path)]
+def test_keep_is_an_option_of_adv2_attack(brightness, tmp_path):
+    command = ["attack", *brightness, "--limit", "1", "--steps", "0", "--warm-steps", "1"]
+    command += ["--interpreter", "cam", "--keep", "adversarial", "--out", str(tmp_path)]
     assert cli.main([*command, "--quiet"]) == 0
     assert read_summary(tmp_path)["config"]["keep"] == "adversarial"
     assert "cam/adv2/maps" not in read_arrays(tmp_path / "results.npz")
