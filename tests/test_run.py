@@ -387,6 +387,32 @@ def test_the_next_attack_begins_while_a_part_is_written_and_an_interrupt_waits_f
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.parametrize("mount_point", [True, False])
+def test_shared_directory_that_vanishes_is_one_line_and_resumed_when_it_is_back(
+    tmp_path, whole, monkeypatch, mount_point
+):
+    out, away, savez, calls = tmp_path / "out", tmp_path / "away", np.savez, []
+    out.mkdir()
+
+    def vanish(file, **arrays):
+        savez(file, **arrays)
+        calls.append(file)
+        if len(calls) == 3:
+            out.rename(away)
+            if mount_point:  # what is left where a file system was mounted
+                out.mkdir()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.np, "savez", vanish)
+        with pytest.raises(ValueError, match=r"^cannot write .*: No such file or directory$"):
+            run(Mean(), varied(), QUICK, out, config={"seed": 0})
+    if mount_point:
+        out.rmdir()  # nothing was written into it
+    away.rename(out)
+    run(Mean(), varied(), QUICK, out, config={"seed": 0}, resume=True)
+    assert (out / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
+
+
 def test_disk_that_is_full_from_the_start_is_left_alone(tmp_path, monkeypatch):
     full_disk(monkeypatch, store.np, "savez", 1)
     with pytest.raises(

@@ -84,6 +84,7 @@ class Parts:
         self._folder, self._results = directory / folder, results
         self._settings_path = self._folder / SETTINGS
         self._settings = dict(settings)
+        self._announced = False
 
     def begin(self, *, resume: bool) -> None:
         """Check that there is a run to resume, or none that a new one would overwrite.
@@ -107,13 +108,15 @@ class Parts:
                 was = dict(json.loads(self._settings_path.read_text(encoding="utf-8")))
             if changed := changes(was, self._settings):
                 raise ValueError(f"cannot resume {self.directory} with other settings: {changed}")
+            self._announced = True
 
     def announce(self) -> None:
         """Write what the run was asked for."""
         with self._writing(self._settings_path):
-            self._folder.mkdir(parents=True, exist_ok=True)
+            self._folder.mkdir(exist_ok=True)
             with atomic(self._settings_path, "w") as file:
                 json.dump(self._settings, file, indent=2)
+        self._announced = True
 
     def join(self) -> None:
         """Take part in a run that another process has announced.
@@ -146,11 +149,12 @@ class Parts:
         Raises:
             ValueError: names the file and why it cannot be written.
         """
+        if not self._announced:
+            self.announce()
         path = self._path(part)
         with self._writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._settings_path.exists():
-                self.announce()
+            # without its parents: a shared directory that vanishes is not made anew elsewhere
+            path.parent.mkdir(exist_ok=True)
             with atomic(path) as file:
                 np.savez(file, **dict[str, Any](arrays))
 
@@ -306,7 +310,7 @@ class Store(Parts):
         Raises:
             ValueError: names the file and why it cannot be written.
         """
-        new = not self._settings_path.exists()
+        new = not self._announced
         super().save(part, arrays)
         if not self._leads:  # lines of several processes would mix: see `collect`
             return
