@@ -1,9 +1,10 @@
 """Speed on this machine, as ratios within one run: python notebooks/speed.py [--out DIR]
 
-For each network, precision and interpreter: one step of the attack, driven by the host; an attack of
-n steps as a multiple of n such steps, by the host and as one program (`lax.fori_loop`); the counted
-work over the rate of the chip, which is measured too; and, where torch is installed, the same step
-in eager PyTorch. Weights are random. Medians over repeats; everything is compiled before it is timed.
+For each network, precision, interpreter and number of devices: one step of the attack, driven by the
+host; an attack of n steps as a multiple of n such steps, by the host and as one program
+(`lax.fori_loop`); the counted work over the rate of the chip, which is measured too; and, where
+torch is installed, the same step in eager PyTorch, on one device. Weights are random. Medians over
+repeats; everything is compiled before it is timed.
 With --out, `speed.json` and `speed.png` are written.
 """
 
@@ -14,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from adv2_jax.attacks import gradient_evaluations, map_shape
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import craft, joint_options
 from adv2_jax.descent import Numbers, Options, Problem, batched_step, init
+from adv2_jax.devices import number_of_devices, replicate, spread
 from adv2_jax.models import ClassifierWithMasker, Encoder, Masker, user
 from adv2_jax.presets import resolve
 
@@ -92,30 +95,29 @@ def networks(names: list[str], weights: str | None) -> dict[str, tuple[Any, int]
 
 
 def measured(
-    model: Any, side: int, name: str, asked: str, arguments: argparse.Namespace
+    model: Any, side: int, name: str, asked: str, devices: int, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Return the seconds of a step and of attacks under the default preset, for a batch.
+    """Return the seconds of a step and of attacks under the default preset, a batch on each device.
 
     `step` is one joint step of many that are dispatched one after the other, without a wait; `host`
     and `fori` are an attack of n steps by these drivers, divided by n, and `seconds` the faster.
     `gradients` is the work of that attack on an image, in gradients of ℓ_prd, divided by n; `rate`
-    the multiply-adds a second in it.
+    the multiply-adds a second in it, of a device.
     """
-    rng, b, n = np.random.default_rng(0), arguments.batch_size, arguments.steps
+    rng, b, n = np.random.default_rng(0), arguments.batch_size * devices, arguments.steps
     threat, shape = adv2.threats.linf(), (side, side, 3)
     preset = resolve("default", None if name == "pgd" else name, threat=threat, steps=n)
     interpreter, options = preset.interpreter, Options(threat)
     size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
-    problems = jax.device_put(
-        Problem(
-            rng.random((b, *shape), np.float32),
-            rng.integers(0, 10, b).astype(np.int32),
-            rng.random((b, *size), np.float32),
-        )
+    batch = Problem(
+        rng.random((b, *shape), np.float32),
+        rng.integers(0, 10, b).astype(np.int32),
+        rng.random((b, *size), np.float32),
     )
-    used = precision.computing(model, asked)
-    unit = multiply_adds(jax.grad(lambda x: used.head(used.features(x)).sum()), problems.image[0])
-    row: dict[str, Any] = {"interpreter": name, "precision": asked}
+    problems = spread(batch, devices)
+    used = replicate(precision.computing(model, asked), devices)
+    unit = multiply_adds(jax.grad(lambda x: used.head(used.features(x)).sum()), batch.image[0])
+    row: dict[str, Any] = {"interpreter": name, "precision": asked, "devices": devices}
     with precision.at(asked):
         row["gradients"] = gradient_evaluations(model, preset, threat, shape) / n
         if interpreter is None or interpreter.solver is None:
@@ -135,14 +137,15 @@ def measured(
         for driver in arguments.drivers:
             row[driver] = median_seconds(partial(attack, driver=driver), arguments.repeats) / n
     row["seconds"] = min(row[driver] for driver in arguments.drivers)
-    return row | {"rate": b * row["gradients"] * unit / row["seconds"]}
+    rate = arguments.batch_size * row["gradients"] * unit / row["seconds"]
+    return row | {"images": b, "rate": rate}
 
 
-def line(row: dict[str, Any], best: dict[str, float], batch_size: int) -> str:
+def line(row: dict[str, Any], best: dict[str, float]) -> str:
     """Return a row in words."""
     words = [
-        f"{row['network']:15} {row['interpreter']:9} {row['precision']:9}",
-        f"{1e3 * row['seconds'] / batch_size:8.3f} ms",
+        f"{row['network']:15} {row['interpreter']:9} {row['precision']:9} {row['devices']:3} dev.",
+        f"{1e3 * row['seconds'] / row['images']:8.3f} ms",
         f"{row['rate'] / best[row['precision']]:5.1%} of the chip's rate",
     ]
     if "step" in row:
@@ -172,7 +175,7 @@ def products(model: adv2.Classifier, repeats: int) -> dict[str, float]:
     }
 
 
-def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path) -> None:
+def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Draw the gradients a second of each row, and of eager PyTorch."""
     import matplotlib.pyplot as plt
 
@@ -183,25 +186,25 @@ def picture(rows: list[dict[str, Any]], batch_size: int, title: str, path: Path)
         of_network = [row for row in rows if row["network"] == name]
         kinds = list(dict.fromkeys(row["interpreter"] for row in of_network))
         series = {
-            f"adv2_jax, {p}": ("seconds", p)
-            for p in dict.fromkeys(r["precision"] for r in of_network)
+            f"adv2_jax, {p}, {n} device{'s' * (n > 1)}": ("seconds", p, n)
+            for p, n in dict.fromkeys((r["precision"], r["devices"]) for r in of_network)
         }
         series |= {
-            f"eager PyTorch, {p}": ("eager", p)
+            f"eager PyTorch, {p}": ("eager", p, 1)
             for p in dict.fromkeys(r["precision"] for r in of_network if "eager" in r)
         }
-        for i, (label, (key, asked)) in enumerate(series.items()):
-            shown = [r for r in of_network if r["precision"] == asked and key in r]
+        for i, (label, (key, *kind)) in enumerate(series.items()):
+            shown = [r for r in of_network if [r["precision"], r["devices"]] == kind and key in r]
             axis.bar(
                 [kinds.index(r["interpreter"]) + (i + 0.5) / len(series) * 0.8 for r in shown],
-                [batch_size * r["gradients"] / r[key] for r in shown],
+                [r["images"] * r["gradients"] / r[key] for r in shown],
                 0.8 / len(series),
                 label=label,
             )
         axis.set(title=name, yscale="log", ylabel="gradients a second (images x steps)")
         axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
     # of one network: all have the same series, and below, where it hides no bar
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
@@ -215,6 +218,9 @@ def main() -> None:
     parser.add_argument("--weights", help="file for path/to/file.py:name")
     parser.add_argument("--interpreters", nargs="+", default=INTERPRETERS)
     parser.add_argument("--precisions", nargs="+", default=["highest"])
+    everything = number_of_devices()
+    counts = [2**k for k in range(everything.bit_length()) if 2**k < everything] + [everything]
+    parser.add_argument("--devices", nargs="+", type=int, default=counts, metavar="N")
     # XLA compiles convolutions in loops to slow code for CPUs: minutes for nothing
     drivers = ["host"] if jax.default_backend() == "cpu" else ["host", "fori"]
     parser.add_argument("--drivers", nargs="+", default=drivers, choices=["host", "fori"])
@@ -227,7 +233,7 @@ def main() -> None:
     b, repeats = arguments.batch_size, arguments.repeats
     chip, best = jax.devices()[0].device_kind, rates(repeats)
     print(
-        f"{chip}, jax {jax.__version__}, batch {b}, {arguments.steps} steps; ms an image and step"
+        f"{chip}, jax {jax.__version__}, batch {b} a device, {arguments.steps} steps; ms an image and step"
     )
     for name, rate in best.items():
         print(f"{name:9} {rate / 1e12:8.3f} Tera multiply-adds a second at best")
@@ -238,14 +244,15 @@ def main() -> None:
     for network, (model, side) in networks(arguments.networks, arguments.weights).items():
         twin = None if eager is None else eager.twin(getattr(model, "classifier", model))
         for asked in arguments.precisions:
-            for name in arguments.interpreters:
-                row = {"network": network} | measured(model, side, name, asked, arguments)
-                if twin is not None and name in eager.LOSSES:
+            for name, devices in product(arguments.interpreters, arguments.devices):
+                row = {"network": network}
+                row |= measured(model, side, name, asked, devices, arguments)
+                if twin is not None and name in eager.LOSSES and devices == 1:
                     shape, n = (b, side, side, 3), arguments.steps
                     attack = eager.attack_of(twin, name, shape, asked, n)
                     row["eager"] = median_seconds(attack, repeats) / n
                 rows.append(row)
-                print(line(row, best, b), flush=True)
+                print(line(row, best), flush=True)
     costs = products(adv2.models.build("cifar_resnet20"), 30)
     for name, cost in costs.items():
         print(f"{name:12} one product {cost:5.2f} x forward")
@@ -254,7 +261,7 @@ def main() -> None:
         found = {"chip": chip, "jax": jax.__version__, "batch_size": b, "steps": arguments.steps}
         found |= {"rates": best, "rows": rows, "products": costs}
         (arguments.out / "speed.json").write_text(json.dumps(found, indent=1))
-        picture(rows, b, f"{chip}, batch {b}", arguments.out / "speed.png")
+        picture(rows, f"{chip}, batch {b}", arguments.out / "speed.png")
 
 
 if __name__ == "__main__":
