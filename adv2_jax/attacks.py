@@ -431,7 +431,7 @@ def _work_of_step(
     memory = None if interpreter is None else _memory(image, interpreter.solver)
     if interpreter is not None and interpreter.init is not None:
         memory = jax.eval_shape(interpreter.init, model, image)
-    state = jax.eval_shape(partial(init, options=options), problem, memory=memory)
+    state = jax.eval_shape(partial(init, options=options), image, memory=memory)
     return multiply_adds(step_of(options), model, problem, state, Numbers(*[np.float32(1)] * 3))
 
 
@@ -582,16 +582,18 @@ def _attack_batch(
             on_step=on_step,
             pictured=max(pictured, 0),
         )
-    x = images_of(on_device, crafted.params, threat)
+    x = images_of(on_device.image, crafted.params, threat)
     # np.array: what `device_get` returns may be read-only, and failed images are overwritten below
     x, params, last, curves = jax.tree.map(
         np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
     )
     # steps of plain PGD draw no map, and report a distance of 0
     curves.map_l1[:, : None if preset.interpreter is None else preset.warm_steps] = np.nan
-    pictures = np.zeros((len(snapshot_steps(preset)), 0, *benign.shape[1:]))
-    if crafted.pictures is not None:
-        pictures = jax.device_get(crafted.pictures)
+    pictures = (
+        np.zeros((len(snapshot_steps(preset)), 0, *benign.shape[1:]))
+        if crafted.pictures is None
+        else jax.device_get(crafted.pictures)
+    )
     # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
     x64: Any = x.astype(np.float64)
     rounded = [

@@ -149,29 +149,28 @@ def _craft(
 ) -> Crafted:
     run = partial(descend, model, problems, driver=driver, on_step=on_step)
     threat, (m, many) = stages.warm.threat, stages.pictures
-    pictures = None
-    if m:
-        pictures = jax.device_put(np.zeros((many, m, *np.shape(problems.image)[1:]), np.float32))
+    frames = (many, m, *np.shape(problems.image)[1:])
+    pictures = jax.device_put(np.zeros(frames, np.float32)) if m else None
 
     def picture(pictures: Array | None, slot: Any, params: Params) -> Array | None:
         if pictures is None:
             return None
         # moved explicitly: an attack runs under `jax.transfer_guard("disallow")`
         slot = slot if isinstance(slot, Array) else jax.device_put(np.int32(slot))
-        return _photograph(pictures, slot, problems, params, threat)
+        return _photograph(pictures, slot, problems.image, params, threat)
 
-    states = _start(problems, None, None, stages.warm)
+    states = _start(problems.image, None, None, stages.warm)
     pictures = picture(pictures, 0, states.params)
     states, warm = run(states, schedules[0], stages.warm)
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
-    images = images_of(problems, states.params, threat, True)
+    images = images_of(problems.image, states.params, threat, True)
     # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
     memory = solved(model, images, problems.target, stages.solver, driver)
     if stages.init is not None:
         memory = _remember(model, images, stages.init)
     # anew from the parameters alone: momentum of ℓ_prd and the lowest criterion of the warm start
     # mean nothing for the joint loss
-    states = _start(problems, states.params, memory, stages.joint)
+    states = _start(problems.image, states.params, memory, stages.joint)
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
         states, curves, pictures = carry
@@ -247,11 +246,10 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
     )
 
 
+# this and the next two take images, not problems: target maps of another size need no new program
 @partial(jax.jit, static_argnames="options")
-def _start(problems: Problem, params: Params, memory: Any, options: Options) -> State:
-    return jax.vmap(lambda problem, *start: init(problem, options, *start))(
-        problems, params, memory
-    )
+def _start(images: Array, params: Params, memory: Any, options: Options) -> State:
+    return jax.vmap(lambda image, *start: init(image, options, *start))(images, params, memory)
 
 
 @partial(jax.jit, static_argnames="init")
@@ -290,7 +288,7 @@ def _compare(
     model: Classifier, problems: Problem, states: State, stages: Stages, driver: Driver
 ) -> State:
     """Return the states with the best iterate by the explained map, and the memory solved anew."""
-    images = images_of(problems, states.params, stages.joint.threat, True)
+    images = images_of(problems.image, states.params, stages.joint.threat, True)
     logits, maps, memory = look(
         model, images, problems.target, cast(Explain, stages.explain), stages.solver, driver
     )
@@ -299,18 +297,16 @@ def _compare(
 
 
 @partial(jax.jit, static_argnames=("threat", "rounded"))
-def images_of(problems: Problem, params: Params, threat: Threat, rounded: bool = False) -> Array:
+def images_of(images: Array, params: Params, threat: Threat, rounded: bool = False) -> Array:
     """Return the adversarial images [B, H, W, 3] of parameters, or their allowed 8-bit images."""
-    return jax.vmap(lambda problem, p: image_of(p, problem.image, threat, rounded=rounded))(
-        problems, params
-    )
+    return jax.vmap(lambda image, p: image_of(p, image, threat, rounded=rounded))(images, params)
 
 
 @partial(jax.jit, static_argnames="threat")
 def _photograph(
-    pictures: Array, slot: Array, problems: Problem, params: Params, threat: Threat
+    pictures: Array, slot: Array, images: Array, params: Params, threat: Threat
 ) -> Array:
-    first = jax.tree.map(lambda values: values[: pictures.shape[1]], (problems, params))
+    first = jax.tree.map(lambda values: values[: pictures.shape[1]], (images, params))
     # "drop": a chunk without a picture has a slot out of range
     return pictures.at[slot].set(images_of(*first, threat, True), mode="drop")
 

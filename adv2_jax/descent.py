@@ -169,9 +169,9 @@ def direction(options: Options) -> optax.GradientTransformation:
     return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
 
 
-def init(problem: Problem, options: Options, params: Params = None, memory: Any = None) -> State:
+def init(image: Image, options: Options, params: Params = None, memory: Any = None) -> State:
     """Return the state at `params`, or at the unchanged image."""
-    start = options.threat.init(problem.image) if params is None else params
+    start = options.threat.init(image) if params is None else params
     # 32 bits throughout: under x64 the defaults would be wider than what a step returns
     one, infinity = jnp.ones((), jnp.float32), jnp.asarray(jnp.inf, jnp.float32)
     optimiser, count = direction(options).init(start), jnp.zeros((), jnp.int32)

@@ -72,7 +72,7 @@ def test_under_jit_it_finds_what_attack_finds(small, problems, images, preset):
         threat=WIDE,
     )
     # one program rounds otherwise than a step at a time, and a sign may then fall the other way: at few pixels, by a level or two
-    off = np.abs(crafting.images_of(asked, crafted.params, WIDE) - result.float_images)
+    off = np.abs(crafting.images_of(asked.image, crafted.params, WIDE) - result.float_images)
     assert off.max() <= 4.1 / 255 and (off > 1e-6).mean() < 0.01
     np.testing.assert_allclose(crafted.curves.loss, result.curves.loss, rtol=1e-3)
     assert crafted.curves.loss.shape == (4, 8) and crafted.pictures is None
@@ -139,7 +139,7 @@ def test_pictures_are_those_of_the_host(small, problems):
     assert (np.abs(fori.pictures - host.pictures) > 1e-6).mean() < 0.01
     np.testing.assert_allclose(fori.pictures[0], asked.image[:3], atol=1e-6)
     np.testing.assert_allclose(
-        fori.pictures[-1], crafting.images_of(asked, fori.params, WIDE, True)[:3], atol=1e-6
+        fori.pictures[-1], crafting.images_of(asked.image, fori.params, WIDE, True)[:3], atol=1e-6
     )
 
 
@@ -154,7 +154,7 @@ def test_a_network_is_trained_on_what_is_crafted_against_it(small, problems):
     @jax.jit
     def update(model, state):
         crafted = craft(model, asked, replace(PGD, steps=3), WIDE)
-        images = jax.lax.stop_gradient(crafting.images_of(asked, crafted.params, WIDE))
+        images = jax.lax.stop_gradient(crafting.images_of(asked.image, crafted.params, WIDE))
         value, slope = jax.value_and_grad(loss)(model, images)
         updates, state = optimiser.update(slope, state)
         return optax.apply_updates(model, updates), state, value

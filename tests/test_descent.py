@@ -84,7 +84,7 @@ def test_three_steps_are_those_of_plain_numpy(linear, problem, case):
     options = CASES[case]
     image = np.asarray(problem.image, float)
     state, delta, memory, weight = (
-        descent.init(problem, options),
+        descent.init(problem.image, options),
         np.zeros(image.shape),
         np.zeros(image.shape),
         1.0,
@@ -109,7 +109,7 @@ def test_the_map_yields_until_the_prediction_holds(linear, problem):
     weights = {}
     for confidence in (0.0, 1.1):
         options = Options(threats.linf(EPSILON), CAM, yielding=0.1, confidence=confidence)
-        state = descent.init(problem, options)._replace(weight=jnp.asarray(0.95))
+        state = descent.init(problem.image, options)._replace(weight=jnp.asarray(0.95))
         for _ in range(2):
             state, _ = descent.step(linear, problem, state, NUMBERS, options)
         weights[confidence] = float(state.weight)
@@ -121,7 +121,7 @@ def test_the_map_yields_until_the_prediction_holds(linear, problem):
 def test_a_step_keeps_the_types_of_its_state(linear, problem, case, keep_best):
     """Or the second step would be compiled again."""
     options = CASES[case]._replace(keep_best=keep_best)
-    state = descent.init(problem, options)
+    state = descent.init(problem.image, options)
     after, _ = jax.eval_shape(
         partial(descent.step, options=options), linear, problem, state, NUMBERS
     )
@@ -131,7 +131,7 @@ def test_a_step_keeps_the_types_of_its_state(linear, problem, case, keep_best):
 
 def test_info_is_that_of_the_iterate_the_step_starts_from(linear, problem):
     options = CASES["joint"]
-    _, info = descent.step(linear, problem, descent.init(problem, options), NUMBERS, options)
+    _, info = descent.step(linear, problem, descent.init(problem.image, options), NUMBERS, options)
     logits, m, *_ = CAM(linear, problem.image, TARGET, Context(0.0))
     assert info.loss == pytest.approx(
         plain_loss(linear, problem, options, np.asarray(problem.image, float)), rel=1e-5
@@ -186,7 +186,7 @@ def test_surrogate_is_given_a_key_and_the_number_of_each_step(linear, problem):
 
     options = Options(threats.linf(EPSILON), surrogate)
     problem = problem._replace(key=jax.random.key_data(jax.random.key(7)))
-    state = descent.init(problem, options, None, jnp.zeros((3, 4, 4)))
+    state = descent.init(problem.image, options, None, jnp.zeros((3, 4, 4)))
     for _ in range(3):
         state, _ = descent.step(linear, problem, state, NUMBERS, options)
     expected = [
@@ -234,7 +234,7 @@ def test_success_comes_before_the_map():
 @pytest.mark.parametrize("keep_best", [True, False])
 def test_best_is_the_iterate_of_the_lowest_score(linear, problem, keep_best):
     options = Options(threats.linf(0.5), CAM, confidence=0.5, keep_best=keep_best)
-    state, iterates, scores = descent.init(problem, options), [], []
+    state, iterates, scores = descent.init(problem.image, options), [], []
     step = jax.jit(partial(descent.step, options=options))
     for alpha in (0.05, 0.1, 0.2, 0.4, 0.02, 0.5):
         iterates.append(state.params)
@@ -248,7 +248,7 @@ def test_best_is_the_iterate_of_the_lowest_score(linear, problem, keep_best):
 
 def batched(problem_of_image, options, n):
     problems = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(problem_of_image, range(n)))
-    return problems, jax.vmap(lambda problem: descent.init(problem, options))(problems)
+    return problems, jax.vmap(lambda problem: descent.init(problem.image, options))(problems)
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_spans_of_a_schedule_are_the_whole_and_share_a_program(model, small_step
 def test_the_map_does_not_yield_for_good(linear, problem):
     """A hundred steps that miss the target leave .9^100 = 3e-5 of the weight, and 1.1^k brings it back only after 111 that hit."""
     options = Options(threats.linf(0.1), CAM, yielding=0.1, confidence=1.0)
-    state = descent.init(problem, options)
+    state = descent.init(problem.image, options)
     for _ in range(60):
         state, _ = jitted_step(linear, problem, state, options)
     assert state.weight == pytest.approx(descent.LEAST_WEIGHT)
@@ -319,7 +319,7 @@ def test_plain_pgd_keeps_the_iterate_of_the_least_loss(linear, problem):
     """Along the gradient upwards every step is worse than the start."""
     uphill = threats.linf(0.1)._replace(steepest=lambda: optax.scale(-1.0))
     options = Options(uphill, keep_best=True)
-    state = descent.init(problem, options)
+    state = descent.init(problem.image, options)
     losses = []
     for _ in range(4):
         state, info = jitted_step(linear, problem, state, options)

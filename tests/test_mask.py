@@ -372,7 +372,7 @@ def test_memory_is_carried_from_step_to_step_and_reset(small, images, asked):
     options = descent.Options(WIDE, MASK.surrogate)
     first = MASK.solver.init(problem.image)
     numbers = Numbers(np.float32(1 / 255), np.float32(300.0), np.float32(1e-3))
-    state, expected = descent.init(problem, options, None, first), first
+    state, expected = descent.init(problem.image, options, None, first), first
     step, solve = jax.jit(partial(descent.step, options=options)), jax.jit(MASK.solver.step)
     for _ in range(2):
         expected = solve(small, WIDE.apply(state.params, problem.image), problem.target, expected)
