@@ -8,6 +8,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from adv2_jax import maps
@@ -99,12 +100,14 @@ def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
         ValueError: if it differs; the message recommends Grad-CAM.
     """
     features = check_features(model, shape)
+    sizes = (num_classes(model, shape), features.shape, features.shape)
+    # by NumPy: to compile JAX's generator takes longer than all the rest
+    normal = np.random.default_rng(0).standard_normal
+    weights, *samples = jax.device_put([normal(size, np.float32) for size in sizes])
     # a head that is to be refused, not debugged, may have no finite gradient at random features
     with jax.debug_nans(False):
         departure = jax.device_get(
-            _departure(
-                static_leaves(model), features.shape, features.dtype, num_classes(model, shape)
-            )
+            _departure(static_leaves(model), weights, samples, features.dtype)
         )
     # A linear head departs by rounding errors only, others by about 1. √ε lies between with room on
     # both sides: 3e-4 in float32, .09 in bfloat16.
@@ -116,16 +119,15 @@ def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
         )
 
 
-@partial(jax.jit, static_argnums=(1, 2, 3))
-def _departure(model: HasFeatures, shape: tuple[int, ...], dtype: jnp.dtype, k: int) -> Array:
+@partial(jax.jit, static_argnums=3)
+def _departure(
+    model: HasFeatures, weights: Array, samples: list[Features], dtype: jnp.dtype
+) -> Array:
     """Return the largest change of the head's gradient between features and positions, relative.
 
     The gradient is that of a random mixture of the logits, so that one pass tests all classes; the
     change is divided by its largest entry.
     """
-    weights, *features = (
-        jax.random.normal(jax.random.key(i), size) for i, size in enumerate(((k,), shape, shape))
-    )
 
     def gradient(a: Features) -> Array:
         mixture, slope = jax.value_and_grad(lambda a: weights @ head_of(model, a))(a.astype(dtype))
@@ -133,7 +135,7 @@ def _departure(model: HasFeatures, shape: tuple[int, ...], dtype: jnp.dtype, k: 
         return jnp.where(jnp.isfinite(mixture), at_least_float32(slope), jnp.nan)
 
     # the first features are not negative, so that heads with roots or logarithms have some value
-    gradients = jnp.stack([gradient(a) for a in (jnp.abs(features[0]), *features)])
+    gradients = jnp.stack([gradient(a) for a in (jnp.abs(samples[0]), *samples)])
     # `tiny` for a head that ignores its features: 0 / tiny is 0, which passes
     return jnp.nanmax(jnp.abs(gradients - gradients[:1, :1, :1])) / jnp.maximum(
         jnp.nanmax(jnp.abs(gradients)), jnp.finfo(gradients.dtype).tiny

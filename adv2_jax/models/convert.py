@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple, TypeVar
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from flax import nnx
 
@@ -211,13 +211,13 @@ def from_state_dict(model: Module, arrays: Mapping[str, np.ndarray]) -> Module:
         k
         for k, v in source.arrays.items()
         # JAX's test: NumPy's own does not take bfloat16 for a floating-point type
-        if not (jnp.issubdtype(v.dtype, jnp.floating) and np.isfinite(v).all())
+        if not (jax.dtypes.issubdtype(v.dtype, np.floating) and np.isfinite(v).all())
     ]
     if not_finite:
         raise ValueError(f"not finite floating-point numbers: {listed(not_finite, ', ')}")
     weights = {
         # argsort of a permutation is its inverse; half precision and float64 become float32
-        key: jnp.asarray(array.astype(np.float32).transpose(np.argsort(TO_TORCH[array.ndim])))
+        key: jax.device_put(array.astype(np.float32).transpose(np.argsort(TO_TORCH[array.ndim])))
         for key, array in source.arrays.items()
     }
     flat = [
