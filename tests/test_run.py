@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable
 
 import jax
@@ -156,6 +157,35 @@ def test_own_maps_are_named_and_do_not_give_way(tmp_path):
 def test_unknown_target_map_lists_the_valid_ones(tmp_path):
     with pytest.raises(ValueError, match=r"^target map 'cat' is not one of benign, image, patch$"):
         run(Mean(), varied(), QUICK._replace(target_map="cat"), tmp_path)
+
+
+# Compilation.
+
+
+# Why so many: a step is plain PGD's or one interpreter's. Logits alone are explained in a batch of
+# four, to select, and of three, of plain PGD; maps are drawn by two interpreters, of images and
+# snapshots in batches of the same size. Images are 8-bit or not. A start is a warm one or one of
+# the three descents.
+PROGRAMS = {"one": 3, "_explain_batch": 4, "images_of": 2, "_photograph": 1, "_start": 4}
+
+
+def test_a_run_compiles_a_step_for_each_interpreter_and_no_more(tmp_path, caplog):
+    def compiled(limit, **changes):
+        caplog.clear()
+        (directory := tmp_path / str(limit)).mkdir()
+        with jax.log_compiles():
+            run(Mean(), source, settings._replace(**changes), directory, limit=limit)
+        words = [record.getMessage().split() for record in caplog.records]
+        return Counter(word[1] for word in words if word[0] == "Compiling")
+
+    # of a size that is known to no other test
+    images = np.pad(varied().images, ((0, 0), (0, 1), (0, 1), (0, 0)))
+    source = varied()._replace(images=images, objects=None)
+    settings = Settings(["cam", "grad_cam"], threats.linf(0.1), steps=2, batch_size=4, snapshots=2)
+    programs = compiled(3)
+    assert {name: programs[f"jit({name})"] for name in PROGRAMS} == PROGRAMS
+    # three batches of the same size, to other classes
+    assert not compiled(None, batch_size=3, seed=1)
 
 
 # Store.

@@ -204,6 +204,8 @@ def run(
     # after the images were looked at: those that are decoded on demand are not read once more
     prints = fingerprints(model, image_set)
     task = make_task(model, image_set, selection, settings)
+    # snapshots are more than the images: in larger batches they would need programs of their own
+    settings = settings._replace(batch_size=min(settings.batch_size, len(task.targets)))
     maps = task.images.target_maps
     for interpreter in presets:  # before the work
         wanted = None if maps is None else maps.shape
@@ -496,8 +498,7 @@ def attack_batches(
     images, labels, targets = np.asarray(chosen.images), chosen.labels, task.targets[places]
     assert labels is not None
     valid = len(np.unique(places))  # without padding
-    size = min(settings.batch_size, len(task.targets))
-    cuts = [slice(start, min(start + size, valid)) for start in range(0, valid, size)]
+    cuts = [slice(cut[0], cut[-1] + 1) for cut in batches(np.arange(valid), settings.batch_size)]
     # of the image's place in its source: no batch size changes what is drawn
     keys = image_keys(settings.seed, task.indices[places])
 
@@ -521,7 +522,7 @@ def attack_batches(
             interpreter=attacked,
             threat=settings.threat,
             preset=job.preset,
-            batch_size=size,
+            batch_size=settings.batch_size,
             on_step=lambda new: on_step(new * len(cuts)),
             snapshots=int((np.unique(places) < snapshots).sum()),
             all_may_fail=True,
