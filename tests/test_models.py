@@ -13,6 +13,7 @@ from adv2_jax.activations import relu_h
 from adv2_jax.files import read_arrays, write_arrays
 from adv2_jax.models import CifarResNet, DenseNet, ImageNetResNet
 from adv2_jax.models.convert import canonical, from_state_dict, save, shapes, to_state_dict
+from adv2_jax.models.layers import stem_pool
 from adv2_jax.types import Classifier
 
 TINY = {
@@ -199,6 +200,28 @@ def test_activation_replaces_every_relu(network, photo, style):
 
 def test_network_is_a_classifier(network):
     assert isinstance(network, Classifier)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("side", [6, 7])
+def test_maxima_of_the_stem_and_their_derivatives_are_those_of_flax(side, dtype):
+    x = np.maximum(np.random.default_rng(0).standard_normal((2, side, side + 3, 4)), 0)
+    x = jnp.asarray(x, dtype)  # half of it ties, at 0
+
+    def of_flax(x):
+        return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+
+    values, back = jax.vjp(stem_pool, x)
+    expected, back_of_flax = jax.vjp(of_flax, x)
+    np.testing.assert_array_equal(values, expected)
+    failed = x.at[0, 2, 3].set(np.nan)
+    # NumPy does not take NaN of bfloat16 for NaN
+    pair = [np.asarray(pool(failed), np.float32) for pool in (stem_pool, of_flax)]
+    np.testing.assert_array_equal(*pair)
+    # whole numbers: sums of them are exact in any order
+    weights = jnp.arange(values.size, dtype=dtype).reshape(values.shape) % 8
+    np.testing.assert_array_equal(back(weights)[0], back_of_flax(weights)[0])
+    assert "scatter" not in str(jax.make_jaxpr(back)(weights))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Layers that behave as those of torch, and the normalisation of the image."""
 
 from collections.abc import Sequence
+from functools import reduce
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -56,6 +58,17 @@ def normalise(
 
 
 def stem_pool(x: Array) -> Array:
-    """Return 3x3 maxima at stride 2: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C]."""
-    # as torch pads; at even sides `SAME` pads nothing on the left and top
-    return nnx.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+    """Return 3x3 maxima at stride 2: [..., H, W, C] -> [..., ceil(H/2), ceil(W/2), C].
+
+    Pads one pixel on every side, and of equal values takes the first, as torch does.
+    """
+    # over columns, then over rows, of shifted images. The gradient of `nnx.max_pool` is a
+    # select-and-scatter, which takes twice as long on CPUs, adds in any order on GPUs, and is
+    # refused there under --xla_gpu_deterministic_ops
+    for axis in (x.ndim - 2, x.ndim - 3):
+        size = (x.shape[axis] + 1) // 2
+        padding = [(1, 1) if i == axis else (0, 0) for i in range(x.ndim)]
+        padded = jnp.pad(x, padding, constant_values=-jnp.inf)
+        shifted = (jax.lax.slice_in_dim(padded, i, i + 2 * size - 1, 2, axis) for i in range(3))
+        x = reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), shifted)
+    return x
