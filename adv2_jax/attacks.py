@@ -3,8 +3,9 @@
 The attack itself is `crafting.craft`, which checks nothing.
 """
 
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -43,11 +44,13 @@ from adv2_jax.descent import (
     OnStep,
     Options,
     Problem,
+    State,
+    batched_step,
     init,
     solver_step_of,
     step_of,
 )
-from adv2_jax.devices import number_of_devices, replicate, spread
+from adv2_jax.devices import largest_batch, number_of_devices, replicate, spread
 from adv2_jax.errors import first_line
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
 from adv2_jax.precision import at, computing
@@ -56,6 +59,12 @@ from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+# by program: the batch size on each device at which it goes on after it ran out of memory. For the
+# life of the process: a run calls `attack` for each of its batches
+_SMALLER: dict[Any, int] = {}
 
 # The spacing of float32 in [.5, 1), twice the largest rounding error there. An 8-bit image that was
 # divided by 255 in float32 is closer than this to k/255, and taken for k/255 in float64 too
@@ -134,7 +143,9 @@ def attack(
             a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
-        batch_size: images at a time on each device. Changes memory and speed, and no result.
+        batch_size: images at a time on each device. Changes memory and speed; results to the last
+            bits of float32. One for which memory runs out is halved, with a warning, also in later
+            calls of the same attack.
         driver: "auto", "fori" or "host" (see `descent.drive`).
         on_step: called with the number of new steps; `count_steps` returns their total.
         snapshots: M, the number of images to return snapshots of, at most N.
@@ -164,24 +175,28 @@ def attack(
     # before any work is done
     for image in () if benign.dtype == np.uint8 else benign:
         threat.check(to_unit(image))
-    parts = [
-        _attack_batch(
+    together = min(batch_size, n) * count
+
+    def attack_batch(batch: tuple[np.ndarray, Problem]) -> Result:
+        indices, some = batch
+        # steps are those of batches as asked for: of halves, the first reports them
+        first = any(i % together == 0 for i in indices)
+        return _attack_batch(
             model,
             stepped,
             benign[indices],
-            batch,
+            some,
             resolved,
             threat,
             driver,
-            on_step,
+            on_step if first else None,
             min(snapshots, n) - int(indices[0]),
             precision,
             count,
         )
-        for indices, batch in batches((np.arange(n), problems), batch_size, count)
-    ]
-    # the last batch is padded
-    result = jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
+
+    program = architecture(stepped), benign.shape[1:], resolved, threat
+    result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)
     _check_failed(result.failed, all_may_fail)
     with at(precision):  # as the steps were, so that nothing is traced again
         evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
@@ -228,7 +243,7 @@ def explain(
         interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image
             function (model, image, label) -> map. It is compiled once for each object, or each
             value of `options.bind`.
-        batch_size: images at a time on each device.
+        batch_size: as in `attack`.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see
             `descent.drive`).
         all_may_fail: return even if no image has finite logits and a finite map, instead of
@@ -250,12 +265,13 @@ def explain(
     check_interpreter(model, x.shape[1:], interpreter)
     count, faces = number_of_devices(devices), (interpreter.explain, interpreter.solver)
     model = replicate(static_leaves(model), count)
-    # images that are decoded on demand are decoded while the device works on the batch before
-    parts = [
-        _seen(model, x, c, *faces, driver, count)
-        for x, c in ahead(batches(inputs, batch_size, count))
-    ]
-    logits, maps = (np.concatenate(part)[: len(x)] for part in zip(*parts, strict=True))
+    logits, maps = _by_batches(
+        lambda batch: _seen(model, batch[0], batch[1], *faces, driver, count),
+        inputs,
+        batch_size,
+        count,
+        (architecture(model), x.shape[1:], *faces),
+    )
     _check_failed(~finite((logits, maps)), all_may_fail)
     return logits, maps
 
@@ -423,6 +439,14 @@ def _work_of_step(
 
     Arguments have the very types of those in `attack`: then `descent.step_of` is traced once.
     """
+    inputs = _step_inputs(known, options, interpreter, shape)
+    return multiply_adds(step_of(options), *inputs, Numbers(*[np.float32(1)] * 3))
+
+
+def _step_inputs(
+    known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]
+) -> tuple[Any, Problem, State]:
+    """Return the abstract model, problem and state of a step on one image [H, W, 3]."""
     model, image, label = _abstract(known, shape)
     # (1, 1) is the shape of the empty target map that `_problems` gives to plain PGD
     map_size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
@@ -431,8 +455,52 @@ def _work_of_step(
     memory = None if interpreter is None else _memory(image, interpreter.solver)
     if interpreter is not None and interpreter.init is not None:
         memory = jax.eval_shape(interpreter.init, model, image)
-    state = jax.eval_shape(partial(init, options=options), image, memory=memory)
-    return multiply_adds(step_of(options), model, problem, state, Numbers(*[np.float32(1)] * 3))
+    return model, problem, jax.eval_shape(partial(init, options=options), image, memory=memory)
+
+
+def fitting_batch_size(
+    model: Classifier,
+    presets: Iterable[Preset],
+    threat: Threat,
+    shape: tuple[int, ...],
+    precision: str = "high",
+) -> int | None:
+    """Return the largest batch size that fits into the memory of a device, a power of two.
+
+    It is that of the joint step with the most work, which is compiled for two small batches.
+
+    Args:
+        model: the classifier.
+        presets: of the attacks that it is for, one or more.
+        threat, precision: as in `attack`.
+        shape: of the images, [H, W, 3].
+
+    Returns:
+        None where the backend does not tell its memory.
+
+    Raises:
+        ValueError: an interpreter cannot be attacked on such a model; one line.
+    """
+    attacked = []
+    for preset in presets:
+        if preset.interpreter is not None:
+            check_interpreter(model, shape, preset.interpreter, attacked=True)
+        attacked.append((joint_options(preset, threat), preset.interpreter))
+    known = architecture(_of_steps(model, shape, precision))
+    with at(precision):
+        options, interpreter = max(
+            attacked, key=lambda one: _work_of_step(known, one[0], one[1], shape)
+        )
+        abstract, *inputs = _step_inputs(known, options, interpreter, shape)
+        leaves, step = batched_step(abstract, options)
+
+        def lowered(size: int) -> jax.stages.Lowered:
+            batch = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), inputs
+            )
+            return step.lower(leaves, *batch, Numbers(*[np.float32(1)] * 3))  # type: ignore
+
+        return largest_batch(lowered)
 
 
 def _abstract(known: Architecture, shape: tuple[int, ...]) -> tuple[Any, Any, Any]:
@@ -454,13 +522,14 @@ def count_steps(preset: Preset, n: int, batch_size: int, devices: int | None = N
     return math.ceil(n / together) * (preset.warm_steps + preset.steps)
 
 
-def batches(arrays: T, size: int, devices: int = 1) -> Iterator[T]:
+def batches(arrays: T, size: int, devices: int = 1, start: int = 0) -> Iterator[T]:
     """Yield batches of one size; the last is padded by repeating its last entry.
 
     Args:
         arrays: a pytree whose leaves have a leading axis [N].
         size: of a batch on each device; N if there are no more.
         devices: their number.
+        start: index of the first entry.
 
     Raises:
         ValueError: if the size is below 1.
@@ -470,10 +539,53 @@ def batches(arrays: T, size: int, devices: int = 1) -> Iterator[T]:
     n = len(jax.tree.leaves(arrays)[0])
     # not N / devices each: a batch of another size rounds otherwise, in the last bits of losses
     together = min(size, n) * devices
-    for start in range(0, n, together):
+    for first in range(start, n, together):
         # one size, so that a smaller last batch is not compiled again
-        indices = np.minimum(np.arange(start, start + together), n - 1)
+        indices = np.minimum(np.arange(first, first + together), n - 1)
         yield jax.tree.map(itemgetter(indices), arrays)
+
+
+def _by_batches(
+    compute: Callable[[Any], T], arrays: Any, size: int, devices: int, program: Any
+) -> T:
+    """Compute batch after batch, at half the size from where the memory of a device runs out.
+
+    Args:
+        compute: batch -> a pytree of NumPy arrays with a leading axis.
+        arrays: a pytree whose leaves have a leading axis [N].
+        size: of a batch on each device.
+        devices: their number.
+        program: hashable, what the memory depends on besides the size.
+
+    Returns:
+        the results, joined; leading axis [N].
+
+    Raises:
+        MemoryError: a batch of one image does not fit; one line.
+    """
+    n, done, parts = len(jax.tree.leaves(arrays)[0]), 0, []
+    while done < n:
+        size = min(size, n, _SMALLER.get(program, size))
+        try:
+            # images that are decoded on demand are decoded while the device works on the batch
+            # before
+            for batch in ahead(batches(arrays, size, devices, done)):
+                parts.append(compute(batch))
+                done += size * devices
+        except jax.errors.JaxRuntimeError as error:  # XLA has one error for everything
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            if size == 1:
+                raise MemoryError(
+                    "the device has none left for one image at a time: end other programs on it, "
+                    "or use smaller images, a smaller network or another device"
+                ) from None
+            _SMALLER[program] = size // 2
+            log.warning(
+                "out of memory in batches of %d: going on in batches of %d", size, size // 2
+            )
+    # the last batch is padded
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:n], *parts)
 
 
 def to_unit(x: np.ndarray, dtype: Any = np.float64) -> np.ndarray:

@@ -326,6 +326,7 @@ BAD_WORDS = {
     "invalid choice: 'l1' (choose from": ["--threat", "l1"],
     "'-3' is not a whole number": ["--steps=-3"],
     "'0' is not a whole number above 0": ["--batch-size", "0"],
+    "'x' is not a whole number above 0 and below 2**31, or auto": ["--batch-size", "x"],
     "is not a whole number, 0 or more and below 2**32": ["--seed", "99999999999999999999"],
     "unrecognized arguments: --stpes": ["--stpes"],
     "neither shapes, shapes:N nor an .npz file": ["--images", "cat.jpg"],

@@ -98,7 +98,7 @@ def flops_of_a_step(model, preset, shape):
     )
 
     def one(model, problem, memory):
-        return step(model, problem, init(problem, options, None, memory), numbers, options)
+        return step(model, problem, init(problem.image, options, None, memory), numbers, options)
 
     return (
         jax.jit(one)

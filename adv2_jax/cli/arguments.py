@@ -22,6 +22,7 @@ Number = TypeVar("Number", int, float)
 # name or flag -> keyword arguments of `add_argument`; `parser` adds the default to the help text
 Arguments = dict[str, dict[str, Any]]
 
+AUTO = "auto"  # --batch-size that is measured
 EMBEDDED = "the embedded network"
 NAMES = f"one of {', '.join(models.MODELS)}"
 SOURCES = "shapes, shapes:N, FILE.npz, FILE.npz/SPLIT, a folder, or tfds:name/split"
@@ -76,6 +77,12 @@ def _fraction(text: str) -> float:
     return float(numerator) / float(denominator) if slash else float(numerator)
 
 
+def _positive(more: str = "") -> Callable[[str], int]:
+    """Return the `type` of a whole number above 0; `more` is appended to its error message."""
+    form = f"a whole number above 0 and below 2**31{more}"
+    return _number(form, int, lambda n: 0 < n < 2**31)
+
+
 # the range of a REAL is checked by the function that takes it; NaN fails every comparison
 REAL = _number("a number, such as 0.5 or 8/255", _fraction, lambda x: True)
 FINITE = _number("a finite number", _fraction, lambda x: abs(x) < float("inf"))
@@ -83,13 +90,14 @@ ABOVE_0 = _number("a number above 0", _fraction, lambda x: 0 < x < float("inf"))
 WEIGHT = _number("a number, 0 or more", _fraction, lambda x: 0 <= x < float("inf"))
 # steps and places are int32 in compiled programs; a JAX key is made from 32 bits
 COUNT = _number("a whole number, 0 or more and below 2**31", int, lambda n: 0 <= n < 2**31)
-POSITIVE = _number("a whole number above 0 and below 2**31", int, lambda n: 0 < n < 2**31)
+POSITIVE = _positive()
 SEED = _number("a whole number, 0 or more and below 2**32", int, lambda n: 0 <= n < 2**32)
 
 
-def _all_or_positive(text: str) -> int | None:
-    """Read a whole number above 0; None of "all"."""
-    return None if text == "all" else POSITIVE(text)
+def _or_positive(word: str, value: str | None) -> Callable[[str], int | str | None]:
+    """Return the `type` of a whole number above 0, or a word that stands for a value."""
+    number = _positive(f", or {word}")
+    return lambda text: value if text == word else number(text)
 
 
 def _choice(
@@ -139,9 +147,17 @@ BATCH_SIZE: Arguments = {
         "help": "images that are computed at a time, on each device",
     },
 }
+BATCH_SIZE_OR_AUTO: Arguments = {
+    "--batch-size": BATCH_SIZE["--batch-size"]
+    | {
+        "type": _or_positive(AUTO, AUTO),
+        "help": "images that are computed at a time, on each device; auto: the most that fit into "
+        "its memory",
+    },
+}
 DEVICES: Arguments = {
     "--devices": {
-        "type": _all_or_positive,
+        "type": _or_positive("all", None),
         "metavar": "N",
         "help": "number of devices of this machine to use, or all (default: all)",
     },
@@ -417,6 +433,7 @@ COMMANDS = {
                 "take the place of benign",
             },
             **EFFORT,
+            **BATCH_SIZE_OR_AUTO,
             "--keep": {
                 "default": "all",
                 "choices": list(KEPT),

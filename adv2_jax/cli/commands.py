@@ -2,6 +2,8 @@
 
 import argparse
 import contextlib
+import json
+import math
 import os
 import shlex
 from collections.abc import Callable, Iterator, Sequence
@@ -13,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adv2_jax import models, report
-from adv2_jax.attacks import missing
-from adv2_jax.cli.arguments import parser
+from adv2_jax.attacks import fitting_batch_size, missing
+from adv2_jax.cli.arguments import AUTO, BATCH_SIZE, parser
 from adv2_jax.cli.console import print_sheet, progress_bars
 from adv2_jax.cli.subject import (
     SOURCE,
@@ -26,11 +28,12 @@ from adv2_jax.cli.subject import (
     subject_of,
     with_masker,
 )
+from adv2_jax.devices import number_of_devices
 from adv2_jax.errors import listed
-from adv2_jax.files import atomic, output_directory, read_summary
+from adv2_jax.files import atomic, intact, output_directory, read_summary
 from adv2_jax.metrics import probabilities
 from adv2_jax.runs import curvature as laboratory
-from adv2_jax.runs.run import Outcome, run
+from adv2_jax.runs.run import Outcome, presets_of, run
 from adv2_jax.runs.schema import ATTACKS, INDEX, RESULTS, SHARDS, Row, results_path
 from adv2_jax.runs.select import predict
 from adv2_jax.runs.store import CURVATURE_FILES, UNFINISHED
@@ -56,6 +59,8 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
     files = ("summary.json", RESULTS, f"{SHARDS}/{INDEX}", "report.html")
     check_out(arguments, *files, unfinished=UNFINISHED)
     subject = subject_of(arguments)
+    if arguments.batch_size == AUTO:
+        subject = _with_batch_size(subject, arguments)
     model, images, settings, config = subject
     with _running(arguments) as (directory, options):
         options["limit"] = arguments.limit
@@ -71,6 +76,31 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
         _print_failed(outcome.failed)
         _print_files(directory)
     return subject, outcome
+
+
+def _with_batch_size(subject: Subject, arguments: argparse.Namespace) -> Subject:
+    """Put a number in place of --batch-size auto: what fits, or that of the run that is resumed."""
+    if arguments.distributed:
+        raise ValueError(
+            f"--batch-size {AUTO} with --distributed: hosts may have other memories; say a number"
+        )
+    model, images, settings, config = subject
+    n, *shape = images.images.shape
+    path = Path(arguments.out, UNFINISHED)
+    if arguments.resume and path.exists():
+        with intact(path):
+            size = int(json.loads(path.read_text(encoding="utf-8"))["batch_size"])
+    else:
+        presets = presets_of(settings).values()
+        fits = fitting_batch_size(model, presets, settings.threat, tuple(shape), settings.precision)
+        size = fits or BATCH_SIZE["--batch-size"]["default"]
+        share = min(n, arguments.limit or n) / number_of_devices(settings.devices)
+        size = min(size, math.ceil(share))
+    if not arguments.quiet:
+        print(f"--batch-size {AUTO}: {size} images at a time on each device")
+    return subject._replace(
+        settings=settings._replace(batch_size=size), config=config | {"batch_size": size}
+    )
 
 
 def _print_files(directory: Path) -> None:

@@ -192,7 +192,7 @@ def run(
         ValueError: one line: what is wrong, the value, and what is allowed.
         KeyboardInterrupt: says what is finished, and how to resume.
     """
-    presets = _presets(settings)
+    presets = presets_of(settings)
     selection = select(
         model,
         image_set,
@@ -284,7 +284,7 @@ def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, 
     return dict(json.loads(json.dumps(settings | dict(prints))))
 
 
-def _presets(settings: Settings) -> dict[Interpreter, Preset]:
+def presets_of(settings: Settings) -> dict[Interpreter, Preset]:
     """Return a preset for each interpreter; refuse two of one name, by which results are known."""
     # None leaves the preset's own number
     numbers = {"warm_steps": settings.warm_steps, "steps": settings.steps}
