@@ -147,10 +147,13 @@ def _craft(
     driver: Driver,
     on_step: OnStep | None,
 ) -> Crafted:
-    run = partial(descend, model, problems, driver=driver, on_step=on_step)
+    run = partial(descend, model, driver=driver, on_step=on_step)
     threat, (m, many) = stages.warm.threat, stages.pictures
-    frames = (many, m, *np.shape(problems.image)[1:])
-    pictures = jax.device_put(np.zeros(frames, np.float32)) if m else None
+    pictures = (
+        jax.device_put(np.zeros((many, m, *np.shape(problems.image)[1:]), np.float32))
+        if m
+        else None
+    )
 
     def picture(pictures: Array | None, slot: Any, params: Params) -> Array | None:
         if pictures is None:
@@ -161,7 +164,13 @@ def _craft(
 
     states = _start(problems.image, None, None, stages.warm)
     pictures = picture(pictures, 0, states.params)
-    states, warm = run(states, schedules[0], stages.warm)
+    # plain PGD reads no map: with one entry of each its step is one program for all interpreters
+    states, warm = run(
+        problems._replace(target_map=_one_entry(problems.target_map)),
+        states,
+        schedules[0],
+        stages.warm,
+    )
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
     images = images_of(problems.image, states.params, threat, True)
     # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
@@ -174,7 +183,9 @@ def _craft(
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
         states, curves, pictures = carry
-        states, info = run(states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1]))
+        states, info = run(
+            problems, states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1])
+        )
         if stages.explain is not None:
             states = _compare(model, problems, states, stages, driver)
         # each report is a number at its own steps, and 0 at those of other chunks
@@ -191,7 +202,7 @@ def _craft(
     elif slots:
         # the carry of a loop must have the very types of the reports, float64 under x64
         joint = jax.eval_shape(
-            lambda states: run(states, schedules[1], stages.joint, span=(0, 0))[1], states
+            lambda states: run(problems, states, schedules[1], stages.joint, span=(0, 0))[1], states
         )
         joint = jax.tree.map(lambda values: jnp.zeros(values.shape, values.dtype), joint)
         cuts, slots = jnp.array(cuts), jnp.array(slots)
@@ -250,6 +261,10 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
 @partial(jax.jit, static_argnames="options")
 def _start(images: Array, params: Params, memory: Any, options: Options) -> State:
     return jax.vmap(lambda image, *start: init(image, options, *start))(images, params, memory)
+
+
+# jitted: an index of an array on the device would be moved there
+_one_entry = jax.jit(lambda maps: maps[:, :1, :1])
 
 
 @partial(jax.jit, static_argnames="init")

@@ -162,10 +162,10 @@ def test_unknown_target_map_lists_the_valid_ones(tmp_path):
 # Compilation.
 
 
-# Why so many: a step is plain PGD's or one interpreter's. Logits alone are explained in a batch of
-# four, to select, and of three, of plain PGD; maps are drawn by two interpreters, of images and
-# snapshots in batches of the same size. Images are 8-bit or not. A start is a warm one or one of
-# the three descents.
+# Why so many: a step is plain PGD's, which is that of the warm starts too, or one interpreter's.
+# Logits alone are explained in a batch of four, to select, and of three, of plain PGD; maps are
+# drawn by two interpreters, of images and snapshots in batches of the same size. Images are 8-bit
+# or not. A start is a warm one or one of the three descents.
 PROGRAMS = {"one": 3, "_explain_batch": 4, "images_of": 2, "_photograph": 1, "_start": 4}
 
 
@@ -181,7 +181,9 @@ def test_a_run_compiles_a_step_for_each_interpreter_and_no_more(tmp_path, caplog
     # of a size that is known to no other test
     images = np.pad(varied().images, ((0, 0), (0, 1), (0, 1), (0, 0)))
     source = varied()._replace(images=images, objects=None)
-    settings = Settings(["cam", "grad_cam"], threats.linf(0.1), steps=2, batch_size=4, snapshots=2)
+    settings = Settings(
+        ["cam", "grad_cam"], threats.linf(0.1), "paper", 1, 2, batch_size=4, snapshots=2
+    )
     programs = compiled(3)
     assert {name: programs[f"jit({name})"] for name in PROGRAMS} == PROGRAMS
     # three batches of the same size, to other classes
