@@ -211,6 +211,8 @@ def test_the_command_line_under_every_setting(tmp_path):
         "attack",
         "--images",
         "shapes:8",
+        "--batch-size",
+        "2",
         "--limit",
         "2",
         "--steps",
