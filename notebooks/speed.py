@@ -122,7 +122,7 @@ def measured(
         row["gradients"] = gradient_evaluations(model, preset, threat, shape) / n
         if interpreter is None or interpreter.solver is None:
             options = options if interpreter is None else joint_options(preset, threat)
-            start = jax.jit(jax.vmap(partial(init, options=options)))(problems)
+            start = jax.jit(jax.vmap(partial(init, options=options)))(problems.image)
             leaves, step = batched_step(used, options)
             numbers = jax.device_put(Numbers(*np.float32((1 / 255, 1.0, 1e-3))))
 

@@ -84,7 +84,7 @@ def report(name):
     # down the gradient, not its sign, which rounding may turn
     options = joint_options(preset, adv2.threats.l2(2.0))._replace(rounded=False)
     schedule = tabulate(STEPS, preset.step_size, preset.balance, preset.tau)
-    start = jax.jit(jax.vmap(partial(init, options=options)))(problems)
+    start = jax.jit(jax.vmap(partial(init, options=options)))(problems.image)
 
     def moved(driver, steps):
         run = partial(descend, model, problems, start, schedule, options, span=(0, steps))
