@@ -27,7 +27,7 @@ from adv2_jax.interpreters import (
     grad_interpreter,
     mask_interpreter,
     rts_interpreter,
-    smooth_grad_interpreter,
+    smooth_relu_grad_interpreter,
 )
 from adv2_jax.options import shown
 from adv2_jax.threats import PIXEL, Threat
@@ -157,7 +157,7 @@ _PAPER_CAM = Preset(
     map_loss=losses.map_mse,
 )
 _PAPER_GRAD = Preset(
-    smooth_grad_interpreter(),
+    smooth_relu_grad_interpreter(),
     warm_steps=300,
     steps=704,
     step_size=constant(PIXEL),

@@ -13,7 +13,7 @@ from adv2_jax.interpreters import (
     INTERPRETERS,
     Interpreter,
     cam_interpreter,
-    smooth_grad_interpreter,
+    smooth_relu_grad_interpreter,
 )
 from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.presets import PRESETS, Preset, constant, resolve
@@ -409,7 +409,7 @@ def test_other_numbers_for_a_flow_only(run, targets):
 
 
 def test_own_interpreter_takes_the_numbers_found_for_its_name():
-    own = smooth_grad_interpreter(pool=4)
+    own = smooth_relu_grad_interpreter(pool=4)
     assert presets.resolve("paper", own) == replace(PRESETS["paper"]["grad"], interpreter=own)
     assert presets.resolve(CAM, own) == replace(CAM, interpreter=own)
 

@@ -12,7 +12,7 @@ from adv2_jax.attacks import gradient_evaluations, map_shape
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import joint_options
 from adv2_jax.descent import Numbers, Problem, init, step
-from adv2_jax.interpreters import INTERPRETERS, mask_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters import INTERPRETERS, mask_interpreter, smooth_relu_grad_interpreter
 from adv2_jax.presets import resolve
 
 
@@ -109,7 +109,7 @@ def flops_of_a_step(model, preset, shape):
 
 SHAPE = (32, 32, 3)
 COSTS = {name: (factory, None) for name, factory in INTERPRETERS.items()} | {
-    "smooth grad": (smooth_grad_interpreter, 3.0),
+    "smooth relu grad": (smooth_relu_grad_interpreter, 3.0),
     "mask, two ahead": (lambda: mask_interpreter(free=1, ahead=2), 6.0),
 }
 

@@ -88,7 +88,7 @@ BAD = {
     '{"mask": {"interpreter": {"steps": 0}}}': "steps = 0 must be 1 or more",
     '{"mask": {"interpreter": {"turns": 1}}}': "turns",
     '{"mask": {"interpreter": {"objective": {"score": "map_l1"}}}}': "score 'map_l1' is not one of log_odds",
-    '{"grad": {"interpreter": {"kind": "smooth_grad", "act": "relu"}}}': "act is a function, which only Python can give",
+    '{"grad": {"interpreter": {"kind": "smooth_relu_grad", "act": "relu"}}}': "act is a function, which only Python can give",
     '{"pgd": {"interpreter": {"kind": "cam"}}}': "plain PGD has none",
 }
 

@@ -31,7 +31,7 @@ from adv2_jax.interpreters.gradients import (
     grad,
     grad_interpreter,
     input_gradient,
-    smooth_grad_interpreter,
+    smooth_relu_grad_interpreter,
 )
 from adv2_jax.interpreters.mask_descent import MaskObjective, mask, mask_interpreter
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, rts, rts_interpreter
@@ -61,7 +61,7 @@ __all__ = [
     "mask_interpreter",
     "rts",
     "rts_interpreter",
-    "smooth_grad_interpreter",
+    "smooth_relu_grad_interpreter",
 ]
 
 
@@ -75,7 +75,7 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
 }
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
     **INTERPRETERS,
-    "smooth_grad": smooth_grad_interpreter,
+    "smooth_relu_grad": smooth_relu_grad_interpreter,
 }
 
 

@@ -205,7 +205,7 @@ def _matched_grad(
 
 
 @interpreter_factory
-def smooth_grad_interpreter(
+def smooth_relu_grad_interpreter(
     *, act: Activation | None = None, pool: int | None = None
 ) -> Interpreter:
     """GRAD, attacked through a map with a smoothed *first* derivative, as in the paper (§3.2).
@@ -223,13 +223,13 @@ def smooth_grad_interpreter(
     return Interpreter(
         "grad",
         bind(grad, pool=pool),
-        bind(_smooth_grad, act=act, pool=pool),
+        bind(_smooth_relu_grad, act=act, pool=pool),
         faithful=False,
         needs=("act",),
     )
 
 
-def _smooth_grad(
+def _smooth_relu_grad(
     model: Classifier,
     image: Image,
     label: Label,
