@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from adv2_jax import __version__, data, models, threats
 from adv2_jax.curvature import WIDTH
-from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.interpreters import INTERPRETERS, PAPER
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
@@ -237,7 +237,7 @@ INTERPRETER: Arguments = {
         "type": _choice(INTERPRETERS, "path/to/file.py:name", models.user.is_reference),
         "metavar": "NAME",
         "help": f"interpreters to fool: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
-        "(default: all whose needs the network meets)",
+        f"(default: those of {', '.join(PAPER)} whose needs the network meets)",
     },
     "--encoder-loss": {
         "default": "head",
