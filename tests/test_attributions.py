@@ -52,23 +52,29 @@ def small(make_small):
 
 
 @pytest.fixture(scope="module")
-def photo(images):
-    return jnp.asarray(images[2] / np.float32(255))
+def photos(images):
+    return jnp.asarray(images[1:5] / np.float32(255))
 
 
-def departure(model, image, points, score, baseline=0.0):
-    """How far the sum of attributions is from the change of the score."""
-    drawn = {"score": score, "baseline": baseline, "points": points}
-    total = path_attribution(model, image, LABEL, **drawn).sum()
-    ends = image, jnp.full_like(image, baseline)
-    change = jnp.subtract(*(score(logits_of(model, end), LABEL) for end in ends))
-    return float(abs(total - change)), float(abs(change))
+def departure(model, images, points, score, baseline=0.0):
+    """Mean over images: how far the sum of attributions is from the change of the score, and that change."""
+
+    @jax.jit
+    @jax.vmap
+    def both(image):
+        drawn = {"score": score, "baseline": baseline, "points": points}
+        total = path_attribution(model, image, LABEL, **drawn).sum()
+        ends = image, jnp.full_like(image, baseline)
+        change = jnp.subtract(*(score(logits_of(model, end), LABEL) for end in ends))
+        return abs(total - change), abs(change)
+
+    return [float(values.mean()) for values in both(images)]
 
 
-@pytest.mark.parametrize("baseline", [0.0, 0.4])
+@pytest.mark.parametrize("baseline", [0.0, 0.8])
 def test_integrated_gradients_of_a_linear_score_are_complete(linear, pixels, baseline):
-    error, change = departure(linear, pixels, 1, losses.logit, baseline)
-    assert error < 1e-5 * change  # float32
+    error, change = departure(linear, pixels[None], 1, losses.logit, baseline)
+    assert error < 3e-6 and change > 0.1  # float32 sums of 48 terms of about 1
 
 
 def test_integrated_gradients_of_a_quadratic_score_are_complete(linear, pixels):
@@ -82,31 +88,36 @@ def test_integrated_gradients_of_a_quadratic_score_are_complete(linear, pixels):
 
     for points in (1, 3):
         model = Quadratic(*jax.tree.leaves(linear))
-        error, change = departure(model, pixels, points, losses.logit)
+        error, change = departure(model, pixels[None], points, losses.logit)
         assert error < 1e-5 * change
 
 
-def test_integrated_gradients_become_complete_with_the_points(small, photo):
+def test_integrated_gradients_become_complete_with_the_points(small, photos):
     errors, (change, *_) = zip(
-        *(departure(small, photo, n, losses.log_odds) for n in (1, 4, 32)), strict=True
+        *(departure(small, photos, n, losses.log_odds) for n in (1, 4, 16)), strict=True
     )
     assert errors[0] > 3 * errors[1] > 9 * errors[2]
-    assert errors[2] < 0.01 * change
+    assert errors[2] < 0.02 * change
 
 
 def test_input_times_gradient_is_integrated_gradients_of_a_homogeneous_network(dense, pixels):
     values, _ = times_input(dense, pixels, LABEL, score=losses.logit)
     integrated = path_attribution(dense, pixels, LABEL, score=losses.logit, points=3)
     np.testing.assert_allclose(values, integrated, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(values, pixels * input_gradient(dense, pixels, LABEL, score=losses.logit)[0])
-
-
-def test_smooth_grad_tends_to_grad(small, photo):
-    grad = interpreters.grad(small, photo, LABEL)
-    far, near = (
-        jnp.abs(interpreters.smooth_grad(small, photo, LABEL, noise=noise) - grad).mean()
-        for noise in (0.2, 1e-5)
+    np.testing.assert_allclose(
+        values, pixels * input_gradient(dense, pixels, LABEL, score=losses.logit)[0]
     )
+
+
+def test_smooth_grad_tends_to_grad(small, photos):
+    photo = photos[1]
+
+    @jax.jit
+    def distance(noise):
+        m = interpreters.smooth_grad(small, photo, LABEL, noise=noise, samples=4)
+        return jnp.abs(m - interpreters.grad(small, photo, LABEL)).mean()
+
+    far, near = distance(0.2), distance(1e-5)
     assert near < 1e-3 < 0.02 < far
 
 
@@ -114,8 +125,8 @@ def test_noise_is_that_of_the_seed_and_its_mean_is_taken(dense, pixels):
     """By hand, in NumPy's float64 sums over samples."""
     options = {"noise": 0.3, "samples": 6}
     noise = jax.random.normal(jax.random.key(5), (6, *pixels.shape))
-    gradients = [input_gradient(dense, pixels + 0.3 * one, LABEL)[0] for one in noise]
-    mean = np.mean(np.asarray(gradients, float), axis=0)
+    gradient = jax.jit(lambda x: input_gradient(dense, x, LABEL)[0])
+    mean = np.mean([np.asarray(gradient(pixels + 0.3 * one), float) for one in noise], axis=0)
     m = interpreters.smooth_grad(dense, pixels, LABEL, seed=5, **options)
     np.testing.assert_allclose(m, attribution_map(jnp.asarray(mean), 1), atol=1e-5)
     other = interpreters.smooth_grad(dense, pixels, LABEL, seed=6, **options)
@@ -149,7 +160,7 @@ def test_guided_backprop_by_hand(dense, pixels, guided, score):
     np.testing.assert_allclose(m, attribution_map(jnp.asarray(expected), 1), atol=1e-5)
 
 
-def test_guided_backprop_is_grad_where_all_gradients_are_positive(dense, pixels, photo):
+def test_guided_backprop_is_grad_where_all_gradients_are_positive(dense, pixels):
     positive = jax.tree.map(jnp.abs, dense)
     maps = [
         draw(positive, pixels, LABEL, score=losses.logit)
@@ -182,15 +193,18 @@ def test_a_few_at_a_time_are_all(dense, pixels, n):
     """The mean, and its derivative, whatever the number of groups."""
     around = pixels[None] + 0.2 * jax.random.normal(jax.random.key(0), (n, *pixels.shape))
 
+    @jax.jit
     def mean(images):
         return mean_gradient(dense, images, LABEL)
 
+    @jax.jit
     def expected(images):
         return jnp.stack([input_gradient(dense, x, LABEL)[0] for x in images]).mean(0)
 
     np.testing.assert_allclose(mean(around), expected(around), atol=1e-6)
     slopes = [
-        jax.grad(lambda images, f=f: (f(images) ** 2).sum())(around) for f in (mean, expected)
+        jax.jit(jax.grad(lambda images, f=f: (f(images) ** 2).sum()))(around)
+        for f in (mean, expected)
     ]
     np.testing.assert_allclose(*slopes, atol=1e-6)
 
@@ -205,24 +219,29 @@ def test_work_is_that_of_the_images(dense, pixels):
 
 
 DRAWN = {
-    "integrated_gradients": (integrated_gradients_interpreter, "points"),
-    "smooth_grad": (smooth_grad_interpreter, "samples"),
+    "integrated_gradients": (integrated_gradients_interpreter, {"points": 16}),
+    "smooth_grad": (smooth_grad_interpreter, {"samples": 16, "noise": 0.03}),
 }
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_drawn_images_show_the_explained_map_on_average(dense, pixels, name):
-    factory, number = DRAWN[name]
-    interpreter = factory(**{number: 256}, draws=256)
-    m = interpreter.explain(dense, pixels, LABEL)
-    seen = interpreter.surrogate(dense, pixels, LABEL, Context(1e-3, jax.random.key(1)))
-    assert 0 < jnp.abs(seen.map - m).mean() < 0.03
-    other = interpreter.surrogate(dense, pixels, LABEL, Context(1e-3, jax.random.key(2)))
-    assert (seen.map != other.map).any()
-    # without a key each step draws other images
+    factory, options = DRAWN[name]
+    interpreter = factory(**options, draws=16)
+    m = jax.jit(interpreter.explain)(dense, pixels, LABEL)
+    surrogate = jax.jit(interpreter.surrogate)
+    seen, other = (
+        surrogate(dense, pixels, LABEL, Context(1e-3, jax.random.key(seed))).map for seed in (1, 2)
+    )
+    assert 0 < jnp.abs(seen - m).mean() < 0.06  # of 16 random images
+    assert (seen != other).any()
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_without_a_key_each_step_draws_other_images(dense, pixels, name):
+    surrogate = jax.jit(DRAWN[name][0]().surrogate)
     first, again, second = (
-        interpreter.surrogate(dense, pixels, LABEL, Context(1e-3, step=step)).map
-        for step in (0, 0, 1)
+        surrogate(dense, pixels, LABEL, Context(1e-3, step=step)).map for step in (0, 0, 1)
     )
     assert (first == again).all() and (first != second).any()
 
@@ -230,7 +249,7 @@ def test_drawn_images_show_the_explained_map_on_average(dense, pixels, name):
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_running_mean_comes_nearer_to_the_explained_map(dense, pixels, name):
     interpreter = DRAWN[name][0]()
-    m = interpreter.explain(dense, pixels, LABEL)
+    m = jax.jit(interpreter.explain)(dense, pixels, LABEL)
     surrogate = jax.jit(interpreter.surrogate)
     memory, gradients, errors = interpreter.init(dense, pixels), [], []
     for step in range(40):
@@ -258,7 +277,9 @@ def test_the_slope_is_that_of_the_drawn_images(dense, pixels, name):
 
     slope = jax.jit(jax.grad(loss, has_aux=True))
     plain, _ = slope(pixels, None)
-    gradient = surrogate(dense, pixels, LABEL, Context(1e-2, key, 0, jnp.zeros_like(pixels))).memory
+    # at step 0 the memory is replaced by the gradient of the step
+    context = Context(1e-2, key, 0, jnp.zeros_like(pixels))
+    gradient = jax.jit(surrogate)(dense, pixels, LABEL, context).memory
     with_memory, _ = slope(pixels, gradient)
     np.testing.assert_allclose(with_memory, plain, rtol=1e-3, atol=1e-4 * jnp.abs(plain).max())
 

@@ -219,7 +219,9 @@ def _matched_grad(
         return log_odds(logits, label), (logits, after)
 
     gradient, (logits, memory) = jax.grad(class_score, has_aux=True)(image)
-    return Seen(logits, attribution_map(gradient, pool, spread), memory=jax.lax.stop_gradient(memory))
+    return Seen(
+        logits, attribution_map(gradient, pool, spread), memory=jax.lax.stop_gradient(memory)
+    )
 
 
 @interpreter_factory
@@ -362,8 +364,6 @@ def guided_backprop_interpreter(*, pool: int | None = None) -> Interpreter:
 def _guided(
     model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
 ) -> Seen:
-    m = guided_backprop(
-        model, image, label, act=lambda z: relu_guided(z, context.tau), pool=pool
-    )
+    m = guided_backprop(model, image, label, act=lambda z: relu_guided(z, context.tau), pool=pool)
     # A pass of their own, as in `_smooth_relu_grad`: a guided gradient of the logits is not exact
     return Seen(logits_of(model, image), m)
