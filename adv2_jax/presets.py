@@ -436,6 +436,8 @@ def _read_interpreter(value: Any, default: Interpreter | None) -> Interpreter | 
     kind = options.pop("kind", default.name)
     if isinstance(options.get("act"), str):
         raise ValueError("act is a function, which only Python can give")
+    if "score" in options:
+        options["score"] = look_up(losses.SCORES, "score", options["score"])
     if objective := options.get("objective"):
         score = objective.get("score")
         options["objective"] = MaskObjective(**objective)._replace(

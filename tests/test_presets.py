@@ -89,6 +89,8 @@ BAD = {
     '{"mask": {"interpreter": {"turns": 1}}}': "turns",
     '{"mask": {"interpreter": {"objective": {"score": "map_l1"}}}}': "score 'map_l1' is not one of log_odds",
     '{"grad": {"interpreter": {"kind": "smooth_relu_grad", "act": "relu"}}}': "act is a function, which only Python can give",
+    '{"smooth_grad": {"interpreter": {"score": "map_l1"}}}': "score 'map_l1' is not one of log_odds",
+    '{"smooth_grad": {"interpreter": {"draws": 0}}}': "draws = 0 must be 1 or more",
     '{"pgd": {"interpreter": {"kind": "cam"}}}': "plain PGD has none",
 }
 

@@ -1,7 +1,7 @@
 """Maps from gradients averaged over many images: Integrated Gradients and SmoothGrad.
 
 The images lie on the path from a baseline to the image, or around the image. An attack that went
-through all of them could afford few steps. Its surrogate therefore draws few images anew at each
+through all of them could afford few steps. Its surrogate therefore draws a few of them anew at each
 step, and remembers the mean gradient of the steps before (`_running`).
 """
 
@@ -194,14 +194,16 @@ def smooth_grad_interpreter(
     noise: float = 0.1,
     samples: int = 16,
     seed: int = 0,
-    draws: int = 2,
+    draws: int = 4,
+    fresh: bool = False,
 ) -> Interpreter:
-    """SmoothGrad, attacked through a few noisy images, drawn anew at each step.
+    """SmoothGrad, attacked through some of its noisy images, drawn anew at each step.
 
     Args:
-        pool, score, noise, samples, seed: options of the explained map, as in `smooth_grad`. The
-            attack knows the noise that is explained only by the comparison of its iterates.
-        draws: noisy images of the surrogate in a step.
+        pool, score, noise, samples, seed: options of the explained map, as in `smooth_grad`.
+        draws: noisy images of the surrogate in a step, at most `samples`.
+        fresh: draw new noise at each step. The adversary then does not use the noise that is
+            explained, except to compare its iterates.
 
     Returns:
         An interpreter; equal options give the same object.
@@ -210,11 +212,13 @@ def smooth_grad_interpreter(
         ValueError: names the option that is out of its range.
     """
     _check_whole(samples=samples, draws=draws)
-    options = {"pool": pool, "score": score, "noise": noise}
+    if draws > samples:
+        raise ValueError(f"draws = {draws} must be at most samples = {samples}")
+    options = {"pool": pool, "score": score, "noise": noise, "samples": samples, "seed": seed}
     return Interpreter(
         "smooth_grad",
-        bind(smooth_grad, **options, samples=samples, seed=seed),
-        bind(_drawn_around, **options, draws=draws),
+        bind(smooth_grad, **options),
+        bind(_drawn_around, **options, draws=draws, fresh=fresh),
         faithful=False,
         init=_no_gradient,
         needs=("act",),
@@ -243,6 +247,7 @@ def _drawn_from_path(
     baseline: float,
     draws: int,
 ) -> Seen:
+    # any points: those of the midpoint rule alone led the attack to no closer map
     offsets = jax.random.uniform(_key(context), (draws,), image.dtype)
     images = _on_path(image, offsets, baseline=baseline)
     gradient, memory = _running(model, images, label, context, score)
@@ -259,9 +264,18 @@ def _drawn_around(
     pool: int | None,
     score: Score,
     noise: float,
+    samples: int,
+    seed: int,
     draws: int,
+    fresh: bool,
 ) -> Seen:
-    images = _around(image, _key(context), noise=noise, n=draws)
+    key = _key(context)
+    if fresh:
+        images = _around(image, key, noise=noise, n=draws)
+    else:
+        # of the noise that is explained: the maps of two seeds differ more than an attack may leave
+        chosen = jax.random.choice(key, samples, (draws,), replace=False)
+        images = _around(image, jax.random.key(seed), noise=noise, n=samples)[chosen]
     gradient, memory = _running(model, images, label, context, score)
     return Seen(logits_of(model, image), attribution_map(gradient, pool), memory=memory)
 
