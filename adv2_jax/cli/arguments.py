@@ -390,7 +390,7 @@ TERMS = {
 # also the source of docs/cli.md, which a test compares with it
 COMMANDS = {
     "demo": Command(
-        "attack three embedded images under every interpreter, in about a minute",
+        "attack three embedded images under the interpreters of the paper, in about a minute",
         {
             "--out": {"default": "demo", "type": _path, "metavar": "DIR", "help": "where to write"},
             **RESUME,
