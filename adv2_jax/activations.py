@@ -25,6 +25,7 @@ __all__ = [
     "relu",
     "relu_boxed",
     "relu_curved",
+    "relu_guided",
     "relu_h",
     "relu_sigmoid",
     "softplus",
@@ -135,6 +136,36 @@ def relu_boxed(z: Array, tau: Array | float = 3e-3) -> Array:
         max(z, 0), same shape.
     """
     return _relu_with_kernel(_box, z, tau)
+
+
+@jax.custom_vjp
+def relu_guided(z: Array, tau: Array | float = 3e-3) -> Array:
+    """ReLU that passes a gradient g back only where z > 0 and g > 0 (Springenberg et al. 2015).
+
+    Not linear in g, the rule is none of forward mode: `jax.jvp` of it fails, that of a gradient
+    through it does not. As in `relu_curved` the values of that gradient are exact, and only its
+    derivative in z is invented.
+
+    Args:
+        z: pre-activations, any shape.
+        tau: squared width of that derivative, > 0; may be traced.
+
+    Returns:
+        max(z, 0), same shape.
+    """
+    return jnp.maximum(z, 0)
+
+
+def _guided_forward(z: Array, tau: Array | float) -> tuple[Array, tuple[Array, Array]]:
+    return relu(z), (z, jnp.asarray(tau))
+
+
+def _guided_backward(residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    z, tau = residuals
+    return _step(_curve, z, tau) * relu(g), jnp.zeros_like(tau)
+
+
+relu_guided.defvjp(_guided_forward, _guided_backward)
 
 
 def squared_width(moved: Array, *, neuron: float, layer: float) -> Array:

@@ -23,4 +23,5 @@ def integrated_gradients(model, image, label, act=None):
     return adv2.maps.min_max(jnp.abs(image * mean).sum(axis=-1))
 
 
-interpreter = adv2.interpreters.from_explain("integrated_gradients", integrated_gradients)
+# a name of its own: "integrated_gradients" is that of the built-in one, which has more options
+interpreter = adv2.interpreters.from_explain("mine", integrated_gradients)

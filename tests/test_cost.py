@@ -12,7 +12,14 @@ from adv2_jax.attacks import gradient_evaluations, map_shape
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import joint_options
 from adv2_jax.descent import Numbers, Problem, init, step
-from adv2_jax.interpreters import INTERPRETERS, mask_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters import (
+    INTERPRETERS,
+    guided_backprop_interpreter,
+    integrated_gradients_interpreter,
+    mask_interpreter,
+    smooth_grad_interpreter,
+    smooth_relu_grad_interpreter,
+)
 from adv2_jax.presets import resolve
 
 
@@ -109,8 +116,14 @@ def flops_of_a_step(model, preset, shape):
 
 SHAPE = (32, 32, 3)
 COSTS = {name: (factory, None) for name, factory in INTERPRETERS.items()} | {
-    "smooth grad": (smooth_grad_interpreter, 3.0),
+    "smooth relu grad": (smooth_relu_grad_interpreter, 3.0),
     "mask, two ahead": (lambda: mask_interpreter(free=1, ahead=2), 6.0),
+    "guided_backprop": (guided_backprop_interpreter, 3.0),
+    # two gradients of each of two images, and the logits
+    "integrated_gradients": (integrated_gradients_interpreter, 5.0),
+    "one image": (lambda: smooth_grad_interpreter(draws=1, samples=8), 3.0),
+    # in two groups, each gradient taken once more when it is differentiated
+    "eight images": (lambda: integrated_gradients_interpreter(draws=8), 25.0),
 }
 
 
@@ -138,6 +151,7 @@ def test_a_joint_step_costs_what_xla_counts(randomised, masker, name):
 
 
 def scoring(model, preset):
-    """A fresh look at the map: two forward passes of which one is gone back through, or the steps of a solver."""
-    solver = preset.interpreter.solver
-    return 1.5 if solver is None else solver.steps + 0.5
+    """A fresh look at logits and map: the gradients of the map, those of a solver, and half of one."""
+    explain, solver = preset.interpreter.explain, preset.interpreter.solver
+    averaged = [value for name, value in explain.options if name in ("points", "samples")]
+    return 0.5 + (sum(averaged) or 1 if solver is None else solver.steps)

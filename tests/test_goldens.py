@@ -168,7 +168,7 @@ def second_order(rule, resnet20, inputs):
             map_loss
         )(image)
         options = descent.Options(
-            threats.linf(), interpreters.smooth_grad_interpreter(act=act).surrogate
+            threats.linf(), interpreters.smooth_relu_grad_interpreter(act=act).surrogate
         )
         found[f"grad_{rule}/joint_grad"] = _joint_gradient(
             model, image, t, target_map, 0.05, options

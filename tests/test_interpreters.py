@@ -12,12 +12,17 @@ import pytest
 from adv2_jax import interpreters, losses
 from adv2_jax.activations import relu, relu_curved, relu_h, relu_sigmoid, softplus
 from adv2_jax.capabilities import logits_of
-from adv2_jax.interpreters import INTERPRETERS, Context, grad_interpreter, smooth_grad_interpreter
+from adv2_jax.interpreters import (
+    INTERPRETERS,
+    Context,
+    grad_interpreter,
+    smooth_relu_grad_interpreter,
+)
 from adv2_jax.interpreters.activation_maps import raw_cam, raw_grad_cam
 
 LABEL = 1
 TAU = 1e-3
-EVERY = {**INTERPRETERS, "smooth_grad": smooth_grad_interpreter}
+EVERY = {**INTERPRETERS, "smooth_relu_grad": smooth_relu_grad_interpreter}
 # a model with a masker, a surrogate with a memory: tests of their own
 del (EVERY["rts"], EVERY["mask"])
 
@@ -376,7 +381,7 @@ def test_hessian_of_the_joint_loss_is_symmetric_on_a_network_with_relus(network,
 
 
 @pytest.mark.parametrize(
-    ("factory", "act"), [(grad_interpreter, relu_curved), (smooth_grad_interpreter, relu_h)]
+    ("factory", "act"), [(grad_interpreter, relu_curved), (smooth_relu_grad_interpreter, relu_h)]
 )
 def test_tau_is_the_width_of_the_activation(small, photos, factory, act):
     def through_surrogate(x, tau):
@@ -403,7 +408,7 @@ def test_own_activation_of_the_smooth_surrogate(small, photos):
     @jax.jit
     def maps(image):
         through_surrogate = (
-            smooth_grad_interpreter(act=relu_sigmoid())
+            smooth_relu_grad_interpreter(act=relu_sigmoid())
             .surrogate(small, image, LABEL, Context(TAU))
             .map
         )
@@ -430,7 +435,7 @@ def test_constant_map_is_zeros(linear, pixels):
         np.testing.assert_array_equal(interpreter(same_everywhere, flat, LABEL), np.zeros((4, 4)))
 
 
-@pytest.mark.parametrize("factory", [grad_interpreter, smooth_grad_interpreter])
+@pytest.mark.parametrize("factory", [grad_interpreter, smooth_relu_grad_interpreter])
 def test_pool_serves_both_faces(linear, pixels, factory):
     interpreter = factory(pool=2)
     assert interpreter.explain(linear, pixels, LABEL).shape == (2, 2)
@@ -445,7 +450,7 @@ def test_equal_options_give_the_same_object(factory):
     assert factory() is factory()
 
 
-@pytest.mark.parametrize("factory", [grad_interpreter, smooth_grad_interpreter])
+@pytest.mark.parametrize("factory", [grad_interpreter, smooth_relu_grad_interpreter])
 def test_an_option_spelt_out_is_the_same_object(factory):
     assert factory(pool=2) is factory(pool=2)
     assert factory() is factory(pool=None)

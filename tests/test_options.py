@@ -22,10 +22,12 @@ SETTINGS = {
     "two options": lambda: threats.linf_flow(0.1, penalty=1e-3),
     **{f"interpreter {name}": make for name, make in INTERPRETERS.items()},
     "pool": lambda: interpreters.grad_interpreter(pool=2),
-    "smooth": interpreters.smooth_grad_interpreter,
-    "an activation of JAX": lambda: interpreters.smooth_grad_interpreter(act=jax.nn.softplus),
-    "an activation of ours": lambda: interpreters.smooth_grad_interpreter(act=activations.relu),
-    "an activation with an option": lambda: interpreters.smooth_grad_interpreter(
+    "smooth": interpreters.smooth_relu_grad_interpreter,
+    "an activation of JAX": lambda: interpreters.smooth_relu_grad_interpreter(act=jax.nn.softplus),
+    "an activation of ours": lambda: interpreters.smooth_relu_grad_interpreter(
+        act=activations.relu
+    ),
+    "an activation with an option": lambda: interpreters.smooth_relu_grad_interpreter(
         act=activations.relu_sigmoid(2.0)
     ),
     "mean": lambda: interpreters.rts_interpreter(encoder_loss="mean", encoder_weight=0.3),
@@ -64,7 +66,7 @@ def test_settings_compare_print_and_pickle(name):
         (interpreters.grad_interpreter(pool=2), ["Interpreter(name='grad'", "pool=2"]),
         (interpreters.mask_interpreter(steps=7, free=3), ["name='mask'", "steps=7", "free=3"]),
         (
-            interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)),
+            interpreters.smooth_relu_grad_interpreter(act=activations.relu_sigmoid(2.0)),
             ["relu_sigmoid", "beta=2.0"],
         ),
         (
@@ -89,7 +91,7 @@ def test_different_options_are_different_values():
 def test_settings_reach_another_process():
     sent = [
         threats.l2(0.7),
-        interpreters.smooth_grad_interpreter(act=activations.relu_sigmoid(2.0)),
+        interpreters.smooth_relu_grad_interpreter(act=activations.relu_sigmoid(2.0)),
         PRESETS["default"]["mask"],
     ]
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -72,7 +72,7 @@ BAD = {
     "[]": "must be an object of objects",
     '{"cam": 3}': "must be an object of objects",
     "{": "Expecting property name",
-    '{"ig": {}}': "preset of 'ig' is not one of pgd, grad, cam, grad_cam, rts, mask",
+    '{"ig": {}}': "preset of 'ig' is not one of pgd, grad, cam, grad_cam, rts, mask, input_x_gradient",
     '{"cam": {"step": 3}}': "cam: number 'step' is not one of interpreter, warm_steps, steps",
     '{"cam": {"steps": 2.5}}': "cam: steps = 2.5: must be a whole number, 0 or more",
     '{"cam": {"steps": true}}': "cam: steps = true: must be a whole number",
@@ -88,7 +88,9 @@ BAD = {
     '{"mask": {"interpreter": {"steps": 0}}}': "steps = 0 must be 1 or more",
     '{"mask": {"interpreter": {"turns": 1}}}': "turns",
     '{"mask": {"interpreter": {"objective": {"score": "map_l1"}}}}': "score 'map_l1' is not one of log_odds",
-    '{"grad": {"interpreter": {"kind": "smooth_grad", "act": "relu"}}}': "act is a function, which only Python can give",
+    '{"grad": {"interpreter": {"kind": "smooth_relu_grad", "act": "relu"}}}': "act is a function, which only Python can give",
+    '{"smooth_grad": {"interpreter": {"score": "map_l1"}}}': "score 'map_l1' is not one of log_odds",
+    '{"smooth_grad": {"interpreter": {"draws": 0}}}': "draws = 0 must be 1 or more",
     '{"pgd": {"interpreter": {"kind": "cam"}}}': "plain PGD has none",
 }
 

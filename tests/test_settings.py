@@ -19,7 +19,7 @@ from adv2_jax.interpreters import (
     MaskObjective,
     mask_interpreter,
     rts_interpreter,
-    smooth_grad_interpreter,
+    smooth_relu_grad_interpreter,
 )
 from adv2_jax.presets import PRESETS, resolve
 
@@ -42,7 +42,7 @@ SETTINGS = {"strict": strict, "disable_jit": jax.disable_jit}
 SHORT = {"warm_steps": 1, "steps": 2}
 MASK = mask_interpreter(steps=3, free=1)
 OTHER = {
-    "smooth_grad": smooth_grad_interpreter(),
+    "smooth_relu_grad": smooth_relu_grad_interpreter(),
     "encoder mean": rts_interpreter(encoder_loss="mean"),
     "mask implicit": mask_interpreter(
         steps=3, free=1, hypergradient="implicit", objective=MaskObjective(game="preservation")

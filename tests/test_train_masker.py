@@ -12,7 +12,7 @@ from test_maps import bilinear
 from adv2_jax import explain, models
 from adv2_jax.blending import alternative
 from adv2_jax.data import ImageSet, shapes
-from adv2_jax.interpreters import INTERPRETERS, SaliencyWeights
+from adv2_jax.interpreters import SaliencyWeights
 from adv2_jax.interpreters.masker_maps import saliency_loss, size_loss
 from adv2_jax.models import ClassifierWithMasker, Masker
 from adv2_jax.runs import faithfulness
@@ -383,9 +383,7 @@ def test_held_out_images_to_explain_are_those_the_network_gets_right(patches):
 
 
 def test_interpreters_are_measured_on_the_same_images(make_small, masker, images, monkeypatch):
-    monkeypatch.setattr(
-        faithfulness, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")}
-    )
+    monkeypatch.setattr(faithfulness, "PAPER", ("cam", "rts"))
     model = ClassifierWithMasker(make_small(), masker)
     logits, _ = explain(model, images, np.zeros(6, int), interpreter="cam")
     labels = logits.argmax(-1)

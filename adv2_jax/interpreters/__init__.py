@@ -30,16 +30,27 @@ from adv2_jax.interpreters.base import (
 from adv2_jax.interpreters.gradients import (
     grad,
     grad_interpreter,
+    guided_backprop,
+    guided_backprop_interpreter,
     input_gradient,
-    smooth_grad_interpreter,
+    input_x_gradient,
+    input_x_gradient_interpreter,
+    smooth_relu_grad_interpreter,
 )
 from adv2_jax.interpreters.mask_descent import MaskObjective, mask, mask_interpreter
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, rts, rts_interpreter
+from adv2_jax.interpreters.path import (
+    integrated_gradients,
+    integrated_gradients_interpreter,
+    smooth_grad,
+    smooth_grad_interpreter,
+)
 from adv2_jax.options import shown
 
 __all__ = [
     "FACTORIES",
     "INTERPRETERS",
+    "PAPER",
     "Context",
     "Explain",
     "Init",
@@ -56,12 +67,20 @@ __all__ = [
     "grad_cam",
     "grad_cam_interpreter",
     "grad_interpreter",
+    "guided_backprop",
+    "guided_backprop_interpreter",
     "input_gradient",
+    "input_x_gradient",
+    "input_x_gradient_interpreter",
+    "integrated_gradients",
+    "integrated_gradients_interpreter",
     "mask",
     "mask_interpreter",
     "rts",
     "rts_interpreter",
+    "smooth_grad",
     "smooth_grad_interpreter",
+    "smooth_relu_grad_interpreter",
 ]
 
 
@@ -72,10 +91,16 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "grad_cam": grad_cam_interpreter,
     "rts": rts_interpreter,
     "mask": mask_interpreter,
+    "input_x_gradient": input_x_gradient_interpreter,
+    "integrated_gradients": integrated_gradients_interpreter,
+    "smooth_grad": smooth_grad_interpreter,
+    "guided_backprop": guided_backprop_interpreter,
 }
+# those that ADV² attacks, which all commands take unless told otherwise
+PAPER = ("grad", "cam", "grad_cam", "rts", "mask")
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
     **INTERPRETERS,
-    "smooth_grad": smooth_grad_interpreter,
+    "smooth_relu_grad": smooth_relu_grad_interpreter,
 }
 
 

@@ -1,15 +1,19 @@
-"""GRAD: the map is the gradient of a class score with respect to the image (ADV² eq. 5).
+"""Maps from one gradient of a class score in the image: GRAD (ADV² eq. 5) and its relatives.
 
-The gradient of the map is a second derivative of the network, and that of a ReLU network is zero
-almost everywhere. An attack therefore replaces a derivative of ReLU (see `activations`).
+An attribution [H, W, 3] becomes a map as the gradient of GRAD does: the largest absolute value over
+colours, pooled and scaled to [0, 1] (`attribution_map`). The gradient of the map is a second
+derivative of the network, and that of a ReLU network is zero almost everywhere. An attack therefore
+replaces a derivative of ReLU (see `activations`).
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from adv2_jax import maps
-from adv2_jax.activations import relu_curved, relu_h, squared_width
+from adv2_jax.activations import relu_curved, relu_guided, relu_h, squared_width
 from adv2_jax.capabilities import logits_of, pre_activations
 from adv2_jax.interpreters.base import Context, Interpreter, Seen, interpreter_factory
 from adv2_jax.losses import log_odds
@@ -22,6 +26,9 @@ DECAY = 0.95  # of the sum of past movements, in a step: it looks back about 20 
 NEURON, LAYER = 0.7, 0.7  # factors of the movement of the neuron, and of its layer
 
 COLOURS, PIXELS = 2, 8  # powers of `maps.spread_max`
+
+# (model, image, label, *, act) -> attribution [H, W, 3], logits [K]
+Attribution = Callable[..., tuple[Array, Logits]]
 
 
 def input_gradient(
@@ -69,12 +76,20 @@ def grad_with_logits(
     # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
     # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long.
     gradient, logits = input_gradient(model, image, label, act=act, score=score)
-    return logits, _reduced(gradient, pool, spread)
+    return logits, attribution_map(gradient, pool, spread)
 
 
-def _reduced(gradient: Array, pool: int | None, spread: bool) -> Map:
+def attribution_map(attribution: Array, pool: int | None, spread: bool = False) -> Map:
+    """Return the map of an attribution: [H, W, 3] of any range -> [H/pool, W/pool] in [0, 1].
+
+    Args:
+        attribution: its largest absolute value over colours is taken, as for GRAD (Simonyan et al.
+            2014).
+        pool: side of the mean-pooling blocks, as in `grad`.
+        spread: share the derivatives of both maxima (`maps.spread_max`).
+    """
     colours, pixels = (COLOURS, PIXELS) if spread else (None, None)
-    return maps.min_max(maps.pool(maps.channel_max(gradient, colours), pool), pixels)
+    return maps.min_max(maps.pool(maps.channel_max(attribution, colours), pool), pixels)
 
 
 def grad(
@@ -138,7 +153,7 @@ def grad_interpreter(
     """
     if tau not in (None, "matched"):
         raise ValueError(f"tau {tau!r} is neither None, for a schedule, nor 'matched'")
-    surrogate = _curved_grad if tau is None else _matched_grad
+    surrogate = curved_attribution if tau is None else _matched_grad
     return Interpreter(
         "grad",
         bind(grad, pool=pool),
@@ -148,18 +163,21 @@ def grad_interpreter(
     )
 
 
-def _curved_grad(
+def curved_attribution(
     model: Classifier,
     image: Image,
     label: Label,
     context: Context,
     *,
+    attribution: Attribution = input_gradient,
     pool: int | None,
-    spread: bool,
+    spread: bool = False,
 ) -> Seen:
+    """Surrogate of a map from one gradient: the true map, with a second derivative invented."""
     act = lambda z: relu_curved(z, context.tau)  # noqa: E731
     # the logits too: `relu_curved` has the values and first derivatives of ReLU
-    return Seen(*grad_with_logits(model, image, label, act=act, pool=pool, spread=spread))
+    values, logits = attribution(model, image, label, act=act)
+    return Seen(logits, attribution_map(values, pool, spread))
 
 
 def _no_movement(model: Classifier, image: Image) -> list[Array]:
@@ -186,7 +204,7 @@ def _matched_grad(
     """
     if context.memory is None:
         # outside of an attack nothing moves, as in `curvature.map_jacobian`
-        return _curved_grad(model, image, label, context, pool=pool, spread=spread)
+        return curved_attribution(model, image, label, context, pool=pool, spread=spread)
 
     def class_score(x: Image) -> tuple[Array, tuple[Logits, list[Array]]]:
         means, after = iter(context.memory), []
@@ -201,11 +219,13 @@ def _matched_grad(
         return log_odds(logits, label), (logits, after)
 
     gradient, (logits, memory) = jax.grad(class_score, has_aux=True)(image)
-    return Seen(logits, _reduced(gradient, pool, spread), memory=jax.lax.stop_gradient(memory))
+    return Seen(
+        logits, attribution_map(gradient, pool, spread), memory=jax.lax.stop_gradient(memory)
+    )
 
 
 @interpreter_factory
-def smooth_grad_interpreter(
+def smooth_relu_grad_interpreter(
     *, act: Activation | None = None, pool: int | None = None
 ) -> Interpreter:
     """GRAD, attacked through a map with a smoothed *first* derivative, as in the paper (§3.2).
@@ -223,13 +243,13 @@ def smooth_grad_interpreter(
     return Interpreter(
         "grad",
         bind(grad, pool=pool),
-        bind(_smooth_grad, act=act, pool=pool),
+        bind(_smooth_relu_grad, act=act, pool=pool),
         faithful=False,
         needs=("act",),
     )
 
 
-def _smooth_grad(
+def _smooth_relu_grad(
     model: Classifier,
     image: Image,
     label: Label,
@@ -242,3 +262,108 @@ def _smooth_grad(
     # Two linearisations, since the backward passes differ: that of the logits must be exact. The
     # forward passes are equal and XLA merges them, so 3 units of work cost 2.5.
     return Seen(logits_of(model, image), grad(model, image, label, act=smooth, pool=pool))
+
+
+def times_input(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    *,
+    act: Activation | None = None,
+    score: Score = log_odds,
+) -> tuple[Array, Logits]:
+    """Return image times gradient, [H, W, 3], and the logits; arguments as `input_gradient`."""
+    gradient, logits = input_gradient(model, image, label, act=act, score=score)
+    return image * gradient, logits
+
+
+def input_x_gradient(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    *,
+    act: Activation | None = None,
+    pool: int | None = None,
+    score: Score = log_odds,
+) -> Map:
+    """Return the map of input times gradient, |x ∂u_c/∂x| (Shrikumar et al. 2016).
+
+    Arguments and scaling as for `grad`; the log-odds u_c give the map of the probability here too.
+
+    Returns:
+        [H/pool, W/pool] in [0, 1].
+    """
+    return attribution_map(times_input(model, image, label, act=act, score=score)[0], pool)
+
+
+@interpreter_factory
+def input_x_gradient_interpreter(*, pool: int | None = None) -> Interpreter:
+    """Input times gradient, attacked as GRAD is; the surrogate is faithful.
+
+    Args:
+        pool: as in `input_x_gradient`.
+
+    Returns:
+        An interpreter; equal options give the same object.
+    """
+    return Interpreter(
+        "input_x_gradient",
+        bind(input_x_gradient, pool=pool),
+        bind(curved_attribution, attribution=times_input, pool=pool),
+        needs=("act",),
+    )
+
+
+def guided_backprop(
+    model: Classifier,
+    image: Image,
+    label: Label,
+    *,
+    act: Activation = relu_guided,
+    pool: int | None = None,
+    score: Score = log_odds,
+) -> Map:
+    """Return the map of guided back-propagation (Springenberg et al. 2015).
+
+    It is GRAD, but each ReLU passes a gradient g only where z > 0 and g > 0 (`relu_guided`). The
+    rule commutes with positive factors, so the log-odds give the map of the probability; that of
+    `score=logit` is another.
+
+    Args:
+        model: the classifier. ReLUs that `act` does not reach stay as they are.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c the map explains.
+        act: the guided ReLU; `relu_guided` of another width has the same values.
+        pool: as in `grad`.
+        score: (logits, label) -> [].
+
+    Returns:
+        [H/pool, W/pool] in [0, 1].
+    """
+    return attribution_map(input_gradient(model, image, label, act=act, score=score)[0], pool)
+
+
+@interpreter_factory
+def guided_backprop_interpreter(*, pool: int | None = None) -> Interpreter:
+    """Guided back-propagation, attacked through the true map; its slope in z is invented.
+
+    Args:
+        pool: as in `guided_backprop`.
+
+    Returns:
+        An interpreter; equal options give the same object.
+    """
+    return Interpreter(
+        "guided_backprop",
+        bind(guided_backprop, pool=pool),
+        bind(_guided, pool=pool),
+        needs=("act",),
+    )
+
+
+def _guided(
+    model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
+) -> Seen:
+    m = guided_backprop(model, image, label, act=lambda z: relu_guided(z, context.tau), pool=pool)
+    # A pass of their own, as in `_smooth_relu_grad`: a guided gradient of the logits is not exact
+    return Seen(logits_of(model, image), m)

@@ -24,6 +24,16 @@ INTERPRETERS = {  # name, and what the map shows
     ),
     "rts": ("RTS", "Real-time saliency: a second network, trained to predict the map."),
     "mask": ("MASK", "The smallest mask whose removal from the image destroys the class."),
+    "input_x_gradient": ("Input × gradient", "The gradient of GRAD, times the pixel value."),
+    "integrated_gradients": (
+        "Integrated Gradients",
+        "The mean gradient on the way from a black image to this one, times the pixel value.",
+    ),
+    "smooth_grad": ("SmoothGrad", "The gradient of GRAD, averaged over noisy copies of the image."),
+    "guided_backprop": (
+        "Guided backprop",
+        "The gradient of GRAD, but only what is positive passes back through a ReLU.",
+    ),
 }
 
 
