@@ -324,6 +324,11 @@ def check_interpreter(
             f"{interpreter.name} needs a masker: its model is a "
             f"models.ClassifierWithMasker(classifier, masker), not a {kind}"
         )
+    if lacking == "attend":
+        raise ValueError(
+            f"{interpreter.name} needs a transformer: {kind}.logits has no option attend "
+            "(see models.VisionTransformer)"
+        )
     if lacking is not None:
         raise ValueError(
             f"{interpreter.name} needs features and head, and {kind} has no method {lacking}; "

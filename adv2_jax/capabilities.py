@@ -28,9 +28,16 @@ TRAINING = {"use_running_average": "uses batch statistics", "deterministic": "is
 def lacks(model: Any, *needs: str) -> list[str]:
     """Return those of some needs that a model lacks: methods, or a "masker".
 
-    "act" is no method, but an option of `logits` and `features`: see `check_activation`.
+    "act" and "attend" are no methods, but options of `logits`; for the first see
+    `check_activation`.
     """
-    return [need for need in needs if need != "act" and not callable(getattr(model, need, None))]
+
+    def has(need: str) -> bool:
+        if need == "attend":
+            return takes(getattr(model, "logits", None), need)
+        return need == "act" or callable(getattr(model, need, None))
+
+    return [need for need in needs if not has(need)]
 
 
 def logits_of(
@@ -52,7 +59,7 @@ def logits_of(
         return logits_of(model, image, lambda z: next(rest)(z))
     network, pooled = cast(Any, model), not lacks(model, "features", "head")
     method = network.features if pooled else network.logits
-    value = method(image) if act is None or not _takes(method, "act") else method(image, act=act)
+    value = method(image) if act is None or not takes(method, "act") else method(image, act=act)
     return head_of(network, value) if pooled else at_least_float32(value)
 
 
@@ -265,7 +272,7 @@ def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspec
     if training is not None:
         raise ValueError(training)
     # with an activation that is no ReLU, any ReLU in the program does not come from `act`
-    options = {"act": jnp.tanh} if _takes(getattr(model, method), "act") else {}
+    options = {"act": jnp.tanh} if takes(getattr(model, method), "act") else {}
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     traced, program = _traced(
         lambda model, x: getattr(model, method)(x, **options),
@@ -290,8 +297,10 @@ def _inspected(known: Architecture, shape: tuple[int, ...], name: str) -> Inspec
     )
 
 
-def _takes(method: Callable[..., Any], option: str) -> bool:
+def takes(method: Callable[..., Any] | None, option: str) -> bool:
     """Return whether a method takes an option by name; True if its signature is not known."""
+    if method is None:
+        return False
     try:
         parameters = inspect.signature(method).parameters.values()
     except (TypeError, ValueError):

@@ -55,6 +55,19 @@ class HasFeatures(Protocol):
         ...
 
 
+@runtime_checkable
+class HasAttention(Protocol):
+    """Protocol of attention rollout: a transformer (`adv2_jax.models.VisionTransformer`)."""
+
+    def logits(self, image: Image, *, attend: Callable[[Array], Array] = ...) -> Logits:
+        """Return the logits [K] of an image in [0, 1].
+
+        `attend` is called with the attention [heads, T, T] of each block, in their order; what it
+        returns takes its place.
+        """
+        ...
+
+
 Classifier = HasLogits | HasFeatures
 
 

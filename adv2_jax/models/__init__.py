@@ -19,6 +19,7 @@ from adv2_jax.models import convert, user
 from adv2_jax.models.densenet import DenseNet
 from adv2_jax.models.masker import ClassifierWithMasker, Encoder, Masker
 from adv2_jax.models.resnet import CifarResNet, ImageNetResNet
+from adv2_jax.models.vit import VisionTransformer
 from adv2_jax.state_dicts import read_weights
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ImageNetResNet",
     "Masker",
     "Network",
+    "VisionTransformer",
     "build",
     "check_encoder",
     "check_name",
@@ -50,7 +52,7 @@ log = logging.getLogger(__name__)
 
 EMBEDDED = "cifar_resnet20"  # name of the network that is shipped with the package
 OPTION, ENCODER = "option/", "encoder."  # prefixes of arrays in the file of a masker
-Network = CifarResNet | ImageNetResNet | DenseNet
+Network = CifarResNet | ImageNetResNet | DenseNet | VisionTransformer
 
 MODELS: dict[str, partial[Any]] = {
     "cifar_resnet20": partial(CifarResNet, 3),
@@ -67,6 +69,11 @@ MODELS: dict[str, partial[Any]] = {
     "densenet161": partial(DenseNet, (6, 12, 36, 24), growth=48, width=96),
     "densenet169": partial(DenseNet, (6, 12, 32, 32)),
     "densenet201": partial(DenseNet, (6, 12, 48, 32)),
+    "vit_tiny_patch16": partial(VisionTransformer, 12, 3, width=192),
+    "vit_small_patch16": partial(VisionTransformer, 12, 6, width=384),
+    "vit_base_patch16": partial(VisionTransformer, 12, 12, width=768),
+    "vit_base_patch32": partial(VisionTransformer, 12, 12, width=768, patch=32),
+    "vit_large_patch16": partial(VisionTransformer, 24, 16, width=1024),
 }
 
 
@@ -159,7 +166,8 @@ def with_new_head(model: Network, num_classes: int, *, seed: int = 0) -> Network
     if num_classes < 2:
         raise ValueError(f"num_classes must be 2 or more, got {num_classes}")
     name = model.SIZES["num_classes"].removesuffix(".weight")
-    copy = nnx.clone(model)
+    attributes = {torch: own for own, torch in convert.TORCH_ATTRIBUTE.items()}
+    name, copy = attributes.get(name, name), nnx.clone(model)
     # the head is the one layer whose size is the number of classes
     setattr(
         copy, name, nnx.Linear(getattr(copy, name).in_features, num_classes, rngs=nnx.Rngs(seed))

@@ -29,13 +29,27 @@ TORCH_NAME = {
     "mean": "running_mean",
     "var": "running_var",
 }
-# DenseNet's: `features` is the name of a method here
-TORCH_ATTRIBUTE = {"trunk": "features"}
-# axes by rank: convolution HWIO -> OIHW, linear IO -> OI
-TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,), 0: ()}
+# of DenseNets and of ViTs: `features` and `head` are the names of methods here
+TORCH_ATTRIBUTE = {"trunk": "features", "classes": "head"}
+# axes by rank: convolution HWIO -> OIHW, linear IO -> OI; tokens of ViTs are [1, T, D]
+TO_TORCH = {4: (3, 2, 0, 1), 3: (0, 1, 2), 2: (1, 0), 1: (0,), 0: ()}
 COUNTERS = ("num_batches_tracked", "n_averaged")  # of BatchNorm and of averaged models: not weights
-# torchvision's files say norm.1, its module norm1
-OLD_DENSE_LAYER = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12])\.")
+RENAMED = {
+    # torchvision's files of DenseNets say norm.1, its module norm1
+    r"(denselayer\d+\.(?:norm|conv))\.([12])\.": r"\1\2.",
+    # its ViTs, under the names of timm
+    r"\bclass_token$": "cls_token",
+    r"\bencoder\.pos_embedding$": "pos_embed",
+    r"\bconv_proj\.": "patch_embed.proj.",
+    r"\bencoder\.layers\.encoder_layer_(\d+)\.": r"blocks.\1.",
+    r"\bencoder\.ln\.": "norm.",
+    r"\bheads\.head\.": "head.",
+    r"\bln_([12])\.": r"norm\1.",
+    r"\bself_attention\.in_proj_": "attn.qkv.",
+    r"\bself_attention\.out_proj\.": "attn.proj.",
+    r"\bmlp\.(?:0|linear_1)\.": "mlp.fc1.",
+    r"\bmlp\.(?:3|linear_2)\.": "mlp.fc2.",
+}
 
 
 class Canonical(NamedTuple):
@@ -80,11 +94,11 @@ def _counted(what: str, keys: Sequence[str]) -> list[str]:
 
 
 def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) -> Canonical:
-    """Bring a state dict under the names of torchvision, which are those of timm.
+    """Bring a state dict under the names of torchvision, which are those of timm; of ViTs, timm's.
 
     Counters are passed over. A prefix of the network's keys (`module.`, `model.`, `backbone.`, …)
     is removed. Arrays without it, or of no module of the network (a normaliser in front, a second
-    copy of the weights), are left out. The layers of old DenseNet files are renamed.
+    copy of the weights), are left out. Names of `RENAMED` are changed.
 
     Args:
         arrays: by name.
@@ -95,11 +109,7 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
         ValueError: two keys become one.
     """
     passed_over = [key for key in arrays if key.rpartition(".")[2] in COUNTERS]
-    new = {
-        key: OLD_DENSE_LAYER.sub(r"\1\2.", key)
-        for key in arrays
-        if key.rpartition(".")[2] not in COUNTERS
-    }
+    new = {key: _renamed(key) for key in arrays if key.rpartition(".")[2] not in COUNTERS}
     fits = _fits(new.values(), expected)
     modules = {key.partition(".")[0] for key in expected}
     prefix = fits[0] if fits else _common(list(new.values()), modules or TORCH_ATTRIBUTE.values())
@@ -108,7 +118,7 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
         key: name.removeprefix(prefix)
         for key, name in new.items()
         if not fits
-        or (key.startswith(prefix) and key.removeprefix(prefix).partition(".")[0] in modules)
+        or (name.startswith(prefix) and name.removeprefix(prefix).partition(".")[0] in modules)
     }
     twice = [name for name, times in Counter(bare.values()).items() if times > 1]
     if twice:
@@ -121,6 +131,12 @@ def canonical(arrays: Mapping[str, np.ndarray], expected: Collection[str] = ()) 
         left_out=[key for key in new if key not in bare],
         others=fits[1:],
     )
+
+
+def _renamed(key: str) -> str:
+    for pattern, name in RENAMED.items():
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def _fits(names: Iterable[str], expected: Collection[str]) -> list[str]:
