@@ -23,9 +23,11 @@ from adv2_jax.interpreters import (
     INTERPRETERS,
     Interpreter,
     MaskObjective,
+    attention_rollout_interpreter,
     cam_interpreter,
     grad_cam_interpreter,
     grad_interpreter,
+    gradient_rollout_interpreter,
     guided_backprop_interpreter,
     input_x_gradient_interpreter,
     integrated_gradients_interpreter,
@@ -242,6 +244,8 @@ _QUICK_STEPS = {
     "integrated_gradients": 8,
     "smooth_grad": 8,
     "guided_backprop": 19,
+    "attention_rollout": 56,
+    "gradient_rollout": 28,
 }
 
 PRESETS: dict[str, dict[str, Preset]] = {
@@ -266,6 +270,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "guided_backprop": replace(
             _DEFAULT_GRAD, interpreter=guided_backprop_interpreter(), steps=200
         ),
+        "attention_rollout": replace(_DEFAULT_CAM, interpreter=attention_rollout_interpreter()),
+        "gradient_rollout": replace(_DEFAULT_GRAD, interpreter=gradient_rollout_interpreter()),
     },
 }
 PRESETS["quick"] = {

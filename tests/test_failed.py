@@ -16,7 +16,7 @@ from adv2_jax.interpreters import INTERPRETERS, grad_interpreter
 from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.transfer import load_run, transfer_matrix
 
-NAMES = [name for name in INTERPRETERS if name != "rts"]
+NAMES = [name for name in INTERPRETERS if name != "rts" and "rollout" not in name]
 WIDE = threats.linf(0.2)
 
 

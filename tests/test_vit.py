@@ -113,7 +113,9 @@ def test_gradient_rollout_is_that_of_central_differences(vit, arrays, photo):
         slope = np.zeros_like(attention)
         for place in np.ndindex(slope.shape):
             up, down = (
-                plain(photo, arrays, [z + s * one(place, z, i == j) for j, z in enumerate(zeros)])[0]
+                plain(photo, arrays, [z + s * one(place, z, i == j) for j, z in enumerate(zeros)])[
+                    0
+                ]
                 for s, zeros in ((step, [0 * a for a in seen]), (-step, [0 * a for a in seen]))
             )
             slope[place] = (up - down)[label] / (2 * step)
@@ -177,7 +179,9 @@ def test_second_derivatives_of_grad_are_those_of_the_network(double, arrays, pho
 
 
 @pytest.mark.parametrize("name", ROLLOUTS)
-def test_derivatives_of_rollouts_are_those_of_central_differences(name, double, arrays, photo, slope):
+def test_derivatives_of_rollouts_are_those_of_central_differences(
+    name, double, arrays, photo, slope
+):
     vit = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), from_state_dict(build(), arrays))
     explain, image = getattr(interpreters, name), jnp.asarray(photo, float)
     wanted = jnp.linspace(0, 1, 16).reshape(4, 4)

@@ -17,6 +17,12 @@ from adv2_jax.interpreters.activation_maps import (
     grad_cam,
     grad_cam_interpreter,
 )
+from adv2_jax.interpreters.attention_maps import (
+    attention_rollout,
+    attention_rollout_interpreter,
+    gradient_rollout,
+    gradient_rollout_interpreter,
+)
 from adv2_jax.interpreters.base import (
     Context,
     Explain,
@@ -60,6 +66,8 @@ __all__ = [
     "Seen",
     "Solver",
     "Surrogate",
+    "attention_rollout",
+    "attention_rollout_interpreter",
     "cam",
     "cam_interpreter",
     "from_explain",
@@ -67,6 +75,8 @@ __all__ = [
     "grad_cam",
     "grad_cam_interpreter",
     "grad_interpreter",
+    "gradient_rollout",
+    "gradient_rollout_interpreter",
     "guided_backprop",
     "guided_backprop_interpreter",
     "input_gradient",
@@ -95,6 +105,8 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "integrated_gradients": integrated_gradients_interpreter,
     "smooth_grad": smooth_grad_interpreter,
     "guided_backprop": guided_backprop_interpreter,
+    "attention_rollout": attention_rollout_interpreter,
+    "gradient_rollout": gradient_rollout_interpreter,
 }
 # those that ADV² attacks, which all commands take unless told otherwise
 PAPER = ("grad", "cam", "grad_cam", "rts", "mask")

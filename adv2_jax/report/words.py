@@ -30,6 +30,14 @@ INTERPRETERS = {  # name, and what the map shows
         "The mean gradient on the way from a black image to this one, times the pixel value.",
     ),
     "smooth_grad": ("SmoothGrad", "The gradient of GRAD, averaged over noisy copies of the image."),
+    "attention_rollout": (
+        "Attention rollout",
+        "What flows from each patch to the class token, whatever the class.",
+    ),
+    "gradient_rollout": (
+        "Gradient rollout",
+        "What flows from each patch to the class token, weighted by what it does for the class.",
+    ),
     "guided_backprop": (
         "Guided backprop",
         "The gradient of GRAD, but only what is positive passes back through a ReLU.",
