@@ -278,6 +278,9 @@ PRESETS["quick"] = {
     name: replace(PRESETS["default"][name], steps=steps, step_size=decay(4 * PIXEL, PIXEL / 5))
     for name, steps in _QUICK_STEPS.items()
 }
+PRESETS["quick"]["smooth_grad"] = replace(
+    PRESETS["quick"]["smooth_grad"], interpreter=smooth_grad_interpreter(draws=2)
+)
 # a map after half of the usual 50 solver steps
 PRESETS["quick"]["mask"] = replace(
     PRESETS["quick"]["mask"], interpreter=mask_interpreter(steps=25, free=1), score_every=6

@@ -207,7 +207,7 @@ def test_rollouts_are_attacked(name, vit):
 
 
 def test_what_is_no_square_of_patches_is_refused(vit, make_small):
-    with pytest.raises(ValueError, match="attention_rollout needs a transformer: .* attend"):
+    with pytest.raises(ValueError, match=r"attention_rollout needs a transformer: .* attend"):
         adv2.explain(make_small(), np.zeros((1, 16, 16, 3)), [0], interpreter="attention_rollout")
     with pytest.raises(ValueError, match="cannot take images"):
         adv2.explain(vit, np.zeros((1, 20, 20, 3)), [0], interpreter="grad")
