@@ -27,6 +27,8 @@ RESAMPLES = 2000  # of a bootstrap
 BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
+CONTROL = "noise"  # no attack: random changes under the same threat model, in a row of its own
+KINDS = (CONTROL, *ATTACKS)  # of rows, in their order
 # the two forms of results, and what a folder of shards has that no other has
 RESULTS, SHARDS, INDEX = "results.npz", "results", "index.json"
 FORMS = ("auto", "npz", "shards")
