@@ -66,6 +66,9 @@ log = logging.getLogger(__name__)
 # life of the process: a run calls `attack` for each of its batches
 _SMALLER: dict[Any, int] = {}
 
+# folded into the key of an image for its noise, and more than the steps of any attack
+NOISE = 2**31 - 1
+
 # The spacing of float32 in [.5, 1), twice the largest rounding error there. An 8-bit image that was
 # divided by 255 in float32 is closer than this to k/255, and taken for k/255 in float64 too
 ULP = 2.0**-24
@@ -201,6 +204,59 @@ def attack(
     with at(precision):  # as the steps were, so that nothing is traced again
         evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
     return result._replace(gradient_evaluations=evaluations)
+
+
+def noise(
+    model: Classifier,
+    images: ArrayLike,
+    targets: ArrayLike,
+    *,
+    threat: Threat,
+    batch_size: int = 32,
+    keys: ArrayLike | None = None,
+    devices: int | None = None,
+) -> Result:
+    """Change images at random, by as much as a threat model allows: a control beside `attack`.
+
+    It costs no gradient. Images are rounded at once, `float_*` are those too. One that fails keeps
+    its noise.
+
+    Args:
+        model: the classifier.
+        images: benign, uint8 [N, H, W, 3].
+        targets, threat, batch_size, keys, devices: as in `attack`; the noise of an image depends on
+            its key alone. The threat model must have `noise`.
+
+    Returns:
+        As `attack` of plain PGD, without steps: curves are [N, 0].
+    """
+    benign = np.asarray(check_images(images))
+    n = len(benign)
+    keys = image_keys(0, np.arange(n)) if keys is None else np.asarray(keys)
+    drawn = _noisy(*jax.device_put((to_unit(benign, np.float32), keys)), threat)
+    params, x = jax.tree.map(np.array, jax.device_get(drawn))
+    rounded = to_uint8(_rounded(x, params, benign, threat))
+    seen = explain(
+        model,
+        rounded,
+        targets,
+        interpreter=no_map,
+        batch_size=batch_size,
+        all_may_fail=True,
+        devices=devices,
+    )
+    curves, none = Info(*[np.zeros((n, 0))] * 3), np.zeros((0, 0, *benign.shape[1:]), np.uint8)
+    x = to_unit(rounded, np.float32)
+    return Result(rounded, *seen, x, *seen, 0.0, params, curves, none, ~finite(seen))
+
+
+@partial(jax.jit, static_argnums=2)
+@partial(jax.vmap, in_axes=(0, 0, None))
+def _noisy(image: Image, key: jax.Array, threat: Threat) -> tuple[Params, Image]:
+    """Return random parameters of a threat model, and the image that they make."""
+    assert threat.noise is not None
+    params = threat.noise(jax.random.fold_in(jax.random.wrap_key_data(key), NOISE), image)
+    return params, threat.apply(params, image)
 
 
 def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
@@ -711,12 +767,7 @@ def _attack_batch(
         if crafted.pictures is None
         else jax.device_get(crafted.pictures)
     )
-    # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
-    x64: Any = x.astype(np.float64)
-    rounded = [
-        threat.round(x64[i], jax.tree.map(itemgetter(i), params), image)
-        for i, image in enumerate(to_unit(benign))
-    ]
+    rounded = _rounded(x, params, benign, threat)
     faces: tuple[Explain, Solver | None] = (
         (no_map, None)
         if preset.interpreter is None
@@ -741,6 +792,16 @@ def _attack_batch(
     # () is a pytree without leaves: batches are concatenated leaf by leaf
     snapshots = to_uint8(pictures).swapaxes(0, 1)
     return Result(*results, *float_results, (), params, curves, snapshots, failed)
+
+
+def _rounded(x: np.ndarray, params: Params, benign: np.ndarray, threat: Threat) -> list[Any]:
+    """Return the nearest allowed 8-bit images, in [0, 1], of images that parameters make."""
+    # in float64, where k/255 and the radius of a ball are exact enough for "always inside"
+    x64: Any = x.astype(np.float64)
+    return [
+        threat.round(x64[i], jax.tree.map(itemgetter(i), params), image)
+        for i, image in enumerate(to_unit(benign))
+    ]
 
 
 def _seen(

@@ -6,6 +6,7 @@ maps      [N, h, w]     in [0, 1]
 objects   [N, H, W]     bool, True on the object
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
+from scipy.ndimage import gaussian_filter, maximum_filter
 from scipy.special import softmax
 
 from adv2_jax.maps import resize
@@ -63,25 +65,130 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75) -> np.ndarray:
     """Return the IoU of the entries above a quantile of each map: [N, h, w], [N, h, w] -> [N].
 
-    The entries are chosen by rank: all that are as large as the k-th largest, where k of h w lie
-    above the quantile. So a plateau at the top is taken whole, and one at the minimum never counts.
-    Two unrelated maps have an IoU of .14 at the 75th percentile.
+    The entries are chosen by rank (`_top`), k of h w lying above the quantile. Two unrelated maps
+    have an IoU of .14 at the 75th percentile.
     """
+    n = np.asarray(maps)[0].size
+    return _iou(*_tops(maps, target_maps, n - 1 - int(quantile * (n - 1))))
 
-    def top(m: np.ndarray) -> np.ndarray:
-        n = m[0].size
-        k = max(n - 1 - int(quantile * (n - 1)), 1)
-        last = np.sort(m.reshape(len(m), n), axis=-1)[:, n - k, None, None]
+
+def _tops(maps: ArrayLike, target_maps: ArrayLike, k: int) -> list[np.ndarray]:
+    """Return two boolean maps [N, h, w]: the entries of each as large as its k-th largest.
+
+    So a plateau at the top is taken whole, and one at the minimum never counts. k is 1 or more.
+    """
+    tops, k = [], max(k, 1)
+    for m in map(np.asarray, (maps, target_maps)):
+        last = np.sort(m.reshape(len(m), -1), axis=-1)[:, -k, None, None]
         # a comparison with the quantile itself would leave nothing of a map with more than a
         # quarter of its entries at the maximum
-        return np.where(last > m.min((1, 2), keepdims=True), m >= last, m > last)
-
-    return _iou(top(np.asarray(maps)), top(np.asarray(target_maps)))
+        tops.append(np.where(last > m.min((1, 2), keepdims=True), m >= last, m > last))
+    return tops
 
 
 def iou_threshold(maps: ArrayLike, target_maps: ArrayLike, threshold: float = 0.5) -> np.ndarray:
     """Return the IoU of the maps binarised at a threshold: [N, h, w], [N, h, w] -> [N]."""
     return _iou(np.asarray(maps) >= threshold, np.asarray(target_maps) >= threshold)
+
+
+def top_intersection(
+    maps: ArrayLike, target_maps: ArrayLike, share: float = 0.1, radius: int = 0
+) -> np.ndarray:
+    """Return the top-k intersection (Ghorbani et al. 2019): [N, h, w], [N, h, w] -> [N] in [0, 1].
+
+    The number of entries among the k largest of both maps, divided by k. The entries are those of
+    `iou_quantile`; where plateaus make them more or less than k, the larger number divides. Two
+    empty maps have 1. Two unrelated maps have `share`.
+
+    Args:
+        maps, target_maps: to be compared.
+        share: k / (h w), k rounded, 1 or more.
+        radius: an entry also counts if the other map has one of its k within so many rows and
+            columns, and the share of such entries is averaged over both maps: the mean of LENS
+            precision and recall at k (Kamath et al. 2024).
+    """
+    pair = _tops(maps, target_maps, round(share * np.asarray(maps)[0].size))
+    size, width = [m.sum(axis=(1, 2)) for m in pair], 2 * radius + 1
+    # the largest of a window: True within the radius of a True
+    near = [maximum_filter(m, size=(1, width, width), mode="constant") for m in pair]
+    hits = [(m & other).sum(axis=(1, 2)) for m, other in zip(pair, reversed(near), strict=True)]
+    empty = np.maximum(*size) == 0
+    if radius == 0:
+        return np.where(empty, 1.0, hits[0] / np.maximum(np.maximum(*size), 1))
+    shares = [hit / np.maximum(n, 1) for hit, n in zip(hits, size, strict=True)]
+    return np.where(empty, 1.0, np.mean(shares, axis=0))
+
+
+def rank_correlation(a: ArrayLike, b: ArrayLike) -> np.ndarray:
+    """Return Spearman's ρ along the last axis: [..., n], [..., n] -> [...] in [-1, 1].
+
+    Equal entries share their mean rank. It is NaN where all entries of one are equal.
+    """
+    from scipy.stats import rankdata  # takes a second: only where it is used
+
+    x, y = (rankdata(values, axis=-1) for values in (a, b))
+    x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
+    size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.asarray((x * y).sum(-1) / np.where(size > 0, size, np.nan))
+
+
+def spearman(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
+    """Return Spearman's rank correlation of the entries: [N, h, w], [N, h, w] -> [N] in [-1, 1].
+
+    A constant map has no order: 0, and 1 for two constant maps, which agree.
+    """
+    return _correlation(rank_correlation, maps, target_maps)
+
+
+def kendall(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
+    """Return Kendall's τ-b of the entries, which allows for ties: [N, h, w] x 2 -> [N] in [-1, 1].
+
+    Constant maps as in `spearman`. About 2 ms for a map of 56².
+    """
+    from scipy.stats import kendalltau
+
+    def tau(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.array([kendalltau(*pair).statistic for pair in zip(a, b, strict=True)])
+
+    return _correlation(tau, maps, target_maps)
+
+
+def _correlation(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    maps: ArrayLike,
+    target_maps: ArrayLike,
+) -> np.ndarray:
+    """Return a correlation of the entries of maps, and its value for constant maps."""
+    pair = [m.reshape(len(m), -1) for m in map(np.asarray, (maps, target_maps))]
+    constant = [m.min(1) == m.max(1) for m in pair]
+    both = np.logical_and(*constant).astype(float)
+    return np.where(np.logical_or(*constant), both, function(*pair))
+
+
+def ssim(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
+    """Return the structural similarity (Wang et al. 2004): [N, h, w], [N, h, w] -> [N] in [-1, 1].
+
+    The mean over all windows inside the map: 11 x 11, weighted by a Gaussian of σ = 1.5, with
+    K1 = .01, K2 = .03 and L = 1. On a map with fewer rows or columns it is the largest odd window
+    that fits, its σ in proportion. Two constant maps have 1 if they are equal.
+    """
+    x, y = (np.asarray(m, np.float64) for m in (maps, target_maps))
+    window = min(11, *(side - 1 + side % 2 for side in x.shape[1:]))
+    edge = window // 2
+    inside = slice(edge, -edge or None)
+    sigma = 1.5 * window / 11
+    # 3.5 σ, rounded, is half of the window whatever its size
+    local = [
+        gaussian_filter(values, (0, sigma, sigma), truncate=3.5)[:, inside, inside]
+        for values in (x, y, x * x, y * y, x * y)
+    ]
+    mean_x, mean_y, *squares = local
+    xx, yy, xy = mean_x**2, mean_y**2, mean_x * mean_y
+    var_x, var_y, covariance = (a - b for a, b in zip(squares, (xx, yy, xy), strict=True))
+    c1, c2 = 0.01**2, 0.03**2
+    luminance = (2 * xy + c1) / (xx + yy + c1)
+    structure = (2 * covariance + c2) / (var_x + var_y + c2)
+    return (luminance * structure).mean(axis=(1, 2))
 
 
 def linf(images: ArrayLike, benign: ArrayLike) -> np.ndarray:

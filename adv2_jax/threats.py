@@ -27,6 +27,7 @@ Transformation = Callable[[], optax.GradientTransformation]
 
 PIXEL = 1 / 255
 BISECTIONS = 12  # so `l2` knows its shrinking factor to 2^-12
+SHIFT = 0.2  # pixels, of random flows; attacks by `flow` move CIFAR-10 images by .16 to .25
 # offsets of the diagonal neighbours in an image that is padded by one pixel
 DIAGONALS = ((0, 0), (0, 2), (2, 0), (2, 2))
 
@@ -66,6 +67,8 @@ class Threat(NamedTuple):
             the image that is returned.
         check: raises a ValueError for a benign image, float64 [H, W, 3], that has no allowed 8-bit
             image.
+        noise: (PRNG key, image) -> random parameters whose change is in [0, 1] and, once rounded by
+            `round`, as large as is allowed: a control beside attacks. Runs have none without it.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Threat(NamedTuple):
     displacement: Callable[[Params], Array] | None = None
     round: Callable[[Image, Params, Image], Image] = nearest
     check: Callable[[np.ndarray], None] = accept
+    noise: Callable[[Array, Image], Params] | None = None
 
     def __repr__(self) -> str:
         return shown(self)
@@ -104,12 +108,18 @@ def linf(epsilon: float = 8 / 255) -> Threat:
         operator.add,
         bind(_into_box, epsilon=epsilon),
         round=bind(_round_in_box, epsilon=epsilon),
+        noise=bind(_random_signs, epsilon=epsilon),
     )
 
 
 def _into_box(delta: Array, image: Image, *, epsilon: float) -> Array:
     low, high = jnp.maximum(-epsilon, -image), jnp.minimum(epsilon, 1 - image)
     return optax.projections.projection_box(delta, low, high)
+
+
+def _random_signs(key: Array, image: Image, *, epsilon: float) -> Array:
+    signs = jax.random.rademacher(key, image.shape, image.dtype)
+    return _into_box(epsilon * signs, image, epsilon=epsilon)
 
 
 def _round_in_box(x: Image, params: Params, image: Image, *, epsilon: float) -> Image:
@@ -157,6 +167,7 @@ def l2(epsilon: float = 0.5) -> Threat:
         steepest=bind(_scaled, direction=optax.normalize_by_update_norm, length=epsilon / 4),
         round=bind(_round_in_ball, epsilon=epsilon),
         check=bind(_check_near_grid, epsilon=epsilon),
+        noise=bind(_random_direction, epsilon=epsilon),
     )
 
 
@@ -188,6 +199,16 @@ def _round_in_ball(x: Image, params: Params, image: Image, *, epsilon: float) ->
         inside = shrink(middle)[1]
         low, high = xp.where(inside, middle, low), xp.where(inside, high, middle)
     return xp.where(fits, unshrunk, shrink(low)[0])
+
+
+def _random_direction(key: Array, image: Image, *, epsilon: float) -> Array:
+    """Return a change along a random direction that `round` has to shrink into the ball."""
+    direction = jax.random.normal(key, image.shape, image.dtype)
+    # spread over all pixels ε may be less than half a level each, and rounded to nothing: at a
+    # level each the rounded change is longer than ε, and is shrunk until it just fits
+    length = max(2 * epsilon, PIXEL * image.size**0.5)
+    delta = direction * (length / jnp.linalg.norm(direction))
+    return optax.projections.projection_box(delta, -image, 1 - image)
 
 
 def _check_near_grid(image: np.ndarray, *, epsilon: float) -> None:
@@ -227,7 +248,13 @@ def flow(penalty: float = 5e-4) -> Threat:
         steepest=bind(_scaled, direction=optax.scale_by_sign, length=0.02),
         optimiser=bind(_scaled, direction=optax.scale_by_amsgrad, length=0.01),
         displacement=_same,
+        noise=_random_flow,
     )
+
+
+def _random_flow(key: Array, image: Image) -> Array:
+    direction = jax.random.normal(key, (*image.shape[:2], 2), image.dtype)
+    return SHIFT * direction / jnp.linalg.norm(direction, axis=-1, keepdims=True)
 
 
 def _no_flow(image: Image) -> Array:
@@ -271,7 +298,15 @@ def linf_flow(epsilon: float = 8 / 255, penalty: float = 5e-4) -> Threat:
         optimiser=bind(_partition, flow=warping.optimiser, delta=ball.steepest),
         displacement=bind(_of_flow, function=warping.displacement),
         round=bind(_round_delta, ball=ball),
+        noise=bind(_random_flow_and_delta, ball=ball),
     )
+
+
+def _random_flow_and_delta(key: Array, image: Image, *, ball: Threat) -> FlowDelta:
+    assert ball.noise is not None
+    of_flow, of_delta = jax.random.split(key)
+    flow = _random_flow(of_flow, image)
+    return FlowDelta(flow, ball.noise(of_delta, warp(image, flow)))
 
 
 def _zeros(image: Image) -> FlowDelta:

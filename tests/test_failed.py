@@ -157,7 +157,7 @@ def test_a_run_goes_on_and_names_the_image(mix, images, tmp_path, batch_size):
         assert np.isfinite([row["map_l1"], row["asr"], row["linf"]]).all()
     assert all(pair["n"] == 3 for pair in summary["paired"])
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum(line["failed"] for line in lines) == 4 and sum(line["n"] for line in lines) == 12
+    assert sum(line["failed"] for line in lines) == 6 and sum(line["n"] for line in lines) == 18
     arrays = read_arrays(tmp_path / "results.npz")
     assert np.isnan(arrays["cam/adv2/map_l1"]).tolist() == [False, True, False, False]
     np.testing.assert_array_equal(arrays["cam/adv2/images"][1], images[1])

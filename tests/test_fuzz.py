@@ -749,7 +749,7 @@ def test_interrupts(i, base, whole, tmp_path, capfd, monkeypatch):
         about = f"interrupts {i} of seed {SEED}, moment {at}: exit code {code}, stderr {err!r}, {sorted(tree(out))}"
         if code == 0:  # the rest of a run has fewer moments
             break
-        kept = f"; {len(parts)} of 4 parts are kept, --resume goes on from them" if parts else ""
+        kept = f"; {len(parts)} of 6 parts are kept, --resume goes on from them" if parts else ""
         assert (code, err) == (130, f"adv2: interrupted{kept}\n"), about
         assert not [name for name in tree(out) if Path(name).name.startswith(".")], about
         assert parts or not out.exists(), about

@@ -99,7 +99,7 @@ def test_two_processes_make_the_results_of_one(alone, start, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(single))
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     places = [(line["attack"], line["batch"]) for line in lines]
-    assert places == [(attack, i) for attack in ("pgd", "adv2") for i in range(12)]
+    assert places == [(attack, i) for attack in ("noise", "pgd", "adv2") for i in range(12)]
 
 
 @pytest.mark.slow

@@ -130,7 +130,7 @@ def test_the_command_line_takes_it_and_transfers_it(brightness, tmp_path):
     words = [*brightness, *few, "--out", str(out)]
     assert cli.main(["attack", "--interpreter", f"{FILE}:interpreter", "cam", *words]) == 0
     rows = json.loads((out / "summary.json").read_text())["rows"]
-    assert [row["interpreter"] for row in rows] == ["mine"] * 2 + ["cam"] * 2
+    assert [row["interpreter"] for row in rows] == ["mine"] * 3 + ["cam"] * 3
     assert cli.main(["transfer", str(out), *brightness[:2], "--quiet"]) == 0
     transfer = json.loads((out / "summary.json").read_text())["transfer"]
     assert "mine" in transfer["interpreters"]

@@ -113,7 +113,7 @@ def test_tokens_without_feature_maps(photos, tmp_path):
     )
     rows = json.loads((tmp_path / "run" / "summary.json").read_text())["rows"]
     # those it can be explained by
-    assert [row["interpreter"] for row in rows] == ["grad", "grad", "mask", "mask"]
+    assert [row["interpreter"] for row in rows] == ["grad"] * 3 + ["mask"] * 3
 
 
 def miniature(rng):

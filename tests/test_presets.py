@@ -133,7 +133,8 @@ def test_a_run_with_a_file_of_numbers(brightness, tmp_path, capsys):
     ]
     assert cli.main([*words, "--snapshots", "0", "--preset", str(path)]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    pgd, adv2 = summary["rows"]
+    noise, pgd, adv2 = summary["rows"]
+    assert (noise["preset"], noise["gradient_evaluations"]) == (None, 0)
     assert (adv2["preset"]["steps"], adv2["preset"]["balance"], adv2["gradient_evaluations"]) == (
         4,
         9,

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from adv2_jax import explain, metrics, threats
-from adv2_jax.attacks import attack
+from adv2_jax.attacks import attack, image_keys, noise
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.lazy import LazyImages
@@ -22,6 +22,7 @@ from adv2_jax.files import read_arrays, read_summary
 from adv2_jax.presets import resolve
 from adv2_jax.runs import store
 from adv2_jax.runs.run import Settings, run
+from adv2_jax.runs.transfer import load_run, transfer_matrix
 
 
 class Mean(nnx.Module):
@@ -61,18 +62,25 @@ def test_rows_are_what_the_arrays_say(tmp_path):
         # float32 means of a handful of values
         assert row["linf"] == pytest.approx(abs(difference).max(), rel=1e-5)
         assert row["l2"] == pytest.approx(np.sqrt((difference**2).sum((1, 2, 3))).mean(), rel=1e-5)
-        assert row["asr"] == attacked["success"].mean() == 1
-        assert row["mc"] == pytest.approx(attacked["confidence"].mean(), rel=1e-6)
+        # these classes are far apart: noise changes none, which leaves no mean over successes
+        success, mc, work = {
+            "noise": (0, None, 0),
+            "pgd": (1, attacked["confidence"].mean(), 22),
+            "adv2": (1, attacked["confidence"].mean(), 22),
+        }[row["attack"]]
+        assert row["asr"] == attacked["success"].mean() == success
+        assert row["mc"] == (mc and pytest.approx(mc, rel=1e-6))
         apart = abs(attacked["maps"] - arrays["cam/target_maps"])
         np.testing.assert_allclose(attacked["map_l1"], apart.mean((1, 2)), rtol=1e-5)
         assert row["map_l1"] == pytest.approx(apart.mean(), rel=1e-5)
         assert row["linf"] <= 0.1
         # a tiny network: the weights of its head count
-        assert row["gradient_evaluations"] == pytest.approx(22, rel=0.02)
+        assert row["gradient_evaluations"] == pytest.approx(work, rel=0.02)
         assert 0 <= row["pointing_game"] <= 1
         # the map of a colour is its channel, which is brightest on the object
         assert row["benign_pointing_game"] == 1
-    assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each
+    assert [row["attack"] for row in outcome.rows] == ["noise", "pgd", "adv2"]
+    assert sum(ticks) == 2 * 2 * 22  # PGD and ADV², two batches each; noise has no steps
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +100,7 @@ def test_a_network_with_a_function_among_its_leaves_is_attacked(tmp_path):
     model = WithFunction(jnp.eye(3, 4), jnp.tanh)
     settings = Settings(["grad"], threats.linf(), steps=1, batch_size=2)
     outcome = run(model, ImageSet(images), settings, tmp_path)
-    assert [row["n"] for row in outcome.rows] == [3, 3]
+    assert [row["n"] for row in outcome.rows] == [3, 3, 3]
 
 
 def test_own_target_maps_of_another_size_are_refused(tmp_path):
@@ -157,6 +165,47 @@ def test_own_maps_are_named_and_do_not_give_way(tmp_path):
 def test_unknown_target_map_lists_the_valid_ones(tmp_path):
     with pytest.raises(ValueError, match=r"^target map 'cat' is not one of benign, image, patch$"):
         run(Mean(), varied(), QUICK._replace(target_map="cat"), tmp_path)
+
+
+# Noise.
+
+
+def test_noise_is_drawn_once_by_the_places_in_the_source_and_explained_by_each(tmp_path):
+    source, found = varied(), []
+    settings = QUICK._replace(interpreters=["cam", "grad_cam"], steps=1, seed=5)
+    for name, size in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        run(Mean(), source, settings._replace(batch_size=size), tmp_path / name)
+        found.append(results(tmp_path / name))
+    a, b = found
+    expected = noise(
+        Mean(),
+        a["images"],
+        a["targets"],
+        threat=settings.threat,
+        keys=image_keys(5, a["indices"]),
+    )
+    for one in ("cam", "grad_cam"):
+        np.testing.assert_array_equal(a[f"{one}/noise/images"], expected.images)
+        np.testing.assert_array_equal(a[f"{one}/noise/images"], b[f"{one}/noise/images"])
+        _, maps = explain(Mean(), expected.images, a["targets"], interpreter=one)
+        # other batches
+        np.testing.assert_allclose(a[f"{one}/noise/maps"], maps, atol=1e-6)
+        assert not [key for key in a if key.startswith((f"{one}/noise/curve", f"{one}/noise/snap"))]
+    rows = [row for row in read_summary(tmp_path / "a")["rows"] if row["attack"] == "noise"]
+    assert [row["interpreter"] for row in rows] == ["cam", "grad_cam"]
+    for row in rows:
+        assert (row["gradient_evaluations"], row["preset"], row["linf"]) == (0, None, 25 / 255)
+        assert row["map_l1"] == row["float_map_l1"] > 0
+
+
+def test_a_threat_model_of_your_own_without_noise_has_no_such_row(tmp_path):
+    threat = QUICK.threat._replace(name="mine", noise=None)
+    outcome = run(Mean(), varied(), QUICK._replace(threat=threat, steps=1), tmp_path)
+    assert [row["attack"] for row in outcome.rows] == ["pgd", "adv2"]
+    finished = load_run(tmp_path)
+    assert finished.sources == ["benign", "pgd", "cam"]
+    assert len(transfer_matrix(finished, Mean())["map_l1"]) == 3
 
 
 # Compilation.
@@ -232,7 +281,7 @@ def whole(tmp_path_factory):
 
 def test_interrupted_run_goes_on_to_the_same_bytes(tmp_path, whole):
     with pytest.raises(
-        KeyboardInterrupt, match=r"^; 3 of 8 parts are kept, --resume goes on from them$"
+        KeyboardInterrupt, match=r"^; 4 of 12 parts are kept, --resume goes on from them$"
     ):
         # 9 steps a part
         run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
@@ -271,7 +320,7 @@ def test_log_has_a_line_for_each_part(tmp_path):
     run(Mean(), varied(), QUICK, tmp_path, resume=True)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert sorted((line["batch"], line["attack"], line["n"]) for line in lines) == [
-        (i, kind, 1 if i == 3 else 2) for i in range(4) for kind in ("adv2", "pgd")
+        (i, kind, 1 if i == 3 else 2) for i in range(4) for kind in ("adv2", "noise", "pgd")
     ]
     arrays = results(tmp_path)
     for line in lines:
@@ -337,7 +386,7 @@ def on_demand(image_set, edited=None):
 
 def test_images_decoded_on_demand_give_the_same_bytes_and_must_not_change(tmp_path, whole):
     lazy, pixels = on_demand(varied())
-    with pytest.raises(KeyboardInterrupt, match=r"^; 3 of 8 parts are kept"):
+    with pytest.raises(KeyboardInterrupt, match=r"^; 4 of 12 parts are kept"):
         run(Mean(), lazy, QUICK, tmp_path, config={"seed": 0}, progress=interrupt_at(32))
     threads = threading.active_count()
     edited, _ = on_demand(varied(), edited=6)
@@ -373,17 +422,17 @@ def full_disk(monkeypatch, module, name, call):
 
 def test_full_disk_is_one_line_and_keeps_what_is_finished(tmp_path, whole, monkeypatch):
     with monkeypatch.context() as patch:
-        full_disk(patch, store.np, "savez", 4)
+        full_disk(patch, store.np, "savez", 5)
         with pytest.raises(
             ValueError,
-            match=r"^cannot write .*cam\.adv2.00001\.npz: No space left on device; 3 of 8 parts are kept",
+            match=r"^cannot write .*cam\.adv2.00001\.npz: No space left on device; 4 of 12 parts are kept",
         ):
             run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0})
     with monkeypatch.context() as patch:
         full_disk(patch, store, "write_streams", 1)
         with pytest.raises(
             ValueError,
-            match=r"^cannot write .*results\.npz: No space left on device; 8 of 8 parts are kept",
+            match=r"^cannot write .*results\.npz: No space left on device; 12 of 12 parts are kept",
         ):
             run(Mean(), varied(), QUICK, tmp_path, config={"seed": 0}, resume=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["batches", "log.jsonl"]
@@ -413,7 +462,7 @@ def test_the_next_attack_begins_while_a_part_is_written_and_an_interrupt_waits_f
         return tick
 
     monkeypatch.setattr(store.np, "savez", slow)
-    with pytest.raises(KeyboardInterrupt, match=r"^; 1 of 8 parts are kept"):
+    with pytest.raises(KeyboardInterrupt, match=r"^; 1 of 12 parts are kept"):
         run(Mean(), varied(), QUICK, tmp_path, progress=progress)
     assert [path.name for path in tmp_path.rglob("0*")] == ["00000.npz"]
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
@@ -461,7 +510,7 @@ def test_failure_to_publish_keeps_the_run(tmp_path):
 
     with pytest.raises(
         ValueError,
-        match=rf"^cannot write to {tmp_path}: No space left on device; 8 of 8 parts are kept",
+        match=rf"^cannot write to {tmp_path}: No space left on device; 12 of 12 parts are kept",
     ):
         run(Mean(), varied(), QUICK, tmp_path, publish=publish)
     published = []

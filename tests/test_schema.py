@@ -51,7 +51,7 @@ def test_every_array_of_a_run_has_its_entry(more):
     arrays = read_arrays(more[0] / "results.npz")
     names = {entry.name for entry in Images.entries()}
     names |= {f"cam/{entry.name}" for entry in Aim.entries()}
-    names |= {f"cam/{kind}/{entry.name}" for kind in schema.ATTACKS for entry in Attacked.entries()}
+    names |= {f"cam/{kind}/{entry.name}" for kind in schema.KINDS for entry in Attacked.entries()}
     assert names >= arrays.keys()
     results = Results(arrays)
     np.testing.assert_array_equal(results.attacked("cam", "adv2").maps, arrays["cam/adv2/maps"])

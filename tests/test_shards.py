@@ -38,7 +38,7 @@ def test_adversarial_images_alone_are_those_of_a_run_that_keeps_everything(whole
     assert {"images", "labels", "targets", "indices", "masks"} < kept.keys() < everything.keys()
     assert {name for name in kept if "/" in name} == {
         f"cam/{attack}/{name}"
-        for attack in ("pgd", "adv2")
+        for attack in ("noise", "pgd", "adv2")
         for name in ("images", "confidence", "success", "map_l1", "map_iou75")
     }
     for name, values in kept.items():
@@ -221,7 +221,7 @@ def test_a_full_disk_leaves_the_results_that_were_there(tmp_path, three, whole, 
         full_disk(patch, store, "write_streams", 2)
         with pytest.raises(
             ValueError,
-            match=r"^cannot write .*results: No space left on device; 8 of 8 parts are kept",
+            match=r"^cannot write .*results: No space left on device; 12 of 12 parts are kept",
         ):
             run(Mean(), varied(), SHARDED, tmp_path, config={"seed": 0})
     assert (tmp_path / "results.npz").read_bytes() == (whole / "results.npz").read_bytes()
@@ -237,7 +237,7 @@ def test_a_folder_of_somebody_is_left_alone(tmp_path):
     run(Mean(), varied(), QUICK, tmp_path)
     assert contents(tmp_path / "results") == {"mine.txt": b"mine"}
     assert results_path(tmp_path) == tmp_path / "results.npz"
-    with pytest.raises(ValueError, match=rf"^cannot write {tmp_path}.results: .*; 8 of 8 parts"):
+    with pytest.raises(ValueError, match=rf"^cannot write {tmp_path}.results: .*; 12 of 12 parts"):
         run(Mean(), varied(), SHARDED, tmp_path)
     assert contents(tmp_path / "results") == {"mine.txt": b"mine"}
 

@@ -1,5 +1,6 @@
 """Threat models, each for itself: where they start, what they allow, what they cost, and what they can be differentiated to."""
 
+import dataclasses
 import itertools
 from functools import partial
 
@@ -9,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from adv2_jax import attack, explain, interpreters, losses, metrics, threats
+from adv2_jax import attack, attacks, explain, interpreters, losses, metrics, threats
 from adv2_jax.activations import relu_curved
 
 EVERY = pytest.mark.parametrize("name", threats.THREATS)
@@ -543,3 +544,88 @@ def test_linf_of_a_flow_is_measured_from_the_moved_image():
     x = threat.round(threat.apply(params, image), params, image)
     assert jnp.abs(x - moved).max() <= 4 / 255 + 1e-6
     np.testing.assert_allclose(x * 255, jnp.round(x * 255), atol=1e-4)
+
+
+# Noise.
+
+SIZES = pytest.mark.parametrize("size", [8, 32, 64])
+
+
+def noisy(threat, size, n=6, seed=0):
+    """Return benign images, one of them black and one white, and their noise."""
+    x = np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+    x[0], x[1] = 0, 255
+    keys = attacks.image_keys(seed, np.arange(n))
+    targets = np.ones(n, np.int32)
+    return x, attacks.noise(Bright(), x, targets, threat=threat, keys=keys, batch_size=4)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bright:
+    """A network without weights: how red, green or blue an image is."""
+
+    def logits(self, image, act=jax.nn.relu):
+        return image.mean((0, 1))
+
+
+@SIZES
+@pytest.mark.parametrize(("epsilon", "levels"), [(8 / 255, 8), (0.031, 7), (1 / 255, 1), (1, 255)])
+def test_noise_of_linf_is_all_levels_up_or_down(size, epsilon, levels):
+    x, result = noisy(threats.linf(epsilon), size)
+    change = result.images.astype(int) - x
+    up, down = np.minimum(255 - x.astype(int), levels), np.minimum(x.astype(int), levels)
+    assert ((change == up) | (change == -down)).all()
+    signs = change[2:][(up[2:] > 0) & (down[2:] > 0)] > 0
+    # four standard errors
+    assert abs(signs.mean() - 0.5) < 2 / np.sqrt(signs.size)
+
+
+@SIZES
+@pytest.mark.parametrize("epsilon", [0.1, 0.5, 3.0])
+def test_noise_of_l2_is_as_long_as_allowed_in_a_random_direction(size, epsilon):
+    x, result = noisy(threats.l2(epsilon), size)
+    lengths = metrics.l2(result.images, x)
+    # one level of one value, at least, is what the grid leaves
+    assert (lengths <= epsilon).all() and (lengths >= 0.95 * epsilon).all()
+    a, b = (result.images.astype(float) - x)[2:4].reshape(2, -1)
+    assert abs(a @ b) < 4 * np.sqrt(a.size) * np.abs(a * b).mean() + 1e-9
+    # half of the values go up; a black image has no other way
+    assert abs((a > 0).sum() - (a < 0).sum()) < 4 * np.sqrt((a != 0).sum())
+
+
+@SIZES
+def test_noise_of_a_flow_moves_every_pixel_as_far(size):
+    x, result = noisy(threats.flow(), size)
+    flow = result.params
+    np.testing.assert_allclose(np.linalg.norm(flow, axis=-1), 0.2, rtol=1e-5)
+    assert np.abs(flow.mean((1, 2))).max() < 4 * 0.2 / size
+    for image, moved, displacement in zip(x, result.images, flow, strict=True):
+        warped = threats.warp(jnp.float32(image / 255), displacement)
+        np.testing.assert_allclose(moved, np.asarray(warped) * 255, atol=0.51)
+
+
+@SIZES
+def test_noise_of_a_flow_and_linf_is_within_the_ball_of_the_moved_image(size):
+    x, result = noisy(threats.linf_flow(4 / 255), size)
+    moved = jax.vmap(threats.warp)(jnp.float32(x / 255), result.params.flow)
+    away = np.abs(result.images / 255 - np.asarray(moved))
+    # whole levels from a place between two
+    assert away.max() <= 4 / 255 + 1e-6 and away[2:].mean() > 2.9 / 255
+
+
+@EVERY
+def test_noise_of_an_image_depends_on_its_key_alone(name):
+    threat = threats.THREATS[name]()
+    x, result = noisy(threat, 16)
+    keys = attacks.image_keys(0, np.arange(6))
+    for some in ([3], [5, 2], [0, 1, 2, 3, 4]):
+        again = attacks.noise(
+            Bright(), x[some], np.ones(len(some), int), threat=threat, keys=keys[some]
+        )
+        np.testing.assert_array_equal(again.images, result.images[some])
+    others = attacks.image_keys(1, np.arange(6))
+    other = attacks.noise(Bright(), x, np.ones(6, int), threat=threat, keys=others)
+    assert (other.images != result.images).any((1, 2, 3))[2:].all()
+    np.testing.assert_allclose(result.logits, x.mean((1, 2)) / 255, atol=0.2)
+    assert not result.failed.any() and result.gradient_evaluations == 0

@@ -56,6 +56,7 @@ def test_matrix_against_a_plain_loop(finished, model):
     matrix = transfer_matrix(load_run(finished), model, batch_size=5)
     assert matrix["interpreters"] == ["grad", "cam"] and matrix["sources"] == [
         "benign",
+        "noise",
         "pgd",
         "grad",
         "cam",
@@ -64,6 +65,7 @@ def test_matrix_against_a_plain_loop(finished, model):
     for j, name in enumerate(FACES):
         inputs = [
             arrays["images"],
+            arrays[f"{name}/noise/images"],
             arrays[f"{name}/pgd/images"],
             arrays["grad/adv2/images"],
             arrays["cam/adv2/images"],
@@ -80,8 +82,9 @@ def test_matrix_against_a_plain_loop(finished, model):
     }
     for j, name in enumerate(FACES):
         assert matrix["map_l1"][0][j] == pytest.approx(0, abs=1e-4)
-        assert matrix["map_l1"][1][j] == pytest.approx(own[name, "pgd"], abs=1e-4)
-        assert matrix["map_l1"][2 + j][j] == pytest.approx(own[name, "adv2"], abs=1e-4)
+        assert matrix["map_l1"][1][j] == pytest.approx(own[name, "noise"], abs=1e-4)
+        assert matrix["map_l1"][2][j] == pytest.approx(own[name, "pgd"], abs=1e-4)
+        assert matrix["map_l1"][3 + j][j] == pytest.approx(own[name, "adv2"], abs=1e-4)
 
 
 def test_another_network_against_a_plain_loop(finished, make_small):
@@ -99,13 +102,14 @@ def test_another_network_against_a_plain_loop(finished, make_small):
         interpreters=["cam"],
         batch_size=4,
     )
-    assert [row["source"] for row in rows] == ["benign", "pgd", "grad", "cam"]
+    assert [row["source"] for row in rows] == ["benign", "noise", "pgd", "grad", "cam"]
     benign_maps = [
         np.asarray(interpreters.cam(other, i / np.float32(255), c))
         for i, c in zip(arrays["images"], arrays["labels"], strict=True)
     ]
     inputs = [
         arrays["images"],
+        arrays["cam/noise/images"],
         arrays["cam/pgd/images"],
         arrays["grad/adv2/images"],
         arrays["cam/adv2/images"],
@@ -190,7 +194,7 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
     rows = read_summary(tmp_path / "linf-benign")["rows"]
     assert sheet.headings == ["interpreter", "attack", "n", "ASR", "MC"]
     assert [line[:3] for line in sheet.lines] == [
-        [name, kind, "6"] for name in FACES for kind in ("PGD", "ADV²")
+        [name, kind, "6"] for name in FACES for kind in ("noise", "PGD", "ADV²")
     ]
     low, high = rows[1]["ci"]["asr"]
     assert sheet.lines[1][3] == f"{rows[1]['asr']:.3f} [{low:.3f}, {high:.3f}]"
@@ -202,9 +206,8 @@ def test_tables_share_their_runs(model, image_set, settings, tmp_path):
         tmp_path / "linf-benign" / "results.npz"
     ).stat().st_mtime_ns == made  # nothing was run again
     assert published == [tmp_path / "linf-benign"] * 2
-    assert [line[0] for line in matrix.lines] == ["benign", "pgd", "grad", "cam"] and matrix.lines[
-        0
-    ][2] == "0.0000 (1.000)"
+    assert [line[0] for line in matrix.lines] == ["benign", "noise", "pgd", "grad", "cam"]
+    assert matrix.lines[0][2] == "0.0000 (1.000)"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") == matrix.markdown()
     assert "| benign | 0.0000 (1.000) | 0.0000 (1.000) |" in matrix.markdown()
     with pytest.raises(

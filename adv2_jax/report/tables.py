@@ -17,7 +17,7 @@ SETTINGS = ("threat", "target_map", "model")  # columns only where rows differ
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """Draw PGD against ADV²: a line for each attack, grouped by interpreter."""
+    """Draw noise, PGD and ADV²: a line for each attack, grouped by interpreter."""
     settings = differing(rows)
     # a column for failed images only where there are some
     keys = [
@@ -185,7 +185,8 @@ def _paired_keys() -> list[str]:
 
 
 def _source(name: str) -> str:
-    return {"benign": "– (benign)", "pgd": "none (PGD)"}.get(name, words.title(name))
+    names = {"benign": "– (benign)", "noise": "none (noise)", "pgd": "none (PGD)"}
+    return names.get(name, words.title(name))
 
 
 def _heading(key: str) -> str:

@@ -1,4 +1,4 @@
-"""One run: PGD and ADV² on the same images, a batch at a time, into rows and arrays."""
+"""One run: noise, PGD and ADV² on the same images, a batch at a time, into rows and arrays."""
 
 import json
 import time
@@ -21,6 +21,7 @@ from adv2_jax.attacks import (
     explain,
     gradient_evaluations,
     image_keys,
+    noise,
 )
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
@@ -35,8 +36,9 @@ from adv2_jax.models import user
 from adv2_jax.precision import at
 from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.schema import (
-    ATTACKS,
+    CONTROL,
     KEPT,
+    KINDS,
     Aim,
     Arrays,
     Attacked,
@@ -162,7 +164,7 @@ def run(
     progress: Progress = lambda images, steps, done: lambda new: None,
     publish: Callable[[Path], object] = lambda directory: None,
 ) -> Outcome:
-    """Attack a set of images by PGD alone and by ADV², for each interpreter.
+    """Attack a set of images by PGD alone and by ADV², for each interpreter, beside random noise.
 
     PGD alone gets as many gradient evaluations as ADV² on the same interpreter. Target classes are
     the set's own or drawn from the seed. A finished batch stays in the directory until the run is
@@ -214,7 +216,8 @@ def run(
     with at(settings.precision):  # as in `attack`: work is counted on the traces of its steps
         jobs = _jobs(model, image_set.images.shape[1:], presets, settings)
     count = len(range(0, len(task.targets), settings.batch_size))
-    parts = [Part(one.name, kind, i) for one in presets for kind in ATTACKS for i in range(count)]
+    kinds = sorted({job.attack for job in jobs}, key=KINDS.index)
+    parts = [Part(one.name, kind, i) for one in presets for kind in kinds for i in range(count)]
     everybody = processes()
     store = Store(directory, identity(config or {}, prints), parts, leads=everybody.index == 0)
     # what an interrupted run left may be damaged
@@ -392,17 +395,17 @@ def _seen(
 
 
 class Job(NamedTuple):
-    """An attack on every batch. Interpreters of equal budget share one run of plain PGD.
+    """An attack, or noise, on every batch. Interpreters of equal budget share one run of plain PGD.
 
     Attributes:
-        attack: a name of `schema.ATTACKS`.
-        preset: its numbers.
+        attack: a name of `schema.ATTACKS`, or `CONTROL`.
+        preset: its numbers; None for noise.
         interpreters: those it is made for.
         cost: work on an image, in gradients of ℓ_prd.
     """
 
     attack: str
-    preset: Preset
+    preset: Preset | None
     interpreters: tuple[Interpreter, ...]
     cost: float
 
@@ -417,7 +420,7 @@ def _jobs(
     presets: Mapping[Interpreter, Preset],
     settings: Settings,
 ) -> list[Job]:
-    """Return plain PGD, a job for each budget, then ADV² by each preset, which sets the budgets."""
+    """Return plain PGD, a job for each budget, ADV² by each preset, which sets the budgets; noise."""
 
     def job(attack: str, preset: Preset, interpreters: Sequence[Interpreter]) -> Job:
         cost = gradient_evaluations(model, preset, settings.threat, shape)
@@ -433,7 +436,9 @@ def _jobs(
         job("pgd", resolve(settings.preset, None, threat=settings.threat, steps=budget), served)
         for budget, served in sharing.items()
     ]
-    return pgd + adv2
+    # last, as it takes no time: a run that is interrupted early leaves nothing behind
+    control = [Job(CONTROL, None, tuple(presets), 0.0)] if settings.threat.noise else []
+    return pgd + adv2 + control
 
 
 def _attack_all(
@@ -454,7 +459,7 @@ def _attack_all(
     # the share of this process, of all batches: processes are resumed in any number
     share = range(processes().index, len(groups), processes().count)
     todo = {i: [job for job in jobs if missing(job, i)] for i in share}
-    steps = {job: count_steps(job.preset, 1, 1, 1) for job in jobs}
+    steps = {job: count_steps(job.preset, 1, 1, 1) if job.preset else 0 for job in jobs}
     total = len(share) * sum(steps.values())
     left = sum(steps[job] for some in todo.values() for job in some)
     on_step = progress(n * len(share) // len(groups), total, total - left)
@@ -512,30 +517,38 @@ def attack_batches(
         return benign, task.target_maps(interpreter, places, benign)
 
     for job in jobs:
-        attacked, displacement = job.preset.interpreter, settings.threat.displacement
+        displacement = settings.threat.displacement
+        attacked = None if job.preset is None else job.preset.interpreter
+        options: dict[str, Any] = {
+            "threat": settings.threat,
+            "batch_size": settings.batch_size,
+            "keys": keys,
+            "devices": settings.devices,
+        }
         start = time.perf_counter()
-        result = attack(
-            model,
-            images,
-            targets,
-            None if attacked is None else aim(attacked)[1],
-            interpreter=attacked,
-            threat=settings.threat,
-            preset=job.preset,
-            batch_size=settings.batch_size,
-            on_step=lambda new: on_step(new * len(cuts)),
-            snapshots=int((np.unique(places) < snapshots).sum()),
-            all_may_fail=True,
-            keys=keys,
-            precision=settings.precision,
-            devices=settings.devices,
-        )
+        if job.preset is None:
+            result = noise(model, images, targets, **options)
+        else:
+            result = attack(
+                model,
+                images,
+                targets,
+                None if attacked is None else aim(attacked)[1],
+                interpreter=attacked,
+                preset=job.preset,
+                on_step=lambda new: on_step(new * len(cuts)),
+                snapshots=int((np.unique(places) < snapshots).sum()),
+                all_may_fail=True,
+                precision=settings.precision,
+                **options,
+            )
         seconds = np.array([time.perf_counter() - start]) / len(cuts)
         flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
         for interpreter in job.interpreters:
             maps, float_maps = result.maps, result.float_maps
-            if attacked is None:  # plain PGD draws no maps
-                maps = maps_of(model, result.images, targets, interpreter, settings)
+            if attacked is None:  # noise and plain PGD draw no maps
+                maps = float_maps = maps_of(model, result.images, targets, interpreter, settings)
+            if job.attack == "pgd":  # noise is drawn on the 8-bit grid
                 float_maps = maps_of(model, result.float_images, targets, interpreter, settings)
             evaluated = Evaluated(
                 images,
@@ -551,18 +564,19 @@ def attack_batches(
             of_images = _of_images(job.attack, evaluated, result)
             for batch, cut in enumerate(cuts):
                 arrays = {key: values[cut] for key, values in of_images.items()}
-                arrays |= Attacked.named(
-                    f"{job.attack}/",
-                    curve_steps=_curve_steps(result),
-                    **_snapshots(
-                        model,
-                        interpreter,
-                        job.preset,
-                        targets[cut],
-                        result.snapshots[cut],
-                        settings,
-                    ),
-                )
+                if job.preset is not None:
+                    arrays |= Attacked.named(
+                        f"{job.attack}/",
+                        curve_steps=_curve_steps(result),
+                        **_snapshots(
+                            model,
+                            interpreter,
+                            job.preset,
+                            targets[cut],
+                            result.snapshots[cut],
+                            settings,
+                        ),
+                    )
                 yield interpreter.name, job.attack, batch, arrays | {SECONDS: seconds}
 
 
@@ -631,12 +645,13 @@ def _snapshots(
 def _rows(
     jobs: Sequence[Job], store: Store, settings: Settings, target_map: str
 ) -> tuple[list[Row], list[Row], np.ndarray]:
-    """Return two rows an interpreter, how they differ, and which images [N] failed somewhere."""
+    """Return an interpreter's rows, how PGD and ADV² differ, and which images [N] failed in any."""
     job_of = {part[:2]: job for job in jobs for part in job.parts(0)}
     rows, differences, failed = [], [], []
     for name in dict.fromkeys(part[0] for part in store.parts):
         head = {"interpreter": name, "threat": settings.threat.name}
-        measures = {kind: store.measures(name, kind) for kind in ATTACKS}
+        kinds = dict.fromkeys(part[1] for part in store.parts)
+        measures = {kind: store.measures(name, kind) for kind in kinds}
         for kind, numbers in measures.items():
             job, seconds = job_of[name, kind], float(numbers.pop("seconds").sum())
             rows.append(
@@ -647,7 +662,7 @@ def _rows(
                     **row(numbers, seed=settings.seed),
                     "gradient_evaluations": job.cost,
                     "seconds": round(seconds, 2),
-                    "preset": to_dict(job.preset),
+                    "preset": None if job.preset is None else to_dict(job.preset),
                 }
             )
             failed.append(numbers["failed"])

@@ -6,6 +6,7 @@ and report read it there.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ RESAMPLES = 2000  # of a bootstrap
 BLOCK = 2**20  # numbers held at a time: the resamples of all images at once would not fit memory
 
 ATTACKS = ("pgd", "adv2")  # as in files
+CONTROL = "noise"  # no attack: random changes under the same threat model, in a row of its own
+KINDS = (CONTROL, *ATTACKS)  # of rows, in their order
 # the two forms of results, and what a folder of shards has that no other has
 RESULTS, SHARDS, INDEX = "results.npz", "results", "index.json"
 FORMS = ("auto", "npz", "shards")
@@ -122,6 +125,18 @@ MEASURES = (
     Measure("map_l2", "Map L2", metrics.map_l2, MAPS, decimals=4, direction="↓", page_only=True),
     Measure("map_iou75", "IoU@75", metrics.iou_quantile, MAPS, direction="↑", paired=True),
     Measure("map_iou50", "IoU@.5", metrics.iou_threshold, MAPS, direction="↑", page_only=True),
+    Measure("map_top10", "Top 10 %", metrics.top_intersection, MAPS, direction="↑", page_only=True),
+    Measure(
+        "map_top10_near",
+        "Top 10 %, ±1",
+        partial(metrics.top_intersection, radius=1),
+        MAPS,
+        direction="↑",
+        page_only=True,
+    ),
+    Measure("map_spearman", "Spearman", metrics.spearman, MAPS, direction="↑", page_only=True),
+    Measure("map_kendall", "Kendall", metrics.kendall, MAPS, direction="↑", page_only=True),
+    Measure("map_ssim", "SSIM", metrics.ssim, MAPS, direction="↑", page_only=True),
     Measure(
         "linf",
         "L∞ · 255",
@@ -276,23 +291,14 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Row:
         `n`, `spearman`, and `ci`, the 95 % percentile interval; both None where they say nothing:
         of fewer than three images, or where one of the numbers is the same for all.
     """
-    from scipy.stats import rankdata
-
-    def spearman(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
-        # as `scipy.stats.spearmanr`, but for all resamples [R, N] at a time
-        x, y = (rankdata(values, axis=-1) for values in (a, b))
-        x, y = (ranks - ranks.mean(-1, keepdims=True) for ranks in (x, y))
-        size = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
-        # a resample may hold copies of one image only
-        return np.asarray((x * y).sum(-1) / np.where(size > 0, size, np.nan))
-
     pairs = np.stack([np.asarray(x, float), np.asarray(y, float)])
     a, b = pairs[:, np.isfinite(pairs).all(0)]
     n = len(a)
-    if n < 3 or not np.isfinite(value := spearman(a, b)):
+    if n < 3 or not np.isfinite(value := metrics.rank_correlation(a, b)):
         return {"n": n, "spearman": None, "ci": None}
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    ends = np.nanquantile(spearman(a[drawn], b[drawn]), [0.025, 0.975])
+    # NaN: a resample may hold copies of one image only
+    ends = np.nanquantile(metrics.rank_correlation(a[drawn], b[drawn]), [0.025, 0.975])
     return {"n": n, "spearman": float(value), "ci": ends.tolist()}
 
 

@@ -19,6 +19,7 @@ from adv2_jax.runs import schema
 from adv2_jax.runs.run import interpreter_of
 from adv2_jax.runs.schema import (
     ATTACKS,
+    CONTROL,
     Aim,
     Attacked,
     Evaluated,
@@ -46,8 +47,17 @@ class Run(NamedTuple):
 
     @property
     def sources(self) -> list[str]:
-        """Return the names of `inputs`: benign, plain PGD, and ADV² by the interpreter it fools."""
-        return ["benign", "pgd", *self.interpreters]
+        """Return the names of `inputs`: benign, `plain`, and ADV² by the interpreter it fools."""
+        return ["benign", *self.plain, *self.interpreters]
+
+    @property
+    def plain(self) -> list[str]:
+        """Return what knows of no interpreter: noise, where the run has it, and plain PGD."""
+        return [
+            name
+            for name in (CONTROL, "pgd")
+            if all(f"{one}/{name}/images" in self.results.arrays for one in self.interpreters)
+        ]
 
     def pieces(self) -> list["Run"]:
         """Return the run a shard at a time, as runs of fewer images; a run of one file as it is."""
@@ -64,7 +74,8 @@ class Run(NamedTuple):
         """
         results, targets = self.results, self.results.targets
         yield "benign", results.images, results.labels
-        yield "pgd", results.attacked(interpreter, "pgd").images, targets
+        for name in self.plain:
+            yield name, results.attacked(interpreter, name).images, targets
         for name in self.interpreters:
             yield name, results.attacked(name, "adv2").images, targets
 
@@ -112,7 +123,8 @@ def _check_arrays(headers: Headers, interpreters: Iterable[str], keeps_maps: boo
     for name in interpreters:
         if keeps_maps:
             expected |= Aim.named(f"{name}/", target_maps=maps)
-        for attack in ATTACKS:
+        control = [CONTROL] if f"{name}/{CONTROL}/images" in headers else []
+        for attack in (*control, *ATTACKS):
             expected |= Attacked.named(f"{name}/{attack}/", images=pictures)
     for name, (kind, wanted) in expected.items():
         shape, dtype = headers[name]
@@ -149,10 +161,11 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         batch_size: images at a time.
 
     Returns:
-        `interpreters`; `sources`: benign, pgd, and the interpreters; `map_l1` and `map_iou75`: a
-        row for each source, a column for each interpreter: how far its maps of the source's images
-        are, in the mean, from what the run wanted it to show (its benign maps where the attack
-        hides). Benign images are explained for their label, others for their target class.
+        `interpreters`; `sources`: benign, noise, pgd, and the interpreters; `map_l1` and
+        `map_iou75`: a row for each source, a column for each interpreter: how far its maps of the
+        source's images are, in the mean, from what the run wanted it to show (its benign maps where
+        the attack hides). Benign images are explained for their label, others for their target
+        class.
 
     Raises:
         ValueError: the run kept no maps.
