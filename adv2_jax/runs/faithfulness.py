@@ -10,14 +10,17 @@ from jax import Array
 from numpy.typing import ArrayLike
 
 from adv2_jax import metrics
-from adv2_jax.attacks import batches, explain
-from adv2_jax.blending import alternative, blend
+from adv2_jax.attacks import batches, explain, finite
+from adv2_jax.blending import alternative, blend, blurred
 from adv2_jax.data import ImageSet
 from adv2_jax.interpreters import PAPER
 from adv2_jax.interpreters.masker_maps import log_probability
+from adv2_jax.maps import resize
 from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.runs.select import select
 from adv2_jax.types import Classifier, Image, Label, Map
+
+GREY = 0.5  # of deleted pixels
 
 
 class Quality(NamedTuple):
@@ -85,6 +88,49 @@ def quality(
     )
 
 
+class Areas(NamedTuple):
+    """Areas under the probability of a class while pixels go and come, in [0, 1] (Petsiuk 2018).
+
+    Attributes:
+        deletion: [N], pixels are set to grey, the most important first: small of a faithful map.
+        insertion: [N], pixels are put into the blurred image, the same first: large of it.
+    """
+
+    deletion: np.ndarray
+    insertion: np.ndarray
+
+
+def areas(
+    classifier: Classifier,
+    images: np.ndarray,
+    labels: np.ndarray,
+    maps: ArrayLike,
+    *,
+    steps: int = 32,
+    batch_size: int = 64,
+) -> Areas:
+    """Measure deletion and insertion: how fast the class goes and comes in the order of a map.
+
+    Maps are upsampled bilinearly. Equal pixels go in the order of rows. It takes 2 (steps + 1)
+    passes through the network an image, one at a time for each image of a batch.
+
+    Args:
+        classifier: f.
+        images: uint8 [N, H, W, 3].
+        labels: [N] the classes that the maps explain.
+        maps: [N, h, w] in [0, 1]; one that is not finite has areas that are not a number.
+        steps: in so many parts of one size (but for rounding) all pixels go and come.
+        batch_size: images at a time; changes memory and speed.
+    """
+    m = np.asarray(maps, np.float32)
+    both = [
+        _areas(classifier, x / np.float32(255), label, some, steps)
+        for x, label, some in batches((images, labels, m), batch_size)
+    ]
+    values = np.where(finite(m)[:, None], np.concatenate(both)[: len(m)], np.nan)
+    return Areas(*values.T)
+
+
 def to_explain(
     classifier: Classifier, held_out: ImageSet, *, limit: int = 200, batch_size: int = 64
 ) -> ImageSet:
@@ -134,3 +180,23 @@ def _shares(classifier: Classifier, x: Image, label: Label, m: Map, key: Array) 
     )
     # a ratio by its logarithms: f_c(x) may round to 0
     return jnp.exp(jnp.stack([left - whole, removed]))
+
+
+@partial(jax.jit, static_argnums=4)
+@partial(jax.vmap, in_axes=(None, 0, 0, 0, None))
+def _areas(classifier: Classifier, x: Image, label: Label, m: Map, steps: int) -> Array:
+    """Return `Areas` of one image, [2]."""
+    height, width, _ = x.shape
+    flat = -resize(m, (height, width)).ravel()
+    # the inverse of a permutation is its argsort: the place of each pixel in the order
+    place = jnp.argsort(jnp.argsort(flat)).reshape(height, width, 1)
+    fog = blurred(x)
+
+    def probabilities(step: Array) -> Array:
+        # so many pixels went or came
+        first = place * steps < step * flat.size
+        shown = jnp.where(first, GREY, x), jnp.where(first, x, fog)
+        return jnp.exp(jnp.stack([log_probability(classifier, one, label) for one in shown]))
+
+    # one step after the other: all at once would need the memory of as many images
+    return jnp.trapezoid(jax.lax.map(probabilities, jnp.arange(steps + 1)).T, dx=1 / steps)
