@@ -20,11 +20,14 @@ from adv2_jax.descent import MapLoss
 from adv2_jax.errors import first_line
 from adv2_jax.interpreters import (
     FACTORIES,
+    INTERPRETERS,
     Interpreter,
     MaskObjective,
     cam_interpreter,
     grad_cam_interpreter,
+    grad_cam_pp_interpreter,
     grad_interpreter,
+    layer_cam_interpreter,
     mask_interpreter,
     rts_interpreter,
     smooth_grad_interpreter,
@@ -219,6 +222,7 @@ _DEFAULT_MASK = replace(
 # As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
 # cost share one run of plain PGD
 _QUICK_STEPS = {"pgd": 56, "grad": 28, "cam": 56, "grad_cam": 56, "rts": 17, "mask": 12}
+_QUICK_STEPS |= {"grad_cam_pp": 56, "layer_cam": 56}
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
@@ -234,6 +238,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "grad": _DEFAULT_GRAD,
         "cam": _DEFAULT_CAM,
         "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),
+        "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
+        "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "rts": replace(_DEFAULT_CAM, interpreter=rts_interpreter()),
         "mask": _DEFAULT_MASK,
     },
@@ -300,6 +306,9 @@ def resolve(
     else:
         known = look_up(PRESETS, "preset", preset) if isinstance(preset, str) else preset
         named = {name: numbers for name, numbers in known.items() if name != "pgd"}
+        # the paper has no numbers for some of ours: they are then as good as a user's own
+        if isinstance(interpreter, str) and interpreter not in named:
+            interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
         name = interpreter.name if isinstance(interpreter, Interpreter) else interpreter
         if isinstance(interpreter, Interpreter) and name not in named:
             name = "grad" if "act" in interpreter.needs else "cam"

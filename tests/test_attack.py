@@ -11,6 +11,7 @@ from adv2_jax.attacks import count_steps, gradient_evaluations
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.interpreters import (
     INTERPRETERS,
+    PAPER,
     Interpreter,
     cam_interpreter,
     smooth_grad_interpreter,
@@ -332,8 +333,8 @@ def test_adv2_shows_the_target_map_where_pgd_does_not(model, images, targets, be
 
 
 def test_every_preset_has_every_interpreter():
-    for table in PRESETS.values():
-        assert table.keys() == {"pgd", *INTERPRETERS}
+    for preset, table in PRESETS.items():
+        assert table.keys() == {"pgd", *(PAPER if preset == "paper" else INTERPRETERS)}
         assert all(plan.interpreter.name == name for name, plan in table.items() if name != "pgd")
         assert table["pgd"].interpreter is None
 
@@ -387,6 +388,14 @@ def test_steps_of_the_released_flow_code():
         plan.step_size(600)(i) == PIXEL == plan.warm_step_size for plan in plans for i in (0, 599)
     )
     assert all(plan.momentum is None for plan in plans)
+
+
+def test_interpreters_without_numbers_of_the_paper_take_those_of_the_most_similar():
+    for name, like in {"grad_cam_pp": "cam", "layer_cam": "cam"}.items():
+        expected = replace(PRESETS["paper"][like], interpreter=INTERPRETERS[name]())
+        assert presets.resolve("paper", name) == expected
+    with pytest.raises(ValueError, match=r"^interpreter 'ig' is not one of grad, cam, grad_cam, "):
+        presets.resolve("paper", "ig")
 
 
 def test_other_numbers_for_a_flow_only(run, targets):

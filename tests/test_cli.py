@@ -19,7 +19,7 @@ from adv2_jax import cli, interpreters, models
 from adv2_jax.cli.arguments import COMMANDS, parser
 from adv2_jax.cli.entry import RUN
 from adv2_jax.files import write_arrays, write_summary
-from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.interpreters import PAPER
 from adv2_jax.runs import faithfulness
 from adv2_jax.runs.schema import MEASURES
 from adv2_jax.runs.tables import after_a_run
@@ -156,7 +156,7 @@ def test_the_summary_has_every_option(network, tmp_path):
     before = dict(vars(arguments))
     config = cli.subject.subject_of(arguments).config
     assert vars(arguments) == before
-    used = {"interpreter": [*INTERPRETERS], "epsilon": 8 / 255, "model": "tiny"}
+    used = {"interpreter": [*PAPER], "epsilon": 8 / 255, "model": "tiny"}
     used["interpreter"].remove("rts")  # there is no masker
     for name in ("distributed", "coordinator", "processes", "process"):
         del before[name]  # how the work is shared changes no result
@@ -521,9 +521,7 @@ def train_rts(network):
 
     with pytest.MonkeyPatch.context() as patch:
         # sooner
-        patch.setattr(
-            faithfulness, "INTERPRETERS", {name: INTERPRETERS[name] for name in ("cam", "rts")}
-        )
+        patch.setattr(faithfulness, "PAPER", ("cam", "rts"))
         yield call
 
 
@@ -671,11 +669,9 @@ def test_rts_is_among_the_interpreters_only_where_there_is_a_masker(masker):
     assert isinstance(cli.subject.with_masker(classifier, embedded).masker, models.Masker)
     assert cli.subject.with_masker(classifier, named) is classifier
     assert cli.subject._interpreters(None, models.ClassifierWithMasker(classifier, masker)) == list(
-        INTERPRETERS
+        PAPER
     )
-    assert cli.subject._interpreters(None, classifier) == [
-        name for name in INTERPRETERS if name != "rts"
-    ]
+    assert cli.subject._interpreters(None, classifier) == [name for name in PAPER if name != "rts"]
 
 
 NETWORK = """

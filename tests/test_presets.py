@@ -72,7 +72,7 @@ BAD = {
     "[]": "must be an object of objects",
     '{"cam": 3}': "must be an object of objects",
     "{": "Expecting property name",
-    '{"ig": {}}': "preset of 'ig' is not one of pgd, grad, cam, grad_cam, rts, mask",
+    '{"ig": {}}': "preset of 'ig' is not one of pgd, grad, cam, grad_cam, ",
     '{"cam": {"step": 3}}': "cam: number 'step' is not one of interpreter, warm_steps, steps",
     '{"cam": {"steps": 2.5}}': "cam: steps = 2.5: must be a whole number, 0 or more",
     '{"cam": {"steps": true}}': "cam: steps = true: must be a whole number",

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from adv2_jax import __version__, data, models, threats
 from adv2_jax.curvature import WIDTH
-from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.interpreters import INTERPRETERS, PAPER
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
@@ -253,7 +253,7 @@ INTERPRETER: Arguments = {
         "type": _choice(INTERPRETERS, "path/to/file.py:name", models.user.is_reference),
         "metavar": "NAME",
         "help": f"interpreters to fool: {', '.join(INTERPRETERS)}, or path/to/file.py:name "
-        "(default: all whose needs the network meets)",
+        f"(default: those of {', '.join(PAPER)} whose needs the network meets)",
     },
     "--encoder-loss": {
         "default": "head",
@@ -406,7 +406,7 @@ TERMS = {
 # also the source of docs/cli.md, which a test compares with it
 COMMANDS = {
     "demo": Command(
-        "attack three embedded images under every interpreter, in about a minute",
+        "attack three embedded images under the interpreters of the paper, in about a minute",
         {
             "--out": {"default": "demo", "type": _path, "metavar": "DIR", "help": "where to write"},
             **RESUME,

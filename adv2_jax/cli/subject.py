@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
 from adv2_jax.cli.arguments import EMBEDDED, HOSTS
-from adv2_jax.interpreters import INTERPRETERS, Interpreter, rts_interpreter
+from adv2_jax.interpreters import INTERPRETERS, PAPER, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs import curvature
 from adv2_jax.runs.run import Settings, interpreter_of
@@ -169,10 +169,10 @@ def with_masker(model: Classifier, arguments: argparse.Namespace) -> Classifier:
 
 
 def _interpreters(chosen: list[str] | None, model: Classifier) -> list[str]:
-    """Return the names, each once; unless chosen, all whose needs the model meets."""
+    """Return the names, each once; unless chosen, those of the paper whose needs the model meets."""
     lacking = {name: missing(model, make()) for name, make in INTERPRETERS.items()}
     if chosen is None:
-        return [name for name, need in lacking.items() if need is None]
+        return [name for name in PAPER if lacking[name] is None]
     for name in chosen:
         if lacking.get(name) == "masker":
             raise ValueError(

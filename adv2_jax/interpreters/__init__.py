@@ -16,6 +16,10 @@ from adv2_jax.interpreters.activation_maps import (
     cam_interpreter,
     grad_cam,
     grad_cam_interpreter,
+    grad_cam_pp,
+    grad_cam_pp_interpreter,
+    layer_cam,
+    layer_cam_interpreter,
 )
 from adv2_jax.interpreters.base import (
     Context,
@@ -40,6 +44,7 @@ from adv2_jax.options import shown
 __all__ = [
     "FACTORIES",
     "INTERPRETERS",
+    "PAPER",
     "Context",
     "Explain",
     "Init",
@@ -55,8 +60,12 @@ __all__ = [
     "grad",
     "grad_cam",
     "grad_cam_interpreter",
+    "grad_cam_pp",
+    "grad_cam_pp_interpreter",
     "grad_interpreter",
     "input_gradient",
+    "layer_cam",
+    "layer_cam_interpreter",
     "mask",
     "mask_interpreter",
     "rts",
@@ -70,9 +79,13 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "grad": grad_interpreter,
     "cam": cam_interpreter,
     "grad_cam": grad_cam_interpreter,
+    "grad_cam_pp": grad_cam_pp_interpreter,
+    "layer_cam": layer_cam_interpreter,
     "rts": rts_interpreter,
     "mask": mask_interpreter,
 }
+# those that ADV² attacks, which all commands take unless told otherwise
+PAPER = ("grad", "cam", "grad_cam", "rts", "mask")
 FACTORIES: dict[str, Callable[..., Interpreter]] = {
     **INTERPRETERS,
     "smooth_grad": smooth_grad_interpreter,

@@ -13,7 +13,7 @@ from adv2_jax import metrics
 from adv2_jax.attacks import batches, explain
 from adv2_jax.blending import alternative, blend
 from adv2_jax.data import ImageSet
-from adv2_jax.interpreters import INTERPRETERS
+from adv2_jax.interpreters import PAPER
 from adv2_jax.interpreters.masker_maps import log_probability
 from adv2_jax.models import ClassifierWithMasker
 from adv2_jax.runs.select import select
@@ -99,7 +99,7 @@ def to_explain(
 def qualities(
     model: ClassifierWithMasker, images: ImageSet, *, batch_size: int = 64
 ) -> dict[str, Quality]:
-    """Measure every interpreter on the same images, RTS first.
+    """Measure the interpreters of the paper on the same images, RTS first.
 
     Args:
         model: a classifier and its masker.
@@ -114,7 +114,7 @@ def qualities(
     x, y = np.asarray(images.images), images.labels
     measures = {}
     # a stable sort: RTS, which was trained, first, the others in their usual order
-    for name in sorted(INTERPRETERS, key=lambda name: name != "rts"):
+    for name in sorted(PAPER, key=lambda name: name != "rts"):
         _, maps = explain(model, x, y, interpreter=name, batch_size=batch_size)
         measures[name] = quality(
             model.classifier, x, y, maps, images.objects, batch_size=batch_size
