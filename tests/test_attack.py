@@ -391,6 +391,14 @@ def test_steps_of_the_released_flow_code():
     assert all(plan.momentum is None for plan in plans)
 
 
+def test_interpreters_without_numbers_of_the_paper_take_those_of_the_most_similar():
+    for name, like in {"grad_cam_pp": "cam", "layer_cam": "cam"}.items():
+        expected = replace(PRESETS["paper"][like], interpreter=INTERPRETERS[name]())
+        assert presets.resolve("paper", name) == expected
+    with pytest.raises(ValueError, match=r"^interpreter 'ig' is not one of grad, cam, grad_cam, "):
+        presets.resolve("paper", "ig")
+
+
 def test_other_numbers_for_a_flow_only(run, targets):
     assert presets.resolve("default", "cam", threat=threats.flow()).steps == 300
     for threat in (

@@ -16,6 +16,10 @@ from adv2_jax.interpreters.activation_maps import (
     cam_interpreter,
     grad_cam,
     grad_cam_interpreter,
+    grad_cam_pp,
+    grad_cam_pp_interpreter,
+    layer_cam,
+    layer_cam_interpreter,
 )
 from adv2_jax.interpreters.attention_maps import (
     attention_rollout,
@@ -74,6 +78,8 @@ __all__ = [
     "grad",
     "grad_cam",
     "grad_cam_interpreter",
+    "grad_cam_pp",
+    "grad_cam_pp_interpreter",
     "grad_interpreter",
     "gradient_rollout",
     "gradient_rollout_interpreter",
@@ -84,6 +90,8 @@ __all__ = [
     "input_x_gradient_interpreter",
     "integrated_gradients",
     "integrated_gradients_interpreter",
+    "layer_cam",
+    "layer_cam_interpreter",
     "mask",
     "mask_interpreter",
     "rts",
@@ -105,6 +113,8 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "integrated_gradients": integrated_gradients_interpreter,
     "smooth_grad": smooth_grad_interpreter,
     "guided_backprop": guided_backprop_interpreter,
+    "grad_cam_pp": grad_cam_pp_interpreter,
+    "layer_cam": layer_cam_interpreter,
     "attention_rollout": attention_rollout_interpreter,
     "gradient_rollout": gradient_rollout_interpreter,
 }

@@ -1,10 +1,11 @@
-"""CAM and Grad-CAM: the map is a weighted sum of the last convolutional features (ADV² §3.3).
+"""CAM and its kin: the map is a weighted sum of the last convolutional features (ADV² §3.3).
 
-Notation: a the features [h, w, C], k a channel of them, z the logits, c the class.
+Notation: a the features [h, w, C], k a channel of them, z the logits, c the class, g = ∂z_c/∂a.
 """
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,19 @@ from jax import Array
 
 from adv2_jax import maps
 from adv2_jax.capabilities import check_features, head_of, num_classes, static_leaves
-from adv2_jax.interpreters.base import Context, Interpreter, Seen, interpreter_factory
+from adv2_jax.interpreters.base import Context, Explain, Interpreter, Seen, interpreter_factory
 from adv2_jax.options import bind
 from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Features, HasFeatures, Image, Label, Map
+
+Raw = Callable[[HasFeatures, Features, Label], Array]
+
+
+def head_slopes(model: HasFeatures, features: Features, label: Label) -> Array:
+    """Return g, the gradient of z_c in the features: [h, w, C]."""
+    # z_c, not log-odds: all papers differentiate the logit, and no float32 rounding is at stake
+    # since z_c does not saturate. Half precision ends here: means are of h w small numbers.
+    return at_least_float32(jax.grad(lambda a: head_of(model, a)[label])(features))
 
 
 def head_weights(model: HasFeatures, features: Features, label: Label) -> Array:
@@ -24,11 +34,7 @@ def head_weights(model: HasFeatures, features: Features, label: Label) -> Array:
 
     With global average pooling and a linear head it is w_{k,c} / (h w) for all features.
     """
-    # z_c, not log-odds: both papers differentiate the logit, and no float32 rounding is at stake
-    # since z_c does not saturate. Half precision ends here: the mean is one of h w small numbers.
-    return at_least_float32(jax.grad(lambda a: head_of(model, a)[label])(features)).mean(
-        axis=(0, 1)
-    )
+    return head_slopes(model, features, label).mean(axis=(0, 1))
 
 
 def raw_cam(model: HasFeatures, features: Features, label: Label) -> Array:
@@ -42,6 +48,31 @@ def raw_grad_cam(model: HasFeatures, features: Features, label: Label) -> Array:
     """Return ReLU(sum_k alpha_{k,c} a_k), before scaling: [h, w, C] -> [h, w]."""
     # a true ReLU for the attack too: the map is differentiated once, so it needs no curvature
     return jnp.maximum(at_least_float32(features) @ head_weights(model, features, label), 0)
+
+
+def raw_grad_cam_pp(model: HasFeatures, features: Features, label: Label) -> Array:
+    """Return ReLU(sum_k w_k a_k) of Grad-CAM++, before scaling: [h, w, C] -> [h, w].
+
+    The weights are w_k = sum_ij alpha_ij ReLU(g_ij) with alpha_ij = g_ij² / (2 g_ij² + s_k g_ij³)
+    and s_k = sum_ab a_ab (Chattopadhay et al. 2018, eq. 7 and 19). The class score of the paper is
+    exp(z_c): of its first derivative only the factor exp(z_c) is left out, which the min-max map
+    does not see; eq. 19 holds it to be linear in the features, as ReLU networks are.
+    """
+    g, a = jnp.maximum(head_slopes(model, features, label), 0), at_least_float32(features)
+    # alpha as 1 / (2 + s g), g² divided out: no 0/0 where g = 0, and no g³ that underflows. Where
+    # g < 0 alpha does not matter. The denominator is 2 or more after a ReLU; features below 0 may
+    # meet a pole, which is the formula's own.
+    weights = (g / (2 + a.sum(axis=(0, 1)) * g)).sum(axis=(0, 1))
+    return jnp.maximum(a @ weights, 0)
+
+
+def raw_layer_cam(model: HasFeatures, features: Features, label: Label) -> Array:
+    """Return ReLU(sum_k ReLU(g_k) a_k) of LayerCAM, before scaling: [h, w, C] -> [h, w].
+
+    Each position has weights of its own, where Grad-CAM averages them (Jiang et al. 2021).
+    """
+    g = jnp.maximum(head_slopes(model, features, label), 0)
+    return jnp.maximum((g * at_least_float32(features)).sum(axis=-1), 0)
 
 
 def cam(model: HasFeatures, image: Image, label: Label) -> Map:
@@ -72,13 +103,41 @@ def grad_cam(model: HasFeatures, image: Image, label: Label) -> Map:
     return _weighted_features(model, image, label, raw=raw_grad_cam).map
 
 
+def grad_cam_pp(model: HasFeatures, image: Image, label: Label) -> Map:
+    """Return the Grad-CAM++, min-max of `raw_grad_cam_pp` (Chattopadhay et al. 2018).
+
+    Args:
+        model: any classifier; its last features should not be negative, as after a ReLU.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c the map explains.
+
+    Returns:
+        [h, w] in [0, 1], of the size of the last features.
+    """
+    return _weighted_features(model, image, label, raw=raw_grad_cam_pp).map
+
+
+def layer_cam(model: HasFeatures, image: Image, label: Label) -> Map:
+    """Return the LayerCAM of the last features, min-max of `raw_layer_cam` (Jiang et al. 2021).
+
+    Args:
+        model: any classifier; the head need not be linear.
+        image: [H, W, 3] in [0, 1].
+        label: [] the class c the map explains.
+
+    Returns:
+        [h, w] in [0, 1], of the size of the last features.
+    """
+    return _weighted_features(model, image, label, raw=raw_layer_cam).map
+
+
 def _weighted_features(
     model: HasFeatures,
     image: Image,
     label: Label,
     context: Context | None = None,
     *,
-    raw: Callable[[HasFeatures, Features, Label], Array],
+    raw: Raw,
 ) -> Seen:
     # one set of features for both: the head is a small part of the work, so a step costs one PGD
     # gradient
@@ -142,25 +201,35 @@ def _departure(
     )
 
 
+def _interpreter(
+    name: str,
+    explain: Explain,
+    raw: Raw,
+    check: Callable[[Any, tuple[int, ...]], object] = check_features,
+) -> Interpreter:
+    surrogate = bind(_weighted_features, raw=raw)
+    return Interpreter(name, explain, surrogate, check=check, needs=("features", "head"))
+
+
 @interpreter_factory
 def cam_interpreter() -> Interpreter:
     """CAM; analyst and adversary use the same function, since the map has a gradient as it is."""
-    return Interpreter(
-        "cam",
-        cam,
-        bind(_weighted_features, raw=raw_cam),
-        check=check_pooling,
-        needs=("features", "head"),
-    )
+    return _interpreter("cam", cam, raw_cam, check_pooling)
 
 
 @interpreter_factory
 def grad_cam_interpreter() -> Interpreter:
     """Grad-CAM; analyst and adversary use the same function, as for CAM."""
-    return Interpreter(
-        "grad_cam",
-        grad_cam,
-        bind(_weighted_features, raw=raw_grad_cam),
-        check=check_features,
-        needs=("features", "head"),
-    )
+    return _interpreter("grad_cam", grad_cam, raw_grad_cam)
+
+
+@interpreter_factory
+def grad_cam_pp_interpreter() -> Interpreter:
+    """Grad-CAM++; one function for both. Through a head that is not linear g varies with a too."""
+    return _interpreter("grad_cam_pp", grad_cam_pp, raw_grad_cam_pp)
+
+
+@interpreter_factory
+def layer_cam_interpreter() -> Interpreter:
+    """LayerCAM; one function for both, as for Grad-CAM++."""
+    return _interpreter("layer_cam", layer_cam, raw_layer_cam)

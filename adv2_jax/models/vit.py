@@ -111,8 +111,16 @@ class VisionTransformer(nnx.Module):
                 f"and {heads} heads a width of {width}"
             )
         self.mean, self.std, self.image_size, self.patch = mean, std, image_size, patch
-        sides = {"kernel_size": (patch, patch), "strides": patch, "padding": "VALID"}
-        self.patch_embed = nnx.Dict(proj=nnx.Conv(3, width, kernel_init=INIT, rngs=rngs, **sides))
+        proj = nnx.Conv(
+            3,
+            width,
+            kernel_size=(patch, patch),
+            strides=patch,
+            padding="VALID",
+            kernel_init=INIT,
+            rngs=rngs,
+        )
+        self.patch_embed = nnx.Dict(proj=proj)
         tokens = 1 + (image_size // patch) ** 2
         self.cls_token = nnx.Param(INIT(rngs.params(), (1, 1, width)))
         self.pos_embed = nnx.Param(INIT(rngs.params(), (1, tokens, width)))

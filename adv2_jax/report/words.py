@@ -22,6 +22,14 @@ INTERPRETERS = {  # name, and what the map shows
         "Grad-CAM",
         "The last feature maps, weighted by the mean gradient of the class score.",
     ),
+    "grad_cam_pp": (
+        "Grad-CAM++",
+        "The last feature maps, weighted by gradients that raise the score, in powers of them.",
+    ),
+    "layer_cam": (
+        "LayerCAM",
+        "The last feature maps, each entry weighted by its own gradient where that is positive.",
+    ),
     "rts": ("RTS", "Real-time saliency: a second network, trained to predict the map."),
     "mask": ("MASK", "The smallest mask whose removal from the image destroys the class."),
     "input_x_gradient": ("Input × gradient", "The gradient of GRAD, times the pixel value."),
