@@ -266,8 +266,6 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "grad": _DEFAULT_GRAD,
         "cam": _DEFAULT_CAM,
         "grad_cam": replace(_DEFAULT_CAM, interpreter=grad_cam_interpreter()),
-        "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
-        "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "rts": replace(_DEFAULT_CAM, interpreter=rts_interpreter()),
         "mask": _DEFAULT_MASK,
         "input_x_gradient": replace(_DEFAULT_GRAD, interpreter=input_x_gradient_interpreter()),
@@ -276,6 +274,8 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "guided_backprop": replace(
             _DEFAULT_GRAD, interpreter=guided_backprop_interpreter(), steps=200
         ),
+        "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
+        "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "attention_rollout": replace(_DEFAULT_CAM, interpreter=attention_rollout_interpreter()),
         "gradient_rollout": replace(_DEFAULT_GRAD, interpreter=gradient_rollout_interpreter()),
     },
