@@ -29,6 +29,7 @@ from adv2_jax.interpreters import (
     grad_interpreter,
     layer_cam_interpreter,
     mask_interpreter,
+    occlusion_interpreter,
     rts_interpreter,
     smooth_grad_interpreter,
 )
@@ -219,10 +220,14 @@ _DEFAULT_MASK = replace(
     tau=constant(0.03),
     score_every=10,
 )
+# a look at all positions costs three steps, so there are few
+_DEFAULT_OCCLUSION = replace(
+    _DEFAULT_CAM, interpreter=occlusion_interpreter(), steps=100, score_every=25
+)
 # As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
 # cost share one run of plain PGD
 _QUICK_STEPS = {"pgd": 56, "grad": 28, "cam": 56, "grad_cam": 56, "rts": 17, "mask": 12}
-_QUICK_STEPS |= {"grad_cam_pp": 56, "layer_cam": 56}
+_QUICK_STEPS |= {"grad_cam_pp": 56, "layer_cam": 56, "occlusion": 7}
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
@@ -241,6 +246,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
         "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "rts": replace(_DEFAULT_CAM, interpreter=rts_interpreter()),
+        "occlusion": _DEFAULT_OCCLUSION,
         "mask": _DEFAULT_MASK,
     },
 }

@@ -39,6 +39,7 @@ from adv2_jax.interpreters.gradients import (
 )
 from adv2_jax.interpreters.mask_descent import MaskObjective, mask, mask_interpreter
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, rts, rts_interpreter
+from adv2_jax.interpreters.patch_maps import occlusion, occlusion_interpreter
 from adv2_jax.options import shown
 
 __all__ = [
@@ -68,6 +69,8 @@ __all__ = [
     "layer_cam_interpreter",
     "mask",
     "mask_interpreter",
+    "occlusion",
+    "occlusion_interpreter",
     "rts",
     "rts_interpreter",
     "smooth_grad_interpreter",
@@ -82,6 +85,7 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "grad_cam_pp": grad_cam_pp_interpreter,
     "layer_cam": layer_cam_interpreter,
     "rts": rts_interpreter,
+    "occlusion": occlusion_interpreter,
     "mask": mask_interpreter,
 }
 # those that ADV² attacks, which all commands take unless told otherwise
