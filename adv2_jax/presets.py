@@ -34,6 +34,7 @@ from adv2_jax.interpreters import (
     integrated_gradients_interpreter,
     layer_cam_interpreter,
     mask_interpreter,
+    occlusion_interpreter,
     rts_interpreter,
     smooth_grad_interpreter,
     smooth_relu_grad_interpreter,
@@ -233,6 +234,10 @@ _DEFAULT_IG = replace(
 _DEFAULT_SMOOTH = replace(
     _DEFAULT_GRAD, interpreter=smooth_grad_interpreter(), steps=120, score_every=20
 )
+# a look at all positions costs three steps, so there are few
+_DEFAULT_OCCLUSION = replace(
+    _DEFAULT_CAM, interpreter=occlusion_interpreter(), steps=100, score_every=25
+)
 # As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
 # cost share one run of plain PGD
 _QUICK_STEPS = {
@@ -248,6 +253,7 @@ _QUICK_STEPS = {
     "guided_backprop": 19,
     "grad_cam_pp": 56,
     "layer_cam": 56,
+    "occlusion": 7,
     "attention_rollout": 56,
     "gradient_rollout": 28,
 }
@@ -276,6 +282,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         ),
         "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
         "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
+        "occlusion": _DEFAULT_OCCLUSION,
         "attention_rollout": replace(_DEFAULT_CAM, interpreter=attention_rollout_interpreter()),
         "gradient_rollout": replace(_DEFAULT_GRAD, interpreter=gradient_rollout_interpreter()),
     },

@@ -316,7 +316,7 @@ def test_joint_stage_without_weight_is_pgd(run):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in ("mask", "rts") else ())
+        pytest.param(name, marks=pytest.mark.slow if name in ("mask", "rts", "occlusion") else ())
         for name in INTERPRETERS
         if "rollout" not in name  # of transformers: test_vit.py
     ],
@@ -392,7 +392,7 @@ def test_steps_of_the_released_flow_code():
 
 
 def test_interpreters_without_numbers_of_the_paper_take_those_of_the_most_similar():
-    for name, like in {"grad_cam_pp": "cam", "layer_cam": "cam"}.items():
+    for name, like in {"grad_cam_pp": "cam", "layer_cam": "cam", "occlusion": "mask"}.items():
         expected = replace(PRESETS["paper"][like], interpreter=INTERPRETERS[name]())
         assert presets.resolve("paper", name) == expected
     with pytest.raises(ValueError, match=r"^interpreter 'ig' is not one of grad, cam, grad_cam, "):

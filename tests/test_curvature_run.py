@@ -445,7 +445,7 @@ BAD = {
         True,
         ["--interpreter", "grad", "--overwrite"],
     ),
-    "the map of mask is the end of a descent": (False, ["--interpreter", "mask", "--out", "out"]),
+    "the map of mask is made in steps": (False, ["--interpreter", "mask", "--out", "out"]),
     "probes = 1 must be 2 or more": (False, ["--probes", "1", "--out", "out"]),
     "'0' is not a number above 0": (True, ["--tau", "0"]),
     "invalid choice: 'odds' (choose from": (True, ["--score", "odds"]),

@@ -1,4 +1,4 @@
-"""Maps of Grad-CAM++ and LayerCAM against pytorch-grad-cam, from a file that make_map_goldens.py wrote."""
+"""Maps of Grad-CAM++, LayerCAM and occlusion against pytorch-grad-cam and captum, from a file that make_map_goldens.py wrote."""
 
 import dataclasses
 
@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from adv2_jax import interpreters
+from adv2_jax.losses import logit
+from adv2_jax.maps import min_max
 
 EXPECTED = np.load(goldens.PATH)
 
@@ -51,3 +53,14 @@ def test_pytorch_grad_cam(twin, name, head):
     # it scales maps in float32; what it adds to denominators, 1e-6, is nothing beside 2 g² here
     np.testing.assert_allclose(actual, EXPECTED[f"{name}/{head}"], atol=1e-6)
     assert np.ptp(actual) == 1
+
+
+@pytest.mark.parametrize("name", goldens.PATCHES)
+def test_captum(twin, name):
+    model, image = twin(1)
+    patch, stride = goldens.PATCHES[name]
+    actual = interpreters.occlusion(
+        model, image, goldens.LABEL, patch=patch, stride=stride, fill=goldens.FILL, score=logit
+    )
+    expected = min_max(jnp.asarray(EXPECTED[f"occlusion/{name}"], float))
+    np.testing.assert_allclose(actual, expected, atol=1e-6)  # captum averages in float32

@@ -49,6 +49,7 @@ from adv2_jax.interpreters.gradients import (
 )
 from adv2_jax.interpreters.mask_descent import MaskObjective, mask, mask_interpreter
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, rts, rts_interpreter
+from adv2_jax.interpreters.patch_maps import occlusion, occlusion_interpreter
 from adv2_jax.interpreters.path import (
     integrated_gradients,
     integrated_gradients_interpreter,
@@ -94,6 +95,8 @@ __all__ = [
     "layer_cam_interpreter",
     "mask",
     "mask_interpreter",
+    "occlusion",
+    "occlusion_interpreter",
     "rts",
     "rts_interpreter",
     "smooth_grad",
@@ -115,6 +118,7 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "guided_backprop": guided_backprop_interpreter,
     "grad_cam_pp": grad_cam_pp_interpreter,
     "layer_cam": layer_cam_interpreter,
+    "occlusion": occlusion_interpreter,
     "attention_rollout": attention_rollout_interpreter,
     "gradient_rollout": gradient_rollout_interpreter,
 }

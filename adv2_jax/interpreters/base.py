@@ -65,7 +65,7 @@ class Solver(NamedTuple):
 
     Attributes:
         init: image -> memory, the state before the first step (any pytree).
-        step: (model, image, label, memory) -> memory; costs one gradient through the network.
+        step: (model, image, label, memory) -> memory; its work is counted in its program.
         read: memory -> map [h, w].
         steps: number of steps after which `read` gives the explained map.
     """

@@ -30,6 +30,10 @@ INTERPRETERS = {  # name, and what the map shows
         "LayerCAM",
         "The last feature maps, each entry weighted by its own gradient where that is positive.",
     ),
+    "occlusion": (
+        "Occlusion",
+        "How far the score of the class drops where a grey patch hides the image.",
+    ),
     "rts": ("RTS", "Real-time saliency: a second network, trained to predict the map."),
     "mask": ("MASK", "The smallest mask whose removal from the image destroys the class."),
     "input_x_gradient": ("Input × gradient", "The gradient of GRAD, times the pixel value."),

@@ -421,8 +421,8 @@ def check(model: Classifier, shape: tuple[int, ...], options: Options) -> None:
     """Refuse what cannot be measured on images [H, W, 3].
 
     Raises:
-        ValueError: the network does not pass `act` on or has no ReLU, or the interpreter is a
-            descent or does not fit the network; one line.
+        ValueError: the network does not pass `act` on or has no ReLU, or the interpreter takes
+            steps or does not fit the network; one line.
     """
     check_activation(model, shape)
     # of a smooth network the softmax term would not be the exact Hessian
@@ -430,8 +430,8 @@ def check(model: Classifier, shape: tuple[int, ...], options: Options) -> None:
     check_interpreter(model, shape, options.interpreter, attacked=True)
     if options.interpreter.solver is not None:
         raise ValueError(
-            f"the map of {options.interpreter.name} is the end of a descent, and has no Jacobian "
-            "without it: name an interpreter that is none, such as grad"
+            f"the map of {options.interpreter.name} is made in steps, and has no Jacobian "
+            "without them: name an interpreter that takes none, such as grad"
         )
     for name, least in (("depth", 1), ("probes", 2)):
         if (value := getattr(options, name)) < least:
