@@ -191,5 +191,5 @@ def test_patches_that_do_not_cover_the_image_are_named(make_small, words):
 
 
 def test_shares_below_one_are_refused():
-    with pytest.raises(ValueError, match="^shares = 0 must be 1 or more$"):
+    with pytest.raises(ValueError, match=r"^shares = 0 must be 1 or more$"):
         occlusion_interpreter(shares=0)
