@@ -59,7 +59,7 @@ def test_a_run_without_maps_is_reported_studied_and_shown_to_others_and_says_wha
     ):
         np.testing.assert_array_equal(sample.images, expected.images)
     others = [transfer_to(one, Mean(), "it", interpreters=["cam"]) for one in (finished, complete)]
-    assert others[0] == others[1] and len(others[0]) == 3
+    assert others[0] == others[1] and len(others[0]) == 4
     with pytest.raises(
         ValueError,
         match=rf"^{few} holds no maps to compare with: it was made with --keep adversarial$",
