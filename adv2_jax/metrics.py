@@ -104,19 +104,15 @@ def top_intersection(
         maps, target_maps: to be compared.
         share: k / (h w), k rounded, 1 or more.
         radius: an entry also counts if the other map has one of its k within so many rows and
-            columns, and the share of such entries is averaged over both maps: the mean of LENS
+            columns, and the number of such entries is averaged over both maps: the mean of LENS
             precision and recall at k (Kamath et al. 2024).
     """
-    pair = _tops(maps, target_maps, round(share * np.asarray(maps)[0].size))
-    size, width = [m.sum(axis=(1, 2)) for m in pair], 2 * radius + 1
+    pair, width = _tops(maps, target_maps, round(share * np.asarray(maps)[0].size)), 2 * radius + 1
     # the largest of a window: True within the radius of a True
     near = [maximum_filter(m, size=(1, width, width), mode="constant") for m in pair]
     hits = [(m & other).sum(axis=(1, 2)) for m, other in zip(pair, reversed(near), strict=True)]
-    empty = np.maximum(*size) == 0
-    if radius == 0:
-        return np.where(empty, 1.0, hits[0] / np.maximum(np.maximum(*size), 1))
-    shares = [hit / np.maximum(n, 1) for hit, n in zip(hits, size, strict=True)]
-    return np.where(empty, 1.0, np.mean(shares, axis=0))
+    k = np.maximum(*(m.sum(axis=(1, 2)) for m in pair))
+    return np.where(k > 0, np.mean(hits, axis=0) / np.maximum(k, 1), 1.0)
 
 
 def rank_correlation(a: ArrayLike, b: ArrayLike) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_a_run_without_maps_is_reported_studied_and_shown_to_others_and_says_wha
     ):
         np.testing.assert_array_equal(sample.images, expected.images)
     others = [transfer_to(one, Mean(), "it", interpreters=["cam"]) for one in (finished, complete)]
-    assert others[0] == others[1] and len(others[0]) == 3
+    assert others[0] == others[1] and len(others[0]) == 4
     with pytest.raises(
         ValueError,
         match=rf"^{few} holds no maps to compare with: it was made with --keep adversarial$",
@@ -183,7 +183,7 @@ def test_a_shard_on_which_another_network_is_always_wrong(sharded):
     rows, expected = (
         transfer_to(one, Mean(), "it", interpreters=["cam"]) for one in (finished, joined)
     )
-    assert len(rows) == len(expected) == 3
+    assert len(rows) == len(expected) == 4
     for row, other in zip(rows, expected, strict=True):
         assert row["n"] == other["n"] == 4 and row["asr"] == other["asr"]
         assert row["map_l1"] == pytest.approx(other["map_l1"], abs=1e-6)  # of float32
