@@ -227,7 +227,7 @@ _DEFAULT_OCCLUSION = replace(
 # As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
 # cost share one run of plain PGD
 _QUICK_STEPS = {"pgd": 56, "grad": 28, "cam": 56, "grad_cam": 56, "rts": 17, "mask": 12}
-_QUICK_STEPS |= {"grad_cam_pp": 56, "layer_cam": 56, "occlusion": 7}
+_QUICK_STEPS |= {"grad_cam_pp": 56, "layer_cam": 56, "occlusion": 20}
 
 PRESETS: dict[str, dict[str, Preset]] = {
     "paper": {
