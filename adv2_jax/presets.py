@@ -238,8 +238,8 @@ _DEFAULT_SMOOTH = replace(
 _DEFAULT_OCCLUSION = replace(
     _DEFAULT_CAM, interpreter=occlusion_interpreter(), steps=100, score_every=25
 )
-# As few steps as will do, so each is long. All but MASK spend 56 gradients: interpreters of equal
-# cost share one run of plain PGD
+# As few steps as will do, so each is long. All but MASK and occlusion spend about 56 gradients:
+# interpreters of equal cost share one run of plain PGD
 _QUICK_STEPS = {
     "pgd": 56,
     "grad": 28,
@@ -253,7 +253,7 @@ _QUICK_STEPS = {
     "guided_backprop": 19,
     "grad_cam_pp": 56,
     "layer_cam": 56,
-    "occlusion": 7,
+    "occlusion": 20,
     "attention_rollout": 56,
     "gradient_rollout": 28,
 }

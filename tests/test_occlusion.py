@@ -98,10 +98,10 @@ def test_defaults_make_7_x_7_positions(shape):
 def test_shares_make_up_the_whole_map(small, photo, shares):
     """Also where they do not divide the number of positions: some are then computed twice."""
     made = occlusion_interpreter(shares=shares)
-    image = jnp.asarray(photo)
+    image, step = jnp.asarray(photo), jax.jit(made.solver.step)
     memory = made.solver.init(image)
     for _ in range(made.solver.steps):
-        memory = made.solver.step(small, image, LABEL, memory)
+        memory = step(small, image, LABEL, memory)
     np.testing.assert_allclose(
         made.solver.read(memory), interpreters.occlusion(small, image, LABEL), atol=1e-12
     )
@@ -119,11 +119,13 @@ def test_explain_draws_the_map_of_each_image(make_small, images):
 
 def test_a_step_renews_a_share_and_differentiates_it_alone(small, photo, slope):
     made = occlusion_interpreter(patch=4, shares=3)
+    step = jax.jit(made.solver.step)
     image, other = jnp.asarray(photo), jnp.asarray(photo[::-1].copy())
     memory = made.solver.init(other)
     for _ in range(made.solver.steps):
-        memory = made.solver.step(small, other, LABEL, memory)
+        memory = step(small, other, LABEL, memory)
 
+    @jax.jit
     def seen(x, memory=memory):
         return made.surrogate(small, x, LABEL, Context(1e-3, memory=memory))
 
@@ -136,7 +138,7 @@ def test_a_step_renews_a_share_and_differentiates_it_alone(small, photo, slope):
     assert renewed.sum() == -(-memory.scores.size // 3)
     true = made.solver.init(image)
     for _ in range(made.solver.steps):
-        true = made.solver.step(small, image, LABEL, true)
+        true = step(small, image, LABEL, true)
     np.testing.assert_allclose(after.scores[renewed], true.scores[renewed], rtol=1e-12)
     np.testing.assert_array_equal(seen(image).map, made.solver.read(after))
     v = np.random.default_rng(1).normal(size=image.shape)

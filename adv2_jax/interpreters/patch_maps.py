@@ -123,7 +123,8 @@ def _renew(
 
 def _read(memory: Memory) -> Map:
     # over a pixel lie as many patches as over its row, times those over its column
-    rows, columns = (one / one.sum(axis=0) for one in (memory.rows, memory.columns))
+    hides = (one.astype(memory.scores.dtype) for one in (memory.rows, memory.columns))
+    rows, columns = (one / one.sum(axis=0, keepdims=True) for one in hides)
     return maps.min_max(rows.T @ -memory.scores @ columns)
 
 
