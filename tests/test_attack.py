@@ -322,7 +322,8 @@ def test_joint_stage_without_weight_is_pgd(run):
     ],
 )
 def test_adv2_shows_the_target_map_where_pgd_does_not(model, images, targets, benign, name):
-    options = {"steps": 60, "threat": WIDE}
+    # the derivative in z of guided back-propagation is invented throughout: it takes longer
+    options = {"steps": 150 if name == "guided_backprop" else 60, "threat": WIDE}
     plain = attack(model, images, targets, interpreter=None, **options)
     joint = attack(model, images, targets, benign[name], interpreter=name, **options)
     _, plain_maps = explain(model, plain.images, targets, interpreter=INTERPRETERS[name]().explain)
