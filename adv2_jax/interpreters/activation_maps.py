@@ -62,7 +62,7 @@ def raw_grad_cam_pp(model: HasFeatures, features: Features, label: Label) -> Arr
     # alpha as 1 / (2 + s g), g² divided out: no 0/0 where g = 0, and no g³ that underflows. Where
     # g < 0 alpha does not matter. The denominator is 2 or more after a ReLU; features below 0 may
     # meet a pole, which is the formula's own.
-    weights = (g / (2 + a.sum(axis=(0, 1)) * g)).sum(axis=(0, 1))
+    weights = (g / (2 + a.sum(axis=(0, 1), keepdims=True) * g)).sum(axis=(0, 1))
     return jnp.maximum(a @ weights, 0)
 
 
