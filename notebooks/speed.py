@@ -204,7 +204,9 @@ def picture(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.set(title=name, yscale="log", ylabel="gradients a second (images x steps)")
         axis.set_xticks([k + 0.4 for k in range(len(kinds))], kinds)
     # of one network: all have the same series, and below, where it hides no bar
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names)
+    )
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
