@@ -66,6 +66,8 @@ log = logging.getLogger(__name__)
 # life of the process: a run calls `attack` for each of its batches
 _SMALLER: dict[Any, int] = {}
 
+ANY_NUMBERS = Numbers(*[np.float32(1)] * 3)  # of a step that is traced, not run
+
 # folded into the key of an image for its noise, and more than the steps of any attack
 NOISE = 2**31 - 1
 
@@ -501,7 +503,7 @@ def _work_of_step(
     Arguments have the very types of those in `attack`: then `descent.step_of` is traced once.
     """
     inputs = _step_inputs(known, options, interpreter, shape)
-    return multiply_adds(step_of(options), *inputs, Numbers(*[np.float32(1)] * 3))
+    return multiply_adds(step_of(options), *inputs, ANY_NUMBERS)
 
 
 def _step_inputs(
@@ -559,7 +561,7 @@ def fitting_batch_size(
             batch = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), inputs
             )
-            return step.lower(leaves, *batch, Numbers(*[np.float32(1)] * 3))  # type: ignore
+            return step.lower(leaves, *batch, ANY_NUMBERS)  # type: ignore
 
         return largest_batch(lowered)
 

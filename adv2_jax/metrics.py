@@ -65,7 +65,7 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def iou_quantile(maps: ArrayLike, target_maps: ArrayLike, quantile: float = 0.75) -> np.ndarray:
     """Return the IoU of the entries above a quantile of each map: [N, h, w], [N, h, w] -> [N].
 
-    The entries are chosen by rank (`_top`), k of h w lying above the quantile. Two unrelated maps
+    The entries are chosen by rank (`_tops`), k of h w lying above the quantile. Two unrelated maps
     have an IoU of .14 at the 75th percentile.
     """
     n = np.asarray(maps)[0].size

@@ -48,6 +48,7 @@ from adv2_jax.runs.tables import (
 )
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
 
+FINISHED = ("summary.json", RESULTS, f"{SHARDS}/{INDEX}")  # of a run, in either form of results
 # few images, and a batch of one shape: most of the demo's time goes to compiling programs
 DEMO = shlex.split(
     "--images shapes:8 --limit 3 --batch-size 3 --epsilon 16/255 --preset quick --snapshots 0"
@@ -56,8 +57,7 @@ DEMO = shlex.split(
 
 def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
     """Run `adv2 attack`; return what was attacked and what came out."""
-    files = ("summary.json", RESULTS, f"{SHARDS}/{INDEX}", "report.html")
-    check_out(arguments, *files, unfinished=UNFINISHED)
+    check_out(arguments, *FINISHED, "report.html", unfinished=UNFINISHED)
     subject = subject_of(arguments)
     if arguments.batch_size == AUTO:
         subject = _with_batch_size(subject, arguments)
@@ -120,10 +120,8 @@ def _print_failed(names: Sequence[object]) -> None:
 def table(arguments: argparse.Namespace) -> None:
     """Run `adv2 table`."""
     name, table = arguments.table, TABLES[arguments.table]
-    of_run = [f"{table.run}/{name}" for name in ("summary.json", RESULTS, f"{SHARDS}/{INDEX}")]
-    check_out(
-        arguments, "table.md", "summary.json", *of_run, unfinished=f"{table.run}/{UNFINISHED}"
-    )
+    files = ("table.md", "summary.json", *(f"{table.run}/{file}" for file in FINISHED))
+    check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
     # a table fixes these: its command has no options of theirs
     chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all"}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))

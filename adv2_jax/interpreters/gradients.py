@@ -59,26 +59,6 @@ def input_gradient(
     return jax.grad(class_score, has_aux=True)(image)
 
 
-def grad_with_logits(
-    model: Classifier,
-    image: Image,
-    label: Label,
-    *,
-    act: Activation | None,
-    pool: int | None,
-    spread: bool = False,
-    score: Score = log_odds,
-) -> tuple[Logits, Map]:
-    """Return the logits [K] and the map of `grad` from one linearisation.
-
-    The gradient of any function of both costs about four forward passes.
-    """
-    # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
-    # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long.
-    gradient, logits = input_gradient(model, image, label, act=act, score=score)
-    return logits, attribution_map(gradient, pool, spread)
-
-
 def attribution_map(attribution: Array, pool: int | None, spread: bool = False) -> Map:
     """Return the map of an attribution: [H, W, 3] of any range -> [H/pool, W/pool] in [0, 1].
 
@@ -125,7 +105,7 @@ def grad(
     Raises:
         ValueError: if `pool` does not divide the image sides.
     """
-    return grad_with_logits(model, image, label, act=act, pool=pool, score=score)[1]
+    return attribution_map(input_gradient(model, image, label, act=act, score=score)[0], pool)
 
 
 @interpreter_factory
@@ -173,9 +153,14 @@ def curved_attribution(
     pool: int | None,
     spread: bool = False,
 ) -> Seen:
-    """Surrogate of a map from one gradient: the true map, with a second derivative invented."""
+    """Surrogate of a map from one gradient: the true map, with a second derivative invented.
+
+    The gradient of any function of map and logits costs about four forward passes.
+    """
     act = lambda z: relu_curved(z, context.tau)  # noqa: E731
-    # the logits too: `relu_curved` has the values and first derivatives of ReLU
+    # One pass for both. As two terms ℓ_prd and the map would each linearise the network; on
+    # a ResNet-50 one joint step then takes 1.3 to 1.5 times as long. The logits are the true ones:
+    # `relu_curved` has the values and first derivatives of ReLU.
     values, logits = attribution(model, image, label, act=act)
     return Seen(logits, attribution_map(values, pool, spread))
 
@@ -243,25 +228,27 @@ def smooth_relu_grad_interpreter(
     return Interpreter(
         "grad",
         bind(grad, pool=pool),
-        bind(_smooth_relu_grad, act=act, pool=pool),
+        bind(_apart_from_logits, of_width=relu_h, act=act, pool=pool),
         faithful=False,
         needs=("act",),
     )
 
 
-def _smooth_relu_grad(
+def _apart_from_logits(
     model: Classifier,
     image: Image,
     label: Label,
     context: Context,
     *,
-    act: Activation | None,
+    of_width: Callable[[Array, Array], Array],
+    act: Activation | None = None,
     pool: int | None,
 ) -> Seen:
-    smooth = (lambda z: relu_h(z, context.tau)) if act is None else act
+    """Surrogate of GRAD with an activation, `of_width` τ unless given, that the logits do not have."""
+    used = (lambda z: of_width(z, context.tau)) if act is None else act
     # Two linearisations, since the backward passes differ: that of the logits must be exact. The
     # forward passes are equal and XLA merges them, so 3 units of work cost 2.5.
-    return Seen(logits_of(model, image), grad(model, image, label, act=smooth, pool=pool))
+    return Seen(logits_of(model, image), grad(model, image, label, act=used, pool=pool))
 
 
 def times_input(
@@ -340,7 +327,7 @@ def guided_backprop(
     Returns:
         [H/pool, W/pool] in [0, 1].
     """
-    return attribution_map(input_gradient(model, image, label, act=act, score=score)[0], pool)
+    return grad(model, image, label, act=act, pool=pool, score=score)
 
 
 @interpreter_factory
@@ -356,14 +343,6 @@ def guided_backprop_interpreter(*, pool: int | None = None) -> Interpreter:
     return Interpreter(
         "guided_backprop",
         bind(guided_backprop, pool=pool),
-        bind(_guided, pool=pool),
+        bind(_apart_from_logits, of_width=relu_guided, pool=pool),
         needs=("act",),
     )
-
-
-def _guided(
-    model: Classifier, image: Image, label: Label, context: Context, *, pool: int | None
-) -> Seen:
-    m = guided_backprop(model, image, label, act=lambda z: relu_guided(z, context.tau), pool=pool)
-    # A pass of their own, as in `_smooth_relu_grad`: a guided gradient of the logits is not exact
-    return Seen(logits_of(model, image), m)

@@ -189,11 +189,11 @@ class Parts:
         with self._writing(results):
             if form == "shards":
                 self._write_shards(written, whole, headers, n)
+                # only a file is replaced in one step; a kill here leaves the parts, and --resume
+                if file.exists():
+                    self._discard(file)
             else:
                 write_streams(written, self._streams(whole, headers, 0, n))
-            # only a file is replaced in one step; a kill here leaves the parts, and --resume
-            if form == "shards" and file.exists():
-                self._discard(file)
             if (folder / INDEX).exists():  # else it is a folder of somebody's
                 self._discard(folder)
             os.replace(written, results)
