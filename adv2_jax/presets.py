@@ -33,6 +33,7 @@ from adv2_jax.interpreters import (
     input_x_gradient_interpreter,
     integrated_gradients_interpreter,
     layer_cam_interpreter,
+    lrp_interpreter,
     mask_interpreter,
     occlusion_interpreter,
     rts_interpreter,
@@ -251,6 +252,7 @@ _QUICK_STEPS = {
     "integrated_gradients": 8,
     "smooth_grad": 8,
     "guided_backprop": 19,
+    "lrp": 11,
     "grad_cam_pp": 56,
     "layer_cam": 56,
     "occlusion": 20,
@@ -280,6 +282,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "guided_backprop": replace(
             _DEFAULT_GRAD, interpreter=guided_backprop_interpreter(), steps=200
         ),
+        "lrp": replace(_DEFAULT_GRAD, interpreter=lrp_interpreter(), steps=120),
         "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
         "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "occlusion": _DEFAULT_OCCLUSION,

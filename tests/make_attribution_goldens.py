@@ -1,6 +1,6 @@
-"""Makes goldens_attributions.npz: what captum says in float64 of a small network that anybody can draw again.
+"""Makes goldens_attributions.npz: what captum and zennit say in float64 of a small network that anybody can draw again.
 
-    python tests/make_attribution_goldens.py      # needs torch and captum
+    python tests/make_attribution_goldens.py      # needs torch, captum and zennit
 
 The legacy generator draws weights, image and noise, since NumPy promises that its numbers never change.
 """
@@ -12,6 +12,7 @@ import numpy as np
 PATH = Path(__file__).parent / "goldens_attributions.npz"
 SHAPES = {"first": (3, 3, 3, 8), "second": (3, 3, 8, 8), "last": (8, 5)}  # HWIO, and [C, K]
 LABEL, POINTS, BASELINE, SAMPLES = 2, 6, 0.25, 6
+GAMMA = 0.25
 SCORES = ("logit", "log_odds")
 
 
@@ -41,11 +42,13 @@ def network(arrays, score):
                 torch.nn.ReLU(),
                 torch.nn.Conv2d(8, 8, 3, bias=False),
                 torch.nn.ReLU(),
+                torch.nn.AvgPool2d(8),
+                torch.nn.Flatten(),
             )
             self.linear = torch.nn.Linear(8, 5, bias=False)
 
         def forward(self, x):
-            logits = self.linear(self.convolutions(x).mean((2, 3)))
+            logits = self.linear(self.convolutions(x))
             if score == "logit":
                 return logits
             others = torch.eye(logits.shape[-1], dtype=torch.bool)
@@ -97,5 +100,30 @@ def attributions():
     return found
 
 
+def relevance():
+    """[12, 12, 3] by zennit: γ in the convolutions, 0 in the linear layer.
+
+    No bias is positive: zennit weighs those that are by 1 + γ, we do not.
+    """
+    import torch
+    from zennit import attribution, composites, rules, types
+
+    arrays = drawn()
+    model = network(arrays | {"bias": -np.abs(arrays["bias"])}, "logit")
+    image = torch.from_numpy(arrays["image"]).double().permute(2, 0, 1)[None]
+    composite = composites.LayerMapComposite(
+        [
+            (types.Convolution, rules.Gamma(GAMMA, stabilizer=1e-12)),
+            (types.Linear, rules.Epsilon(1e-12)),
+            (types.AvgPool, rules.Norm(1e-12)),
+            (types.Activation, rules.Pass()),
+        ]
+    )
+    one_hot = torch.eye(5).double()[[LABEL]]
+    with attribution.Gradient(model, composite, attr_output=lambda out: out * one_hot) as draw:
+        _, found = draw(image)
+    return found[0].detach().permute(1, 2, 0).numpy()
+
+
 if __name__ == "__main__":
-    np.savez_compressed(PATH, **attributions())
+    np.savez_compressed(PATH, **attributions(), **{"lrp/logit": relevance()})

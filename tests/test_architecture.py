@@ -32,7 +32,7 @@ LAYERS = [
 # in a package a module imports only those named before it; its `__init__` may import all of them,
 # but they may import nothing from it
 PACKAGES = {
-    "interpreters": "base gradients path activation_maps attention_maps patch_maps mask_descent masker_maps",
+    "interpreters": "base gradients path relevance activation_maps attention_maps patch_maps mask_descent masker_maps",
     "models": "layers resnet densenet vit masker convert user",
     "data": "lazy images photos shapes targets class_files folder tfds sources splits",
     "runs": "schema store select run transfer curvature tables faithfulness",

@@ -1,4 +1,4 @@
-"""Attributions against captum's: what it once said in float64, and what it says where it is installed."""
+"""Attributions against captum's and zennit's: what they once said in float64, and what they say where they are installed."""
 
 import dataclasses
 import warnings
@@ -7,13 +7,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from make_attribution_goldens import BASELINE, LABEL, PATH, POINTS, SCORES, attributions, drawn
+from make_attribution_goldens import (
+    BASELINE,
+    GAMMA,
+    LABEL,
+    PATH,
+    POINTS,
+    SCORES,
+    attributions,
+    drawn,
+)
+from make_attribution_goldens import relevance as relevance_by_zennit
 
 from adv2_jax import losses
 from adv2_jax.activations import relu, relu_guided
 from adv2_jax.interpreters import input_gradient
 from adv2_jax.interpreters.gradients import times_input
 from adv2_jax.interpreters.path import mean_gradient, path_attribution
+from adv2_jax.interpreters.relevance import relevance
 
 NAMES = ("input_x_gradient", "guided_backprop", "integrated_gradients", "smooth_grad")
 
@@ -68,7 +79,8 @@ def assert_close(ours, expected):
 
 def test_attributions_are_what_captum_once_said(ours):
     with np.load(PATH) as goldens:
-        assert set(goldens.files) == {f"{name}/{score}" for name in NAMES for score in SCORES}
+        names = {f"{name}/{score}" for name in NAMES for score in SCORES}
+        assert set(goldens.files) == names | {"lrp/logit"}
         assert_close(ours, goldens)
 
 
@@ -79,3 +91,28 @@ def test_attributions_are_what_captum_says(ours):
         pytest.importorskip("captum")
         expected = attributions()
     assert_close(ours, expected)
+
+
+@pytest.fixture(scope="module")
+def our_relevance():
+    arrays = {key: jnp.asarray(array) for key, array in drawn().items() if key != "noisy"}
+    model = Network(arrays["first"], -jnp.abs(arrays["bias"]), arrays["second"], arrays["last"])
+
+    @jax.jit
+    def draw(model):
+        return relevance(model, arrays["image"], LABEL, gamma=GAMMA, epsilon=0.0)[0]
+
+    return {"lrp/logit": draw(model)}
+
+
+def test_relevance_is_what_zennit_once_said(our_relevance):
+    with np.load(PATH) as goldens:
+        assert_close(our_relevance, goldens)
+
+
+def test_relevance_is_what_zennit_says(our_relevance):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("zennit")
+        expected = relevance_by_zennit()
+    assert_close(our_relevance, {"lrp/logit": expected})

@@ -56,6 +56,7 @@ from adv2_jax.interpreters.path import (
     smooth_grad,
     smooth_grad_interpreter,
 )
+from adv2_jax.interpreters.relevance import lrp, lrp_interpreter
 from adv2_jax.options import shown
 
 __all__ = [
@@ -93,6 +94,8 @@ __all__ = [
     "integrated_gradients_interpreter",
     "layer_cam",
     "layer_cam_interpreter",
+    "lrp",
+    "lrp_interpreter",
     "mask",
     "mask_interpreter",
     "occlusion",
@@ -116,6 +119,7 @@ INTERPRETERS: dict[str, Callable[..., Interpreter]] = {
     "integrated_gradients": integrated_gradients_interpreter,
     "smooth_grad": smooth_grad_interpreter,
     "guided_backprop": guided_backprop_interpreter,
+    "lrp": lrp_interpreter,
     "grad_cam_pp": grad_cam_pp_interpreter,
     "layer_cam": layer_cam_interpreter,
     "occlusion": occlusion_interpreter,

@@ -50,6 +50,7 @@ INTERPRETERS = {  # name, and what the map shows
         "Gradient rollout",
         "What flows from each patch to the class token, weighted by what it does for the class.",
     ),
+    "lrp": ("LRP", "The score of the class, handed down layer by layer to the pixels."),
     "guided_backprop": (
         "Guided backprop",
         "The gradient of GRAD, but only what is positive passes back through a ReLU.",
