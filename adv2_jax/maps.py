@@ -1,5 +1,6 @@
 """Operations on attribution maps [h, w]; all have finite first and second derivatives."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -154,3 +155,14 @@ def resize(values: Array, shape: tuple[int, int]) -> Array:
     """Resize [h, w] bilinearly, half-pixel centres, as torch with align_corners=False."""
     # without antialias=False JAX blurs whatever is made smaller
     return jax.image.resize(values, shape, "bilinear", antialias=False)
+
+
+def of_tokens(tokens: Array) -> Array:
+    """Return tokens as a map, without the class token: [1 + h h, ...] -> [h, h, ...]."""
+    side = math.isqrt(len(tokens) - 1)
+    return tokens[1:].reshape(side, side, *tokens.shape[1:])
+
+
+def are_tokens(n: int) -> bool:
+    """Return whether n tokens are a class token and a square of patches."""
+    return n > 1 and math.isqrt(n - 1) ** 2 == n - 1

@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from adv2_jax.models.convert import canonical
+
 PATH = Path(__file__).parent / "goldens_imagenet.npz"
-NAMES = ("resnet18", "resnet50", "densenet121", "densenet169")
+# ours and torchvision's
+NAMES = {name: name for name in ("resnet18", "resnet50", "densenet121", "densenet169")}
+NAMES["vit_base_patch16"] = "vit_b_16"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PINNED = 8  # channels of the last features that are kept whole
 
@@ -47,23 +51,32 @@ def torchvision_network(name):
     import torchvision
 
     with torch.device("meta"):  # initialising takes longer than all the rest
-        network = torchvision.models.get_model(name, weights=None)
-    shapes = {
-        key: tuple(value.shape)
+        network = torchvision.models.get_model(NAMES[name], weights=None)
+    # by our names, which give the order
+    theirs = {
+        key: value
         for key, value in network.state_dict().items()
         if "num_batches_tracked" not in key
     }
-    arrays = {key: torch.from_numpy(array).double() for key, array in drawn(shapes).items()}
+    new = canonical({key: np.zeros(()) for key in theirs}).renamed
+    keys = {new.get(key, key): key for key in theirs}
+    shapes = {ours: tuple(theirs[key].shape) for ours, key in keys.items()}
+    arrays = {keys[key]: torch.from_numpy(array).double() for key, array in drawn(shapes).items()}
     network.load_state_dict(arrays, strict=False, assign=True)  # the counters are not used
     return network.eval()
 
 
 def torchvision_forward(network, image):
-    """Tensor [H, W, 3] -> last features [h, w, C] and logits [K], both tensors."""
+    """Tensor [H, W, 3] -> last features [h, w, C] or tokens [T, C], and logits [K], both tensors."""
     import torch
 
     x = (image - torch.tensor(MEAN)) / torch.tensor(STD)
     x = x.permute(2, 0, 1)[None]
+    if hasattr(network, "class_token"):
+        seen = []
+        network.encoder.layers[-1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        logits = network(x)[0]
+        return seen[0][0][0], logits
     if hasattr(network, "classifier"):
         features = torch.relu(network.features(x))
     else:
@@ -73,10 +86,11 @@ def torchvision_forward(network, image):
 
 def summary(features, logits):
     """What is kept of an answer: logits, mean and rms of every channel over the positions, and some channels whole."""
+    positions = tuple(range(features.ndim - 1))
     return {
         "logits": logits,
-        "mean": features.mean((0, 1)),
-        "rms": np.sqrt((features**2).mean((0, 1))),
+        "mean": features.mean(positions),
+        "rms": np.sqrt((features**2).mean(positions)),
         "pinned": features[..., :: features.shape[-1] // PINNED],
     }
 

@@ -96,6 +96,31 @@ def test_transformer_is_the_one_of_plain_numpy(vit, arrays, photo):
     np.testing.assert_allclose(batch[0], logits, rtol=1e-5, atol=1e-5)
 
 
+LABELS = {"grad_cam": 3, "grad_cam_pp": 0, "layer_cam": 3}
+
+
+@pytest.mark.parametrize("name", LABELS)
+def test_maps_of_tokens_are_those_of_central_differences(name, vit, arrays, photo, double, slope):
+    """By the formulas of the papers in NumPy, over the patches; the class token is left out."""
+    vit = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), vit)
+    # tokens may be negative, and Grad-CAM++ of most classes is then empty
+    tokens, label = vit.features(jnp.asarray(photo, float)), LABELS[name]
+    score = jax.jit(lambda tokens: vit.head(tokens)[label])
+    directions = jnp.eye(tokens.size).reshape(-1, *tokens.shape)
+    g = jax.lax.map(lambda v: slope(score, tokens, v), directions).reshape(tokens.shape)
+    a, g = (np.asarray(values)[1:].reshape(4, 4, WIDTH) for values in (tokens, g))
+    positive = np.maximum(g, 0)
+    raw = {
+        "grad_cam": lambda: a @ g.mean((0, 1)),
+        "grad_cam_pp": lambda: a @ (positive / (2 + a.sum((0, 1)) * positive)).sum((0, 1)),
+        "layer_cam": lambda: (positive * a).sum(-1),
+    }
+    expected = np.maximum(raw[name](), 0)
+    m = getattr(interpreters, name)(vit, jnp.asarray(photo, float), label)
+    np.testing.assert_allclose(m, expected / expected.max(), atol=1e-7)
+    assert expected.min() == 0 < expected.max()
+
+
 def test_rollout_is_that_of_plain_numpy(vit, arrays, photo):
     _, seen = plain(photo, arrays)
     product = np.eye(len(seen[0][0]))
@@ -194,8 +219,8 @@ def test_derivatives_of_rollouts_are_those_of_central_differences(
     assert float(jnp.vdot(jax.grad(loss)(image), v)) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ROLLOUTS)
-def test_rollouts_are_attacked(name, vit):
+@pytest.mark.parametrize("name", [*ROLLOUTS, "grad_cam"])
+def test_maps_of_transformers_are_attacked(name, vit):
     images = np.random.default_rng(3).integers(0, 256, (2, SIDE, SIDE, 3), np.uint8)
     labels = adv2.explain(vit, images, [0, 0], interpreter=name)[0].argmax(-1)
     targets = (labels + 1) % K
@@ -205,6 +230,11 @@ def test_rollouts_are_attacked(name, vit):
     shown = adv2.explain(vit, alone.images, targets, interpreter=name)[1]
     assert (result.logits.argmax(-1) == targets).all()
     assert np.abs(result.maps - wanted).mean() < 0.5 * np.abs(shown - wanted).mean()
+
+
+def test_cam_of_tokens_is_refused(vit):
+    with pytest.raises(ValueError, match=r"must give floating-point \[h, w, C\], got"):
+        adv2.explain(vit, np.zeros((1, SIDE, SIDE, 3)), [0], interpreter="cam")
 
 
 def test_what_is_no_square_of_patches_is_refused(vit, make_small):
@@ -220,6 +250,11 @@ def test_what_is_no_square_of_patches_is_refused(vit, make_small):
             attend(jnp.full((2, 18, 18), 1 / 18))
             return jnp.zeros(3)
 
+        def features(self, image, *, attend=lambda a: a):
+            return jnp.zeros((18, 8))
+
     distilled = Distilled(1, 2, patch=4, width=8, image_size=16, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"a square of patches: .* attentions of \[18\] tokens"):
         interpreters.attention_rollout_interpreter().check(distilled, (16, 16, 3))
+    with pytest.raises(ValueError, match=r"Distilled.features are 18 tokens, not a class token"):
+        interpreters.grad_cam_interpreter().check(distilled, (16, 16, 3))

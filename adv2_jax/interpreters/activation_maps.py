@@ -1,6 +1,7 @@
 """CAM and its kin: the map is a weighted sum of the last convolutional features (ADV² §3.3).
 
-Notation: a the features [h, w, C], k a channel of them, z the logits, c the class, g = ∂z_c/∂a.
+Notation: a the features [h, w, C], k a channel of them, z the logits, c the class, g = ∂z_c/∂a. All
+but CAM take the tokens [1 + h w, C] of a transformer too: a and g are then those of the patches.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,13 @@ import numpy as np
 from jax import Array
 
 from adv2_jax import maps
-from adv2_jax.capabilities import check_features, head_of, num_classes, static_leaves
+from adv2_jax.capabilities import (
+    check_features,
+    head_of,
+    inspected,
+    num_classes,
+    static_leaves,
+)
 from adv2_jax.interpreters.base import Context, Explain, Interpreter, Seen, interpreter_factory
 from adv2_jax.options import bind
 from adv2_jax.precision import at_least_float32
@@ -22,11 +29,21 @@ from adv2_jax.types import Features, HasFeatures, Image, Label, Map
 Raw = Callable[[HasFeatures, Features, Label], Array]
 
 
+def positions(features: Features) -> Array:
+    """Return features by position, float32 or wider: [h, w, C] as they are.
+
+    Of tokens [1 + h w, C] they are those of the patches.
+    """
+    # half precision ends here: means are of h w small numbers
+    wide = at_least_float32(features)
+    return wide if wide.ndim == 3 else maps.of_tokens(wide)
+
+
 def head_slopes(model: HasFeatures, features: Features, label: Label) -> Array:
     """Return g, the gradient of z_c in the features: [h, w, C]."""
     # z_c, not log-odds: all papers differentiate the logit, and no float32 rounding is at stake
-    # since z_c does not saturate. Half precision ends here: means are of h w small numbers.
-    return at_least_float32(jax.grad(lambda a: head_of(model, a)[label])(features))
+    # since z_c does not saturate
+    return positions(jax.grad(lambda a: head_of(model, a)[label])(features))
 
 
 def head_weights(model: HasFeatures, features: Features, label: Label) -> Array:
@@ -47,7 +64,7 @@ def raw_cam(model: HasFeatures, features: Features, label: Label) -> Array:
 def raw_grad_cam(model: HasFeatures, features: Features, label: Label) -> Array:
     """Return ReLU(sum_k alpha_{k,c} a_k), before scaling: [h, w, C] -> [h, w]."""
     # a true ReLU for the attack too: the map is differentiated once, so it needs no curvature
-    return jnp.maximum(at_least_float32(features) @ head_weights(model, features, label), 0)
+    return jnp.maximum(positions(features) @ head_weights(model, features, label), 0)
 
 
 def raw_grad_cam_pp(model: HasFeatures, features: Features, label: Label) -> Array:
@@ -58,7 +75,7 @@ def raw_grad_cam_pp(model: HasFeatures, features: Features, label: Label) -> Arr
     exp(z_c): of its first derivative only the factor exp(z_c) is left out, which the min-max map
     does not see; eq. 19 holds it to be linear in the features, as ReLU networks are.
     """
-    g, a = jnp.maximum(head_slopes(model, features, label), 0), at_least_float32(features)
+    g, a = jnp.maximum(head_slopes(model, features, label), 0), positions(features)
     # alpha as 1 / (2 + s g), g² divided out: no 0/0 where g = 0, and no g³ that underflows. Where
     # g < 0 alpha does not matter. The denominator is 2 or more after a ReLU; features below 0 may
     # meet a pole, which is the formula's own.
@@ -72,7 +89,7 @@ def raw_layer_cam(model: HasFeatures, features: Features, label: Label) -> Array
     Each position has weights of its own, where Grad-CAM averages them (Jiang et al. 2021).
     """
     g = jnp.maximum(head_slopes(model, features, label), 0)
-    return jnp.maximum((g * at_least_float32(features)).sum(axis=-1), 0)
+    return jnp.maximum((g * positions(features)).sum(axis=-1), 0)
 
 
 def cam(model: HasFeatures, image: Image, label: Label) -> Map:
@@ -178,6 +195,22 @@ def check_pooling(model: HasFeatures, shape: tuple[int, ...]) -> None:
         )
 
 
+def check_positions(model: HasFeatures, shape: tuple[int, ...]) -> None:
+    """Refuse features that are neither [h, w, C] nor a class token and a square of patches.
+
+    Raises:
+        ValueError: says what they are.
+    """
+    tokens = inspected(model, shape).features
+    if not isinstance(tokens, jax.ShapeDtypeStruct) or tokens.ndim != 2:
+        check_features(model, shape)
+    elif not maps.are_tokens(len(tokens)):
+        raise ValueError(
+            f"{type(model).__name__}.features are {len(tokens)} tokens, not a class token and a "
+            "square of patches"
+        )
+
+
 @partial(jax.jit, static_argnums=3)
 def _departure(
     model: HasFeatures, weights: Array, samples: list[Features], dtype: jnp.dtype
@@ -205,7 +238,7 @@ def _interpreter(
     name: str,
     explain: Explain,
     raw: Raw,
-    check: Callable[[Any, tuple[int, ...]], object] = check_features,
+    check: Callable[[Any, tuple[int, ...]], object] = check_positions,
 ) -> Interpreter:
     surrogate = bind(_weighted_features, raw=raw)
     return Interpreter(name, explain, surrogate, check=check, needs=("features", "head"))

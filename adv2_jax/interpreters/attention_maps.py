@@ -6,7 +6,6 @@ patches of a square grid, row by row. Attention is a smooth function of the imag
 are the maps themselves.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -45,8 +44,7 @@ def rolled_out(weights: Sequence[Array]) -> Map:
     row = jnp.zeros(len(weights[0])).at[0].set(1.0)
     for matrix in reversed(weights):
         row = row @ matrix
-    side = math.isqrt(len(row) - 1)
-    return maps.min_max(row[1:].reshape(side, side))
+    return maps.min_max(maps.of_tokens(row))
 
 
 def _rollout(
@@ -114,7 +112,7 @@ def check_tokens(model: HasAttention, shape: tuple[int, ...]) -> None:
     image = jax.ShapeDtypeStruct(shape, jnp.float32)
     _, seen = jax.eval_shape(partial(attentions, model), image)
     tokens = sorted({a.shape[-1] for a in seen})
-    if len(tokens) != 1 or math.isqrt(max(tokens[0] - 1, 0)) ** 2 != tokens[0] - 1:
+    if len(tokens) != 1 or not maps.are_tokens(tokens[0]):
         raise ValueError(
             f"rollout needs a class token and a square of patches: {type(model).__name__} has "
             f"attentions of {tokens} tokens"
