@@ -96,3 +96,18 @@ def test_the_design_names_every_module():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_are_understood(command):
     assert parser().parse_args(command.split()).run in RUN
+
+
+def said():
+    """What the package may say: its source, with strings joined that it writes over several lines."""
+    sources = (ROOT / "adv2_jax").rglob("*.py")
+    text = "\n".join(path.read_text(encoding="utf-8") for path in sources)
+    return re.sub(r'"\s*\n\s*f?"', "", text)
+
+
+def test_the_errors_that_are_explained_are_those_that_are_raised():
+    table = PAGES["docs/questions.md"].partition("## What an error means")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]*)` \|", table, re.MULTILINE)
+    parts = [part.strip() for line in quoted for part in re.split(r"…|\bn\b|\[N, h, w\]", line)]
+    assert len(quoted) > 10
+    assert [part for part in parts if part not in said()] == []
