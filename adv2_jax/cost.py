@@ -16,7 +16,7 @@ def multiply_adds(f: Callable[..., Any], *arguments: Any) -> int:
     The body of a `scan` (and of a `fori_loop` of fixed length) counts once for each iteration. That
     of a `while_loop` counts as often as the largest integer literal in its condition, which is the
     bound of loops that count up (such as conjugate gradients), else once. Of a `cond` the most
-    expensive branch counts. Work that XLA merges or removes later is counted too.
+    expensive branch counts. What nothing reads does not count; work that XLA merges does.
 
     Args:
         f: any traceable function.
@@ -26,7 +26,14 @@ def multiply_adds(f: Callable[..., Any], *arguments: Any) -> int:
 
 
 def _count(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    program, total = getattr(jaxpr, "jaxpr", jaxpr), 0
+    read = {v for v in program.outvars if not hasattr(v, "val")}
+    # backwards: what nothing reads is never computed, as values in a gradient that is linear
+    for equation in reversed(program.eqns):
+        if equation.effects or not read.isdisjoint(equation.outvars):
+            total += _of_equation(equation)
+            read.update(v for v in equation.invars if not hasattr(v, "val"))
+    return total
 
 
 def _of_equation(equation: Any) -> int:

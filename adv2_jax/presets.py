@@ -252,7 +252,7 @@ _QUICK_STEPS = {
     "integrated_gradients": 8,
     "smooth_grad": 8,
     "guided_backprop": 19,
-    "lrp": 11,
+    "lrp": 14,
     "grad_cam_pp": 56,
     "layer_cam": 56,
     "occlusion": 20,
@@ -282,7 +282,7 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "guided_backprop": replace(
             _DEFAULT_GRAD, interpreter=guided_backprop_interpreter(), steps=200
         ),
-        "lrp": replace(_DEFAULT_GRAD, interpreter=lrp_interpreter(), steps=120),
+        "lrp": replace(_DEFAULT_GRAD, interpreter=lrp_interpreter(), steps=150),
         "grad_cam_pp": replace(_DEFAULT_CAM, interpreter=grad_cam_pp_interpreter()),
         "layer_cam": replace(_DEFAULT_CAM, interpreter=layer_cam_interpreter()),
         "occlusion": _DEFAULT_OCCLUSION,
