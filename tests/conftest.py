@@ -245,7 +245,9 @@ network = Brightness()
 def brightness(coloured, tmp_path_factory):
     """--model and --images of a network that compiles in no time, and of images that it gets right."""
     folder = tmp_path_factory.mktemp("brightness")
-    (folder / "network.py").write_text(BRIGHTNESS)
+    # a module of its own, which is imported once: JAX knows the network again in the next command
+    (folder / "only_brightness.py").write_text(BRIGHTNESS)
+    (folder / "network.py").write_text("from only_brightness import network")
     np.savez(folder / "images.npz", images=coloured[0], labels=coloured[1])
     return ["--model", f"{folder}/network.py:network", "--images", f"{folder}/images.npz"]
 
