@@ -189,8 +189,8 @@ def test_mobilenet_gets_the_photographs_right_and_is_fooled(data_dir):
     one = selection.images.take(np.arange(1))
     targets = (one.labels + 100) % 1000
     _, maps = adv2.explain(model, one.images, one.labels, interpreter="cam")
-    pgd = adv2.attack(model, one.images, targets, interpreter=None, steps=20)
-    both = adv2.attack(model, one.images, targets, maps, interpreter="cam", steps=20)
+    pgd = adv2.attack(model, one.images, targets, interpreter=None, steps=25)
+    both = adv2.attack(model, one.images, targets, maps, interpreter="cam", steps=25)
     assert (pgd.logits.argmax(-1) == targets).all() and (both.logits.argmax(-1) == targets).all()
     _, pgd_maps = adv2.explain(model, pgd.images, targets, interpreter="cam")
     assert abs(both.maps - maps).mean() < 0.25 * abs(pgd_maps - maps).mean()
