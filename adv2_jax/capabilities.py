@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen, nnx
 from jax import Array
 
-from adv2_jax.cost import subprograms
+from adv2_jax.cost import is_literal, subprograms
 from adv2_jax.errors import first_line
 from adv2_jax.precision import at_least_float32
 from adv2_jax.types import Activation, Classifier, Features, HasFeatures, Image, Logits
@@ -329,25 +329,21 @@ def count_relus(program: Any, shape: tuple[int, ...]) -> int:
         for equation in equations
         if equation.primitive.name == "min"
         for v in equation.invars
-        if not _is_literal(v)
+        if not is_literal(v)
     }
     count = 0
     for equation in equations:
         # jit, custom_jvp, scan and the like hold programs of their own
         count += sum(count_relus(inner, shape) for inner in subprograms(equation.params))
         if equation.primitive.name == "max" and equation.outvars[0] not in clipped:
-            values = [v for v in equation.invars if not _is_literal(v)]
-            zeros = [v for v in equation.invars if _is_literal(v) and float(v.val) == 0]
+            values = [v for v in equation.invars if not is_literal(v)]
+            zeros = [v for v in equation.invars if is_literal(v) and float(v.val) == 0]
             count += (
                 len(values) == 1 == len(zeros)
                 and values[0].aval.shape[1:] != shape
                 and made_by.get(values[0]) != "sub"
             )
     return count
-
-
-def _is_literal(variable: Any) -> bool:
-    return hasattr(variable, "val")
 
 
 class _InTraining(ValueError):

@@ -27,12 +27,12 @@ def multiply_adds(f: Callable[..., Any], *arguments: Any) -> int:
 
 def _count(jaxpr: Any) -> int:
     program, total = getattr(jaxpr, "jaxpr", jaxpr), 0
-    read = {v for v in program.outvars if not hasattr(v, "val")}
+    read = {v for v in program.outvars if not is_literal(v)}
     # backwards: what nothing reads is never computed, as values in a gradient that is linear
     for equation in reversed(program.eqns):
         if equation.effects or not read.isdisjoint(equation.outvars):
             total += _of_equation(equation)
-            read.update(v for v in equation.invars if not hasattr(v, "val"))
+            read.update(v for v in equation.invars if not is_literal(v))
     return total
 
 
@@ -71,6 +71,11 @@ def _size(variable: Any) -> int:
     return math.prod(variable.aval.shape)
 
 
+def is_literal(variable: Any) -> bool:
+    """Return whether an input or output of an equation is a number, not a variable."""
+    return hasattr(variable, "val")
+
+
 def subprograms(parameters: dict[str, Any]) -> Iterator[Any]:
     """Yield the jaxprs among the parameters of an equation, alone or in tuples and lists."""
     for value in parameters.values():
@@ -81,7 +86,7 @@ def subprograms(parameters: dict[str, Any]) -> Iterator[Any]:
 
 def _iterations(condition: Any) -> int:
     """Return the largest integer that the condition of a loop compares with, 1 if there is none."""
-    literals = [v.val for equation in condition.eqns for v in equation.invars if hasattr(v, "val")]
+    literals = [v.val for equation in condition.eqns for v in equation.invars if is_literal(v)]
     return max(
         (
             int(value)

@@ -49,12 +49,11 @@ def layers():
     def draw(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    with jax.numpy_rank_promotion("allow"):
-        return Layers(
-            {name: draw(*shape) for name, shape in WIDTHS.items()},
-            {name: draw(shape[1]) for name, shape in WIDTHS.items()},
-            draw(6),
-        )
+    return Layers(
+        {name: draw(*shape) for name, shape in WIDTHS.items()},
+        {name: draw(shape[1]) for name, shape in WIDTHS.items()},
+        draw(6),
+    )
 
 
 def handed_down(relevances, activations, weights, total, gamma, epsilon):
@@ -88,15 +87,11 @@ def by_hand(model, image, gamma, epsilon):
         paths = [
             a * row[:, None] * w["wide"] for a, row in zip(a2[place], w["narrow"], strict=True)
         ]
-        from_bias = b["narrow"][:, None] * w["wide"]
-        terms = np.concatenate([*paths, from_bias])
-        ones = np.ones(len(terms))
-        lifted = terms + gamma * np.maximum(terms, 0)
-        extra = np.maximum(np.concatenate(paths), 0).sum(0)
-        below = z3[place] + gamma * extra + shares[2]
+        terms = np.concatenate(paths)
+        positive = np.maximum(terms, 0)
+        below = z3[place] + gamma * positive.sum(0) + shares[2]
         factor = np.divide(top, below, out=np.zeros_like(top), where=top != 0)
-        each = (ones[:, None] * lifted) @ factor
-        r2 = each[: len(paths) * 4].reshape(6, 4).sum(1)
+        r2 = ((terms + gamma * positive) @ factor).reshape(6, 4).sum(1)
         both = np.concatenate([a1[place], a1[place]])
         r1 = handed_down(r2, both, block, z2[place], gamma, shares[1]).reshape(2, 6).sum(0)
         r0 = handed_down(r1, x[place] / 0.3, w["first"], z1[place], gamma, shares[0])

@@ -6,10 +6,12 @@ has no γ. With R = a ∂s/∂a this is the chain rule of another network: z + �
 they multiply it by constants q = [z > 0] z / (z + γ z⁺ + ε). What lies between two ReLUs, such as a
 convolution and its BatchNorm, or the sum of both branches of a residual block, is one such layer.
 
-So no layer is named: the program of any network is run with two numbers in place of each, z and z⁺.
+So no layer is named: the program of any network is run with three numbers in place of each: z, z⁺
+and the bias.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,8 @@ import numpy as np
 from jax import Array
 
 from adv2_jax.activations import relu
-from adv2_jax.capabilities import count_relus, logits_of
+from adv2_jax.capabilities import Architecture, architecture, count_relus, logits_of
+from adv2_jax.cost import is_literal
 from adv2_jax.interpreters.base import Context, Interpreter, Seen, interpreter_factory
 from adv2_jax.interpreters.gradients import attribution_map
 from adv2_jax.losses import logit
@@ -70,7 +73,7 @@ def _run(program: Any, constants: Sequence[Any], values: Sequence[Any], rectify:
     known = dict(zip([*program.constvars, *program.invars], [*constants, *values], strict=True))
 
     def read(variable: Any) -> Any:
-        return variable.val if hasattr(variable, "val") else known[variable]
+        return variable.val if is_literal(variable) else known[variable]
 
     for equation in program.eqns:
         results = _run_equation(equation, [read(v) for v in equation.invars], rectify)
@@ -257,9 +260,14 @@ def check_relus(model: Classifier, shape: tuple[int, ...]) -> None:
     Raises:
         ValueError: recommends `gradient_rollout`.
     """
-    image = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if not count_relus(jax.make_jaxpr(lambda x: logits_of(model, x))(image), shape):
+    if not _number_of_relus(architecture(model), tuple(shape)):
         raise ValueError(
             f"lrp needs a network with ReLUs: {type(model).__name__} has none; "
             "gradient_rollout explains transformers"
         )
+
+
+@lru_cache(maxsize=64)  # every batch asks, and a trace of a large network takes seconds
+def _number_of_relus(known: Architecture, shape: tuple[int, ...]) -> int:
+    image = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return count_relus(jax.make_jaxpr(logits_of)(known.model(), image), shape)
