@@ -5,7 +5,7 @@ The attack itself is `crafting.craft`, which checks nothing.
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +32,7 @@ from adv2_jax.crafting import (
     images_of,
     joint_options,
     look,
+    packed,
     scores_apart,
     snapshot_steps,
 )
@@ -52,7 +53,7 @@ from adv2_jax.descent import (
 )
 from adv2_jax.devices import largest_batch, number_of_devices, replicate, spread
 from adv2_jax.errors import first_line
-from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Solver, of_function
+from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Joint, Solver, of_function
 from adv2_jax.precision import at, computing
 from adv2_jax.presets import Preset, look_up, resolve
 from adv2_jax.threats import Params, Threat
@@ -65,8 +66,6 @@ log = logging.getLogger(__name__)
 # by program: the batch size on each device at which it goes on after it ran out of memory. For the
 # life of the process: a run calls `attack` for each of its batches
 _SMALLER: dict[Any, int] = {}
-
-ANY_NUMBERS = Numbers(*[np.float32(1)] * 3)  # of a step that is traced, not run
 
 # folded into the key of an image for its noise, and more than the steps of any attack
 NOISE = 2**31 - 1
@@ -85,15 +84,16 @@ class Result(NamedTuple):
     Attributes:
         images: uint8 [N, H, W, 3], adversarial.
         logits: [N, K].
-        maps: [N, h, w] in [0, 1], explained for the targets; empty without an interpreter.
+        maps: [N, h, w] in [0, 1], explained for the targets; empty without an interpreter, a tuple
+            of several.
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
-        float_maps: [N, h, w].
+        float_maps: [N, h, w]; likewise.
         gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of this
             name).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
         curves: the reports of the n steps, the warm start included, on the iterates they started
-            from, [N, n]; `map_l1` is NaN where a step draws no map.
+            from, [N, n]; `map_l1` is NaN where a step draws no map, and [N, n, P] of P interpreters.
         snapshots: uint8 [M, S, H, W, 3], the first M images at `snapshot_steps`; the last ones
             equal `images`.
         failed: bool [N].
@@ -101,10 +101,10 @@ class Result(NamedTuple):
 
     images: np.ndarray
     logits: np.ndarray
-    maps: np.ndarray
+    maps: np.ndarray | Any
     float_images: np.ndarray
     float_logits: np.ndarray
-    float_maps: np.ndarray
+    float_maps: np.ndarray | Any
     gradient_evaluations: float | Any
     params: Params
     curves: Info
@@ -116,9 +116,9 @@ def attack(
     model: Classifier,
     images: ArrayLike | LazyImages,
     targets: ArrayLike,
-    target_maps: ArrayLike | None = None,
+    target_maps: ArrayLike | Sequence[ArrayLike] | None = None,
     *,
-    interpreter: str | Interpreter | None = "cam",
+    interpreter: str | Interpreter | Joint | None = "cam",
     threat: Threat | None = None,
     preset: str | Preset = "default",
     warm_steps: int | None = None,
@@ -140,10 +140,12 @@ def attack(
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
         targets: integers [N], the classes to be predicted.
         target_maps: [N, h, w] in [0, 1]; an image whose target map is NaN, as `explain` returns it
-            for an image that fails, fails here too. Plain PGD needs none.
+            for an image that fails, fails here too. Of several interpreters a sequence of such
+            arrays, in their order. Plain PGD needs none.
         interpreter: "grad", "cam", "grad_cam", "rts" (whose model is a
-            `models.ClassifierWithMasker`), "mask", an `Interpreter` of your own, or None for plain
-            PGD on ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
+            `models.ClassifierWithMasker`), "mask", an `Interpreter` of your own,
+            `interpreters.joint` of several that each image is to fool, or None for plain PGD on
+            ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
         threat: the threat model: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or
             a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
@@ -171,9 +173,9 @@ def attack(
     resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
     benign = np.asarray(check_images(images))
     n, count = len(benign), number_of_devices(devices)
-    problems = _problems(
-        model, benign, targets, target_maps, resolved.interpreter, all_may_fail
-    )._replace(key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys))
+    problems = _problems(model, benign, targets, target_maps, resolved, all_may_fail)._replace(
+        key=image_keys(0, np.arange(n)) if keys is None else np.asarray(keys)
+    )
     model = replicate(static_leaves(model), count)
     stepped = _of_steps(model, benign.shape[1:], precision)
     # pixels between two levels may have no level inside a small ball: a threat model refuses them
@@ -286,20 +288,20 @@ def explain(
     images: ArrayLike | LazyImages,
     labels: ArrayLike,
     *,
-    interpreter: str | Interpreter | Explain,
+    interpreter: str | Interpreter | Joint | Explain,
     batch_size: int = 64,
     driver: Driver = "auto",
     all_may_fail: bool = False,
     devices: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray | Any]:
     """Return logits and maps of a set of images.
 
     Args:
         model: the classifier.
         images: uint8 [N, H, W, 3] or floating point in [0, 1].
         labels: integers [N], the classes to explain.
-        interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, or a pure one-image
-            function (model, image, label) -> map. It is compiled once for each object, or each
+        interpreter: a key of `interpreters.INTERPRETERS`, an `Interpreter`, `interpreters.joint` of
+            several, or a pure one-image function (model, image, label) -> map. It is compiled once for each object, or each
             value of `options.bind`.
         batch_size: as in `attack`.
         driver: of an interpreter that is a descent itself: "auto", "fori" or "host" (see
@@ -310,12 +312,25 @@ def explain(
 
     Returns:
         logits [N, K], maps [N, h, w] in [0, 1]. A map with a value that is not finite is NaN
-        throughout.
+        throughout. Of several interpreters the maps are a tuple of such arrays.
 
     Raises:
         ValueError: for an argument out of range, or if all images fail; one line.
     """
     x = check_images(images)
+    if isinstance(interpreter, Joint):
+        one = partial(
+            explain,
+            model,
+            x,
+            labels,
+            batch_size=batch_size,
+            driver=driver,
+            all_may_fail=all_may_fail,
+            devices=devices,
+        )
+        each = [one(interpreter=part) for part in interpreter.interpreters]
+        return each[0][0], tuple(maps for _, maps in each)
     inputs = x, _classes("labels", labels, model, x)
     if isinstance(interpreter, str):
         interpreter = look_up(INTERPRETERS, "interpreter", interpreter)()
@@ -473,19 +488,19 @@ def gradient_evaluations(
 def _gradient_evaluations(
     known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
-    unit = _work_of_step(known, Options(threat), None, shape)
+    unit = _work_of_step(known, Options(threat), (), shape)
     # a network without convolutions and dots has no work to divide by
     if not unit:
         return float(preset.warm_steps + preset.steps)
-    interpreter, options = preset.interpreter, joint_options(preset, threat)
+    options, (model, image, label) = joint_options(preset, threat), _abstract(known, shape)
     spent = preset.warm_steps * unit
-    spent += preset.steps * _work_of_step(known, options, interpreter, shape)
+    spent += preset.steps * _work_of_step(known, options, preset.interpreters, shape)
     comparisons = math.ceil(preset.steps / preset.score_every) if scores_apart(preset) else 0
-    if interpreter is not None and (comparisons or interpreter.solver):
-        solver, (model, image, label) = interpreter.solver, _abstract(known, shape)
+    for interpreter in preset.interpreters:
+        solver = interpreter.solver
         memory = _memory(image, solver)
-        look = partial(explain_one, interpreter=interpreter.explain, solver=solver)
         if comparisons:
+            look = partial(explain_one, interpreter=interpreter.explain, solver=solver)
             spent += comparisons * multiply_adds(look, model, image, label, memory)
         if solver is not None:
             solving = solver_step_of(solver), model, (image, label), memory, np.int32(0)
@@ -496,29 +511,40 @@ def _gradient_evaluations(
 
 @lru_cache(maxsize=256)  # every preset is compared with the same step of plain PGD
 def _work_of_step(
-    known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]
+    known: Architecture,
+    options: Options,
+    interpreters: tuple[Interpreter, ...],
+    shape: tuple[int, ...],
 ) -> int:
     """Return the multiply-adds of one step on one image.
 
     Arguments have the very types of those in `attack`: then `descent.step_of` is traced once.
     """
-    inputs = _step_inputs(known, options, interpreter, shape)
-    return multiply_adds(step_of(options), *inputs, ANY_NUMBERS)
+    inputs = _step_inputs(known, options, interpreters, shape)
+    return multiply_adds(step_of(options), *inputs)
 
 
 def _step_inputs(
-    known: Architecture, options: Options, interpreter: Interpreter | None, shape: tuple[int, ...]
-) -> tuple[Any, Problem, State]:
-    """Return the abstract model, problem and state of a step on one image [H, W, 3]."""
+    known: Architecture,
+    options: Options,
+    interpreters: tuple[Interpreter, ...],
+    shape: tuple[int, ...],
+) -> tuple[Any, Problem, State, Numbers]:
+    """Return the abstract model, problem, state and numbers of a step on one image [H, W, 3]."""
     model, image, label = _abstract(known, shape)
     # (1, 1) is the shape of the empty target map that `_problems` gives to plain PGD
-    map_size = (1, 1) if interpreter is None else map_shape(model, shape, interpreter)
+    sizes = [map_shape(model, shape, one) for one in interpreters] or [(1, 1)]
+    maps = packed([jax.ShapeDtypeStruct(size, np.float32) for size in sizes], options)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    problem = Problem(image, label, jax.ShapeDtypeStruct(map_size, np.float32), key)
-    memory = None if interpreter is None else _memory(image, interpreter.solver)
-    if interpreter is not None and interpreter.init is not None:
-        memory = jax.eval_shape(interpreter.init, model, image)
-    return model, problem, jax.eval_shape(partial(init, options=options), image, memory=memory)
+    memories = [
+        _memory(image, one.solver) if one.init is None else jax.eval_shape(one.init, model, image)
+        for one in interpreters
+    ]
+    start = partial(init, options=options)
+    state = jax.eval_shape(start, image, memory=packed(memories, options))
+    several = np.ones([len(options.parts)] if options.parts else [], np.float32)
+    numbers = Numbers(np.float32(1), several, several)
+    return model, Problem(image, label, maps, key), state, numbers
 
 
 def fitting_batch_size(
@@ -546,22 +572,22 @@ def fitting_batch_size(
     """
     attacked = []
     for preset in presets:
-        if preset.interpreter is not None:
-            check_interpreter(model, shape, preset.interpreter, attacked=True)
-        attacked.append((joint_options(preset, threat), preset.interpreter))
+        for interpreter in preset.interpreters:
+            check_interpreter(model, shape, interpreter, attacked=True)
+        attacked.append((joint_options(preset, threat), preset.interpreters))
     known = architecture(_of_steps(model, shape, precision))
     with at(precision):
-        options, interpreter = max(
+        options, interpreters = max(
             attacked, key=lambda one: _work_of_step(known, one[0], one[1], shape)
         )
-        abstract, *inputs = _step_inputs(known, options, interpreter, shape)
+        abstract, *inputs, numbers = _step_inputs(known, options, interpreters, shape)
         leaves, step = batched_step(abstract, options)
 
         def lowered(size: int) -> jax.stages.Lowered:
             batch = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct((size, *leaf.shape), leaf.dtype), inputs
             )
-            return step.lower(leaves, *batch, ANY_NUMBERS)  # type: ignore
+            return step.lower(leaves, *batch, numbers)  # type: ignore
 
         return largest_batch(lowered)
 
@@ -690,14 +716,34 @@ def _problems(
     model: Classifier,
     x: np.ndarray,
     targets: ArrayLike,
-    target_maps: ArrayLike | None,
-    interpreter: Interpreter | None,
+    target_maps: ArrayLike | Sequence[ArrayLike] | None,
+    preset: Preset,
     all_may_fail: bool,
 ) -> Problem:
     """Return the checked arguments of `attack`, in NumPy: batches move to the device one by one."""
     t = _classes("targets", targets, model, x)
-    if interpreter is None:
+    interpreters = preset.interpreters
+    if not interpreters:
         return Problem(to_unit(x, np.float32), t, np.zeros((len(x), 1, 1), np.float32))
+    given: Any = target_maps if preset.parts else [target_maps]
+    if given is None or len(given) != len(interpreters):
+        names = ", ".join(one.name for one in interpreters)
+        raise ValueError(f"target_maps must be a sequence of an array for each of {names}")
+    maps = [
+        _target_maps(model, x, one, some, all_may_fail)
+        for one, some in zip(interpreters, given, strict=True)
+    ]
+    return Problem(to_unit(x, np.float32), t, tuple(maps) if preset.parts else maps[0])
+
+
+def _target_maps(
+    model: Classifier,
+    x: np.ndarray,
+    interpreter: Interpreter,
+    target_maps: ArrayLike | None,
+    all_may_fail: bool,
+) -> np.ndarray:
+    """Return the checked target maps of an interpreter."""
     maps = np.zeros(()) if target_maps is None else np.asarray(target_maps, np.float32)
     check_target_maps(model, x.shape, interpreter, maps.shape)
     # a map that is NaN throughout is that of an image that failed in `explain`: it fails here too,
@@ -705,7 +751,7 @@ def _problems(
     given = maps[~np.isnan(maps).all(axis=(1, 2))]
     if not (all_may_fail or len(given)) or not ((given >= 0) & (given <= 1)).all():
         raise ValueError(f"target_maps must lie in [0, 1], got {maps.min()}..{maps.max()}")
-    return Problem(to_unit(x, np.float32), t, maps)
+    return maps
 
 
 def _check_failed(failed: np.ndarray, all_may_fail: bool) -> None:
@@ -763,22 +809,23 @@ def _attack_batch(
         np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
     )
     # steps of plain PGD draw no map, and report a distance of 0
-    curves.map_l1[:, : None if preset.interpreter is None else preset.warm_steps] = np.nan
+    curves.map_l1[:, : preset.warm_steps if preset.interpreters else None] = np.nan
     pictures = (
         np.zeros((len(snapshot_steps(preset)), 0, *benign.shape[1:]))
         if crafted.pictures is None
         else jax.device_get(crafted.pictures)
     )
     rounded = _rounded(x, params, benign, threat)
-    faces: tuple[Explain, Solver | None] = (
-        (no_map, None)
-        if preset.interpreter is None
-        else (preset.interpreter.explain, preset.interpreter.solver)
-    )
-    results, float_results = (
-        (images, *_seen(model, images, problems.target, *faces, driver, devices))
-        for images in (to_uint8(rounded), x)
-    )
+    faces: list[tuple[Explain, Solver | None]] = [
+        (one.explain, one.solver) for one in preset.interpreters
+    ] or [(no_map, None)]
+
+    def seen(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
+        each = [_seen(model, images, problems.target, *one, driver, devices) for one in faces]
+        maps = tuple(drawn for _, drawn in each)
+        return images, each[0][0], maps if preset.parts else maps[0]
+
+    results, float_results = seen(to_uint8(rounded)), seen(x)
     # `last`, not `params`: the best iterate stays finite when the gradients after it are not
     failed = ~finite((last, problems.target_map, results, float_results))
     if failed.any():
@@ -790,7 +837,9 @@ def _attack_batch(
             (results, to_uint8(to_unit(benign))),
             (float_results, problems.image),
         ):
-            images[failed], logits[failed], maps[failed] = old[failed], np.nan, np.nan
+            images[failed] = old[failed]
+            for values in jax.tree.leaves((logits, maps)):
+                values[failed] = np.nan
     # () is a pytree without leaves: batches are concatenated leaf by leaf
     snapshots = to_uint8(pictures).swapaxes(0, 1)
     return Result(*results, *float_results, (), params, curves, snapshots, failed)

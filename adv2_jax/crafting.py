@@ -7,8 +7,9 @@ after batch.
 
 import math
 import operator
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +34,12 @@ from adv2_jax.descent import (
     keep_better,
     solve,
 )
-from adv2_jax.interpreters import Explain, Init, Solver
+from adv2_jax.interpreters import Explain, Init, Interpreter, Solver
 from adv2_jax.presets import Preset, Schedule, constant
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Logits, Map
+
+T = TypeVar("T")
 
 
 class Crafted(NamedTuple):
@@ -63,10 +66,9 @@ class Stages(NamedTuple):
 
     Attributes:
         warm, joint: options of the steps.
-        explain: of the interpreter, to compare iterates by the explained map after each chunk of
-            steps; None where the steps compare them.
-        solver: of the interpreter.
-        init: of the interpreter.
+        interpreters: those under attack.
+        apart: whether iterates are compared by the explained maps after each chunk of steps; else
+            the steps compare them.
         keep_best: whether the best iterate is returned.
         cuts: the numbers of joint steps at which chunks begin and end.
         slots: for each chunk the index of the picture taken at its end, out of range for none.
@@ -75,9 +77,8 @@ class Stages(NamedTuple):
 
     warm: Options
     joint: Options
-    explain: Explain | None
-    solver: Solver | None
-    init: Init | None
+    interpreters: tuple[Interpreter, ...]
+    apart: bool
     keep_best: bool
     cuts: tuple[int, ...]
     slots: tuple[int, ...]
@@ -112,7 +113,7 @@ def craft(
     """
     schedules = (
         tabulate(preset.warm_steps, constant(preset.warm_step_size), constant(0), constant(0)),
-        tabulate(preset.steps, preset.step_size, preset.balance, preset.tau),
+        joint_numbers(preset),
     )
     stages = _stages(preset, threat, min(pictured, len(problems.target)))
     if by_host(driver, (model, problems)):
@@ -174,9 +175,13 @@ def _craft(
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
     images = images_of(problems.image, states.params, threat, True)
     # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
-    memory = solved(model, images, problems.target, stages.solver, driver)
-    if stages.init is not None:
-        memory = _remember(model, images, stages.init)
+    memories = [
+        solved(model, images, problems.target, one.solver, driver)
+        if one.init is None
+        else _remember(model, images, one.init)
+        for one in stages.interpreters
+    ]
+    memory = packed(memories, stages.joint)
     # anew from the parameters alone: momentum of ℓ_prd and the lowest criterion of the warm start
     # mean nothing for the joint loss
     states = _start(problems.image, states.params, memory, stages.joint)
@@ -186,7 +191,7 @@ def _craft(
         states, info = run(
             problems, states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1])
         )
-        if stages.explain is not None:
+        if stages.apart:
             states = _compare(model, problems, states, stages, driver)
         # each report is a number at its own steps, and 0 at those of other chunks
         curves = jax.tree.map(operator.add, curves, info)
@@ -195,7 +200,12 @@ def _craft(
     # `Any`: tuples on the host, arrays in a loop, where the number of the chunk is traced
     cuts: Any = stages.cuts
     slots: Any = stages.slots
-    joint = jax.tree.map(lambda values: np.zeros((len(values), cuts[-1]), values.dtype), warm)
+    several = stages.joint.parts
+    if several:  # plain PGD reports one distance, 0: as many as there are interpreters
+        warm = warm._replace(map_l1=warm.map_l1[..., None].repeat(len(several), axis=-1))
+    joint = jax.tree.map(
+        lambda values: np.zeros((len(values), cuts[-1], *values.shape[2:]), values.dtype), warm
+    )
     if driver == "host":
         for c in range(len(slots)):
             states, joint, pictures = chunk(c, (states, joint, pictures))
@@ -219,8 +229,7 @@ def _craft(
 
 def scores_apart(preset: Preset) -> bool:
     """Return whether iterates are compared by the explained map, between chunks of steps."""
-    interpreter = preset.interpreter
-    return interpreter is not None and not interpreter.faithful and preset.score_every > 0
+    return preset.score_every > 0 and not all(one.faithful for one in preset.interpreters)
 
 
 def snapshot_steps(preset: Preset) -> list[int]:
@@ -239,7 +248,7 @@ def snapshot_steps(preset: Preset) -> list[int]:
 
 
 def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
-    interpreter, apart, looks = preset.interpreter, scores_apart(preset), snapshot_steps(preset)
+    apart, looks = scores_apart(preset), snapshot_steps(preset)
     compared = range(preset.score_every, preset.steps, preset.score_every) if apart else ()
     looked = [step - preset.warm_steps for step in looks] if pictured > 0 else []
     cuts = sorted({0, preset.steps, *(step for step in (*compared, *looked) if step > 0)})
@@ -247,9 +256,8 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
     return Stages(
         Options(threat),
         joint_options(preset, threat),
-        interpreter.explain if interpreter is not None and apart else None,
-        None if interpreter is None else interpreter.solver,
-        None if interpreter is None else interpreter.init,
+        preset.interpreters,
+        apart,
         preset.score_every > 0,
         tuple(cuts),
         tuple(looks.index(end) if end in looks else len(looks) for end in ends),
@@ -264,7 +272,7 @@ def _start(images: Array, params: Params, memory: Any, options: Options) -> Stat
 
 
 # jitted: an index of an array on the device would be moved there
-_one_entry = jax.jit(lambda maps: maps[:, :1, :1])
+_one_entry = jax.jit(lambda maps: jax.tree.leaves(maps)[0][:, :1, :1])
 
 
 @partial(jax.jit, static_argnames="init")
@@ -283,6 +291,18 @@ def tabulate(n: int, *schedules: Schedule) -> Numbers:
         )
 
 
+def joint_numbers(preset: Preset) -> Numbers:
+    """Return the numbers of the joint steps of a preset."""
+    schedules = [
+        tabulate(preset.steps, preset.step_size, part.balance, part.tau)
+        for part in preset.parts or (preset,)
+    ]
+    if not preset.parts:
+        return schedules[0]
+    lam, tau = (np.stack(values, axis=-1) for values in list(zip(*schedules, strict=True))[1:])
+    return Numbers(schedules[0].alpha, lam, tau)
+
+
 def joint_options(preset: Preset, threat: Threat) -> Options:
     """Return the options of the joint steps of a preset."""
     return Options(
@@ -296,7 +316,13 @@ def joint_options(preset: Preset, threat: Threat) -> Options:
         # a surrogate that is not faithful draws another map than the analyst sees: `_compare` does
         # it
         keep_best=preset.score_every > 0 and not scores_apart(preset),
+        parts=tuple(joint_options(part, threat) for part in preset.parts),
     )
+
+
+def packed(values: Sequence[T], options: Options) -> T | tuple[T, ...] | None:
+    """Return a value of each interpreter as steps take them: a tuple of several, or the only one."""
+    return tuple(values) if options.parts else next(iter(values), None)
 
 
 def _compare(
@@ -304,11 +330,18 @@ def _compare(
 ) -> State:
     """Return the states with the best iterate by the explained map, and the memory solved anew."""
     images = images_of(problems.image, states.params, stages.joint.threat, True)
-    logits, maps, memory = look(
-        model, images, problems.target, cast(Explain, stages.explain), stages.solver, driver
-    )
+    seen = [
+        look(model, images, problems.target, one.explain, one.solver, driver)
+        for one in stages.interpreters
+    ]
+    logits, maps = seen[0][0], packed([one[1] for one in seen], stages.joint)
     states = _keep_better(problems, states, logits, maps, stages.joint.confidence)
-    return states if stages.solver is None else states._replace(memory=memory)
+    old = states.memory if stages.joint.parts else (states.memory,)
+    memories = [
+        before if one.solver is None else after
+        for one, before, (_, _, after) in zip(stages.interpreters, old, seen, strict=True)
+    ]
+    return states._replace(memory=packed(memories, stages.joint))
 
 
 @partial(jax.jit, static_argnames=("threat", "rounded"))
@@ -328,12 +361,13 @@ def _photograph(
 
 @partial(jax.jit, static_argnames="confidence")
 def _keep_better(
-    problems: Problem, states: State, logits: Array, maps: Array, confidence: float
+    problems: Problem, states: State, logits: Array, maps: Any, confidence: float
 ) -> State:
-    def one(problem: Problem, state: State, logits: Logits, m: Map) -> State:
+    def one(problem: Problem, state: State, logits: Logits, seen: Any) -> State:
         f_t = losses.probability(logits, problem.target)
-        map_l1 = jnp.abs(m - problem.target_map).mean()
-        return keep_better(state, criterion(f_t, map_l1, confidence))
+        map_l1 = jax.tree.map(lambda m, goal: jnp.abs(m - goal).mean(), seen, problem.target_map)
+        mean = jnp.stack(jax.tree.leaves(map_l1)).mean()
+        return keep_better(state, criterion(f_t, mean, confidence))
 
     return jax.vmap(one)(problems, states, logits, maps)
 

@@ -42,7 +42,7 @@ class Problem(NamedTuple):
     Attributes:
         image: benign, [H, W, 3] in [0, 1].
         target: target class, int32 [].
-        target_map: [h, w] in [0, 1].
+        target_map: [h, w] in [0, 1]; of several interpreters a tuple, in the order of `Options.parts`.
         key: raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random
             numbers; None for others.
     """
@@ -74,6 +74,8 @@ class Options(NamedTuple):
         keep_best: whether a step compares the iterate it starts from with the best one, by
             `criterion` (meant for faithful surrogates) or, without a surrogate, by its loss. The
             iterate after the last step is then never compared, and so never returned.
+        parts: of a joint attack the options of each of its P interpreters, whose surrogate, map
+            loss and smoothing count; () for one interpreter or none.
     """
 
     threat: Threat
@@ -85,6 +87,7 @@ class Options(NamedTuple):
     confidence: float = 0.8
     rounded: bool = False
     keep_best: bool = False
+    parts: tuple["Options", ...] = ()
 
 
 class Numbers(NamedTuple):
@@ -92,8 +95,8 @@ class Numbers(NamedTuple):
 
     Attributes:
         alpha: step size α in pixel values (see `Threat.steepest`).
-        lam: weight λ of the map term.
-        tau: width τ of the surrogate.
+        lam: weight λ of the map term; [P], or [n, P], of P interpreters.
+        tau: width τ of the surrogate; likewise.
     """
 
     alpha: Array | Any
@@ -107,10 +110,10 @@ class State(NamedTuple):
     Attributes:
         params: of the threat model, any pytree.
         optimiser: state of `direction`.
-        weight: [] in [.01, 1], factor of λ at present (see `Options.yielding`).
+        weight: [] in [.01, 1], factor of λ at present (see `Options.yielding`); of all interpreters.
         best: parameters with the lowest criterion so far.
         lowest: [] float32, their criterion; infinite before the first comparison.
-        memory: of the surrogate, any pytree; None where it has none.
+        memory: of the surrogate, any pytree, or a tuple of those of several; None where it has none.
         step: [] int32, the number of steps taken.
     """
 
@@ -129,7 +132,7 @@ class Info(NamedTuple):
     Attributes:
         loss: the joint loss.
         confidence: f_t, in [0, 1].
-        map_l1: mean absolute difference of map and target map, in [0, 1].
+        map_l1: mean absolute difference of map and target map, in [0, 1]; of P interpreters [P].
     """
 
     loss: Array | Any
@@ -225,13 +228,12 @@ def step(
         The next state, and the report on the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
-    slope = jax.grad(joint_loss, has_aux=True)
-    gradient, (info, memory) = slope(
-        state.params, model, problem, weighed, options, state.memory, state.step
-    )
+    gradient, info, memory = _slope(model, problem, state, weighed, options)
     if options.keep_best:
-        by_map = criterion(info.confidence, info.map_l1, options.confidence)
-        state = keep_better(state, info.loss if options.surrogate is None else by_map)
+        # of several interpreters the analyst looks at the one that gives the attack away
+        by_map = criterion(info.confidence, info.map_l1.mean(), options.confidence)
+        plain = options.surrogate is None and not options.parts
+        state = keep_better(state, info.loss if plain else by_map)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     # the step size is data, not an optax schedule: other values of it need no new program
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
@@ -243,6 +245,42 @@ def step(
     return state._replace(
         params=projected, optimiser=optimiser, weight=weight, memory=memory, step=state.step + 1
     ), info
+
+
+def _slope(
+    model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options
+) -> tuple[Params, Info, Any]:
+    """Return the gradient of the joint loss in the parameters, the report and the next memory.
+
+    Of several interpreters it is the sum of the directions in which each alone would step: a weight
+    of each would have to be found for each network, and the loudest would drown the others.
+    """
+    if not options.parts:
+        gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(
+            state.params, model, problem, numbers, options, state.memory, state.step
+        )
+        return gradient, info, memory
+    inputs = zip(
+        problem.target_map, state.memory, numbers.lam, numbers.tau, options.parts, strict=True
+    )
+    gradients, infos, after = zip(
+        *(
+            _slope(
+                model,
+                problem._replace(target_map=target_map),
+                state._replace(memory=memory),
+                numbers._replace(lam=lam, tau=tau),
+                part,
+            )
+            for target_map, memory, lam, tau, part in inputs
+        ),
+        strict=True,
+    )
+    unit = optax.normalize_by_update_norm()
+    directions = [unit.update(gradient, unit.init(gradient))[0] for gradient in gradients]
+    gradient = jax.tree.map(lambda *leaves: sum(leaves), *directions)
+    map_l1 = jnp.stack([info.map_l1 for info in infos])
+    return gradient, Info(sum(info.loss for info in infos), infos[0].confidence, map_l1), after
 
 
 @lru_cache
@@ -400,8 +438,8 @@ def drive(
             the end of the loop.
 
     Returns:
-        The states after the span, and the reports of the steps, one number for each image and step,
-        [B, n]; 0 for steps outside the span.
+        The states after the span, and the reports of the steps, for each image and step, [B, n] and
+        the axes of a report; 0 for steps outside the span.
 
     Raises:
         ValueError: for an unknown driver.
@@ -432,7 +470,8 @@ def drive(
         return states, ()
 
     def pad(*values: np.ndarray) -> np.ndarray:
-        return np.pad(np.stack(values, axis=1), ((0, 0), (start, n - stop)))
+        more = [(0, 0)] * (values[0].ndim - 1)
+        return np.pad(np.stack(values, axis=1), [(0, 0), (start, n - stop), *more])
 
     return states, jax.tree.map(pad, *jax.device_get(reports))
 

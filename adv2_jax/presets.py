@@ -7,8 +7,9 @@ as few steps as will do.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ from adv2_jax.interpreters import (
     FACTORIES,
     INTERPRETERS,
     Interpreter,
+    Joint,
     MaskObjective,
     attention_rollout_interpreter,
     cam_interpreter,
@@ -125,6 +127,8 @@ class Preset:
             step that starts from it. A comparison of an interpreter with a `solver` is a complete
             solve, from which the memory of the surrogate starts anew.
         warm_step_size: α of the warm start.
+        parts: of a joint attack the presets of each interpreter alone, whose balance, tau, map_loss
+            and smoothing count; its own interpreter is then None.
     """
 
     interpreter: Interpreter | None
@@ -140,9 +144,16 @@ class Preset:
     rounded: bool = False
     score_every: int = 0
     warm_step_size: float = PIXEL
+    parts: tuple["Preset", ...] = ()
 
     def __repr__(self) -> str:
         return shown(self)
+
+    @property
+    def interpreters(self) -> tuple[Interpreter, ...]:
+        """Return the interpreters under attack: none, one, or those of the parts."""
+        each = (part.interpreter for part in self.parts or (self,))
+        return tuple(one for one in each if one is not None)
 
 
 def paper_grad_balance(n: int) -> optax.Schedule:
@@ -326,7 +337,7 @@ THREAT_ADJUSTMENTS: dict[str, dict[str, Callable[[Preset], Preset]]] = {
 
 def resolve(
     preset: str | Preset | Mapping[str, Preset],
-    interpreter: str | Interpreter | None,
+    interpreter: str | Interpreter | Joint | None,
     *,
     threat: Threat | None = None,
     warm_steps: int | None = None,
@@ -340,7 +351,8 @@ def resolve(
         interpreter: a key of `interpreters.INTERPRETERS` (with a `Preset`: the name of its
             interpreter); an `Interpreter`, which takes the numbers of the preset, or those of its
             name, or of the most similar one: of MASK if it is a descent, of GRAD if it
-            differentiates the network (`needs` names "act"), else of CAM; or None for plain PGD.
+            differentiates the network (`needs` names "act"), else of CAM; a `Joint` of these, which
+            a `Preset` with parts has already; or None for plain PGD.
         threat: the threat model; a preset called by its name is adapted to some
             (`THREAT_ADJUSTMENTS`).
         warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
@@ -348,7 +360,12 @@ def resolve(
     Raises:
         ValueError: for an unknown preset or interpreter, or a negative number of steps.
     """
-    if isinstance(preset, Preset):
+    if isinstance(interpreter, Joint):
+        if not (isinstance(preset, Preset) and preset.parts):
+            preset = _together(
+                resolve(preset, one, threat=threat) for one in interpreter.interpreters
+            )
+    elif isinstance(preset, Preset):
         name = None if preset.interpreter is None else preset.interpreter.name
         if isinstance(interpreter, str) and interpreter != name:
             raise ValueError(f"interpreter {interpreter!r} is not that of the preset, {name!r}")
@@ -366,7 +383,7 @@ def resolve(
         adjust = adjustments.get(preset) if isinstance(preset, str) else None
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
         preset = adjust(preset) if adjust else preset
-    if not isinstance(interpreter, str):
+    if not isinstance(interpreter, str | Joint):
         preset = replace(preset, interpreter=interpreter)
     for key, value in (("warm_steps", warm_steps), ("steps", steps)):
         if value is not None and (value != int(value) or value < 0):
@@ -378,9 +395,32 @@ def resolve(
     )
 
 
+def _together(presets: Iterable[Preset]) -> Preset:
+    """Return the preset of a joint attack: each part's own, and the pace of the slowest."""
+    parts = tuple(presets)
+    slowest = max(parts, key=attrgetter("steps"))
+    momenta = [part.momentum for part in parts if part.momentum is not None]
+    return replace(
+        slowest,
+        interpreter=None,
+        warm_steps=max(part.warm_steps for part in parts),
+        # directions of several terms agree less: half as many steps again, and the longest memory,
+        # bring each map to what its own attack leaves (docs/method.md, several interpreters)
+        steps=math.ceil(1.5 * slowest.steps),
+        momentum=max(momenta, default=None),
+        score_every=max(part.score_every for part in parts),
+        balance=constant(0.0),
+        tau=_TAU,
+        parts=parts,
+    )
+
+
 def to_dict(preset: Preset) -> dict[str, Any]:
     """Return all numbers of a preset as JSON, functions by their names; inverse of `from_dict`."""
-    return {field.name: _plain(getattr(preset, field.name)) for field in fields(preset)}
+    numbers = {field.name: _plain(getattr(preset, field.name)) for field in fields(preset)}
+    if not preset.parts:
+        del numbers["parts"]
+    return numbers
 
 
 def _plain(value: Any) -> Any:
@@ -393,6 +433,8 @@ def _plain(value: Any) -> Any:
         return value.first if value.shape == "constant" else asdict(value)
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
         return {name: _plain(field) for name, field in value._asdict().items()}
+    if isinstance(value, tuple):
+        return [to_dict(part) for part in value]
     return shown(value) if callable(value) else value
 
 
@@ -410,6 +452,7 @@ def from_dict(name: str, numbers: Mapping[str, Any]) -> Preset:
     """
     base = look_up(PRESETS["default"], "preset of", name)
     known = {field.name: getattr(base, field.name) for field in fields(base)}
+    del known["parts"]  # a joint preset is made of those of its interpreters
     changes: dict[str, Any] = {}
     for key, value in numbers.items():
         look_up(known, f"{name}: number", key)

@@ -623,8 +623,9 @@ def test_flow_rows_tell_shift_and_penalty():
 
 def test_paired_differences_have_a_sign():
     cells = Page(report.render(*with_everything(make_summary(), make_results()))).inside("td")
-    assert cells[cells.index("−0.0800") - 3 :][:5] == [
+    assert cells[cells.index("−0.0800") - 4 :][:6] == [
         "flow",
+        "ADV² − plain",
         "Map L1 ↓",
         "3",
         "−0.0800",

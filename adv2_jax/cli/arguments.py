@@ -434,6 +434,11 @@ COMMANDS = {
             },
             **EFFORT,
             **BATCH_SIZE_OR_AUTO,
+            "--joint": {
+                "action": "store_true",
+                "help": "attack all these interpreters by one image, too: rows with joint true, "
+                "beside each one's own attack; plain PGD then has the budget of the joint attack",
+            },
             "--keep": {
                 "default": "all",
                 "choices": list(KEPT),

@@ -33,7 +33,7 @@ from adv2_jax.errors import listed
 from adv2_jax.files import atomic, intact, output_directory, read_summary
 from adv2_jax.metrics import probabilities
 from adv2_jax.runs import curvature as laboratory
-from adv2_jax.runs.run import Outcome, presets_of, run
+from adv2_jax.runs.run import Outcome, joint_preset_of, presets_of, run
 from adv2_jax.runs.schema import ATTACKS, INDEX, RESULTS, SHARDS, Row, results_path
 from adv2_jax.runs.select import predict
 from adv2_jax.runs.store import CURVATURE_FILES, UNFINISHED
@@ -91,7 +91,7 @@ def _with_batch_size(subject: Subject, arguments: argparse.Namespace) -> Subject
         with intact(path):
             size = int(json.loads(path.read_text(encoding="utf-8"))["batch_size"])
     else:
-        presets = presets_of(settings).values()
+        presets = [*presets_of(settings).values(), *joint_preset_of(settings)]
         fits = fitting_batch_size(model, presets, settings.threat, tuple(shape), settings.precision)
         size = fits or BATCH_SIZE["--batch-size"]["default"]
         share = min(n, arguments.limit or n) / number_of_devices(settings.devices)
@@ -123,7 +123,7 @@ def table(arguments: argparse.Namespace) -> None:
     files = ("table.md", "summary.json", *(f"{table.run}/{file}" for file in FINISHED))
     check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
     # a table fixes these: its command has no options of theirs
-    chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all"}
+    chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all", "joint": False}
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
         options["limit"] = arguments.limit

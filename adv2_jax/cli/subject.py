@@ -67,6 +67,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         precision=arguments.precision,
         devices=arguments.devices,
         keep=arguments.keep,
+        joint=arguments.joint,
         results=arguments.results,
     )
     return Subject(model, images, settings, config)

@@ -32,10 +32,12 @@ from adv2_jax.interpreters.base import (
     Explain,
     Init,
     Interpreter,
+    Joint,
     Seen,
     Solver,
     Surrogate,
     from_explain,
+    joint,
 )
 from adv2_jax.interpreters.gradients import (
     grad,
@@ -67,6 +69,7 @@ __all__ = [
     "Explain",
     "Init",
     "Interpreter",
+    "Joint",
     "MaskObjective",
     "SaliencyWeights",
     "Seen",
@@ -92,6 +95,7 @@ __all__ = [
     "input_x_gradient_interpreter",
     "integrated_gradients",
     "integrated_gradients_interpreter",
+    "joint",
     "layer_cam",
     "layer_cam_interpreter",
     "lrp",

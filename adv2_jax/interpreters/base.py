@@ -117,6 +117,28 @@ class Interpreter(NamedTuple):
         return shown(self)
 
 
+class Joint(NamedTuple):
+    """Several interpreters that one image is to fool, by name or as objects."""
+
+    interpreters: tuple[str | Interpreter, ...]
+
+
+def joint(*interpreters: str | Interpreter) -> Joint:
+    """Return the aim of an attack on several interpreters at once, for `attack` and `explain`.
+
+    Args:
+        interpreters: names or interpreters, two or more, of different names.
+
+    Raises:
+        ValueError: for fewer, or two of one name.
+    """
+    names = [one if isinstance(one, str) else one.name for one in interpreters]
+    if not 1 < len(names) == len(set(names)):
+        given = ", ".join(names) or "none"
+        raise ValueError(f"joint takes two or more interpreters of different names, got {given}")
+    return Joint(interpreters)
+
+
 def interpreter_factory(factory: Callable[P, Interpreter]) -> Callable[P, Interpreter]:
     """Decorator that memoises a factory (`options.shared`) and sets `Interpreter.made`."""
 

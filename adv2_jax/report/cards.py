@@ -1,11 +1,14 @@
-"""The sections of a page: for each interpreter its curves, and a card for each image."""
+"""The sections of a page: for each interpreter its curves, and a card for each image.
+
+A joint attack has a section of its own: one image above its maps by all interpreters.
+"""
 
 import base64
 import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from string import Template
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import numpy as np
@@ -23,7 +26,7 @@ from adv2_jax.report.pictures import (
     resample,
     thumbnail,
 )
-from adv2_jax.runs.schema import Attacked, Results, attack_name
+from adv2_jax.runs.schema import JOINT, Attacked, Results, attack_name
 
 # a page is one file with every picture in it: a film has eight frames of image and map each, and
 # each attack of a card has one
@@ -122,17 +125,10 @@ def _card(subject: Subject, i: int) -> str:
     ]
     figures, data, films = [_figure(tiles, "Benign", [true_class])], "", ""
     for attack, attacked in subject.attacks():
+        if attack == JOINT:  # has a section of its own
+            continue
         figures.append(_attacked(subject, attack, attacked, i, target))
-        # what the script sorts and filters by; NaN is left out
-        data += "".join(
-            f' data-{attack}-{key}="{value:.6g}"'
-            for key, value in (
-                ("success", int(attacked.success[i])),
-                ("l1", attacked.map_l1[i]),
-                ("p", attacked.confidence[i]),
-            )
-            if math.isfinite(value)
-        )
+        data += _data(attack, attacked.success[i], attacked.map_l1[i], attacked.confidence[i])
         if attacked.snapshot_images is not None and i < len(attacked.snapshot_images):
             films += _film(subject, attack, attacked, i)
         if attack == "adv2":
@@ -141,9 +137,69 @@ def _card(subject: Subject, i: int) -> str:
     return CARD.substitute(
         data=data,
         heading=escape(f"Image {number}{name}: {true_class} → {target}"),
-        figures="".join(figures),
+        strips=_strip(figures),
         # the slider is for those with a script; it takes its pictures from the films
         steps=STEPS.substitute(anchor=f"{subject.anchor}-{i}", films=films) if films else "",
+    )
+
+
+def _data(attack: str, success: Any, map_l1: Any, confidence: Any) -> str:
+    """Return what the script sorts and filters a card by; NaN is left out."""
+    numbers = {"success": int(success), "l1": map_l1, "p": confidence}
+    return "".join(
+        f' data-{attack}-{key}="{value:.6g}"'
+        for key, value in numbers.items()
+        if math.isfinite(value)
+    )
+
+
+def joint_section(subjects: Sequence[Subject], *, total: int, limit: int) -> str:
+    """Draw cards of the joint attack: image and maps of all interpreters, benign and attacked."""
+    shown = min(limit, total)
+    return SECTION.substitute(
+        anchor=JOINT,
+        title="One image for all interpreters",
+        description="Each image is made against the classifier and all interpreters at once.",
+        notes=f"Pictures of the first {shown} of {total} images." if shown < total else "",
+        curves="",
+        cards="".join(_joint_card(subjects, i) for i in range(shown)),
+    )
+
+
+def _joint_card(subjects: Sequence[Subject], i: int) -> str:
+    results, classes = subjects[0].results, subjects[0].classes
+    number, name = results.indices[i], subjects[0].name(JOINT)
+    attacked = [results.attacked(one.interpreter, JOINT) for one in subjects]
+    first, worst = attacked[0], max(one.map_l1[i] for one in attacked)
+    true_class, target = (
+        words.class_name(classes, labels[i]) for labels in (results.labels, results.targets)
+    )
+    benign_maps = [results.aim(one.interpreter).benign_maps[i] for one in subjects]
+    # name, image, class, maps, and what is said of each map
+    rows = (
+        ("Benign", results.images[i], true_class, benign_maps, [""] * len(subjects)),
+        (
+            name,
+            first.images[i],
+            f"p({target}) {words.number(first.confidence[i], 2)}",
+            [one.maps[i] for one in attacked],
+            [f"map L1 {words.number(one.map_l1[i], 3)}" for one in attacked],
+        ),
+    )
+    strips = []
+    for heading, image, caption, maps, said in rows:
+        alt = f"{heading} image {number}"
+        figures = [_figure([_tile(_picture(image, alt))], heading, [caption], JOINT)]
+        figures += [
+            _figure([_overlay(image, m, f"{one.title} map of {alt}")], one.title, [line])
+            for one, m, line in zip(subjects, maps, said, strict=True)
+        ]
+        strips.append(_strip(figures))
+    return CARD.substitute(
+        data=_data("adv2", first.success[i], worst, first.confidence[i]),
+        heading=escape(f"Image {number}: {true_class} → {target}"),
+        strips="".join(strips),
+        steps="",
     )
 
 
@@ -219,6 +275,10 @@ def _figure(tiles: Iterable[str], heading: str, lines: Iterable[str], attack: st
     return f'<figure data-attack="{attack}">{"".join(tiles)}{caption}</figure>'
 
 
+def _strip(figures: Iterable[str]) -> str:
+    return f'<div class="strip">{"".join(figures)}</div>'
+
+
 def _tile(content: str) -> str:
     return f'<div class="tile">{content}</div>'
 
@@ -263,7 +323,7 @@ $curves<div class="cards">$cards</div>
 """)
 
 CARD = Template("""<article class="card"$data><h3>$heading</h3>\
-<div class="strip">$figures</div>$steps</article>
+$strips$steps</article>
 """)
 
 STEPS = Template("""<p class="slider" hidden><label for="$anchor-step">Step</label>

@@ -10,7 +10,7 @@ from typing import Any
 from adv2_jax.files import atomic, check_schema, read_summary
 from adv2_jax.report import cards, curvature, tables, words
 from adv2_jax.report.pictures import INFERNO
-from adv2_jax.runs.schema import Arrays, Results, read_results
+from adv2_jax.runs.schema import JOINT, Arrays, Results, read_results
 from adv2_jax.runs.store import CURVATURE_FILES
 
 LIMIT = 64  # images shown for each interpreter
@@ -114,6 +114,9 @@ def render(
         *((subject.anchor, subject.title) for subject in subjects),
         ("reproduce", "Reproduce"),
     ]
+    joint = bool(subjects) and JOINT in results.attacks(subjects[0].interpreter)
+    if joint:
+        links.insert(-1 - len(subjects), (JOINT, "All interpreters"))
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     body = template("run.html").substitute(
         title=escape(title),
@@ -129,7 +132,8 @@ def render(
         controls=template("controls.html").substitute(plain=subjects[0].name("pgd"))
         if subjects and total
         else "",
-        sections="".join(cards.section(one, total=total, limit=limit) for one in subjects),
+        sections=(cards.joint_section(subjects, total=total, limit=limit) if joint else "")
+        + "".join(cards.section(one, total=total, limit=limit) for one in subjects),
         reproduction=reproduction(summary),
     )
     # one frame for all pictures: a map of any size fills it, and so lies over its image
@@ -222,8 +226,8 @@ EXTRAS = (
         "Image by image",
         tables.paired,
         "The mean over the images of what ADV² has more or less than the plain attack on the same "
-        "image, with its 95 % bootstrap interval: where that leaves out 0, the difference is more "
-        "than chance.",
+        "image (or the joint attack than that on the interpreter alone), with its 95 % bootstrap "
+        "interval: where that leaves out 0, the difference is more than chance.",
     ),
     (
         "transfer",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from adv2_jax.report import words
 from adv2_jax.report.pictures import colour_map
-from adv2_jax.runs.schema import CURVATURE, Row, attack_name, columns
+from adv2_jax.runs.schema import CURVATURE, JOINT, Row, attack_name, columns, row_name
 
 SETTINGS = ("threat", "target_map", "model")  # columns only where rows differ
 
@@ -29,7 +29,7 @@ def summary(rows: Sequence[Row]) -> str:
     for interpreter, group in groupby(rows, key=lambda row: row["interpreter"]):
         lines = [
             _line(
-                attack_name(row["attack"], row.get("threat")),
+                row_name(row),
                 [escape(words.text(row.get(key))) for key in settings]
                 + [_with_interval(row, key) for key in keys],
             )
@@ -49,7 +49,7 @@ def differing(rows: Sequence[Row]) -> list[str]:
 
 
 def paired(differences: Sequence[Row]) -> str:
-    """Draw the mean of ADV² - PGD on the same images: a line for each interpreter and measure."""
+    """Draw mean differences of attacks on the same images: a line for each interpreter and measure."""
     lines = []
     for row in differences:
         key = row["measure"]
@@ -60,13 +60,14 @@ def paired(differences: Sequence[Row]) -> str:
             [
                 words.title(row["interpreter"]),
                 row["threat"],
+                "joint − alone" if row.get("joint") else "ADV² − plain",
                 _heading(key),
                 words.number(row["n"], 0),
                 difference,
                 " to ".join(ends) or words.DASH,
             ]
         )
-    headings = ["Interpreter", "Threat", "Measure", "Images", "ADV² − plain", "95 % interval"]
+    headings = ["Interpreter", "Threat", "Attacks", "Measure", "Images", "Mean", "95 % interval"]
     return _plain("Paired differences", headings, lines, kind="named")
 
 
@@ -102,7 +103,7 @@ def _heat(matrix: Mapping[str, Any], key: str) -> str:
     lines = [
         f'<th scope="row">{escape(_source(source))}</th>'
         + "".join(
-            f'<td class="heat{" attacked" if source == name else ""}" style="{_paint(colour)}">'
+            f'<td class="heat{" attacked" if source in (name, JOINT) else ""}" style="{_paint(colour)}">'
             f"{_number(value, key)}</td>"
             for name, value, colour in zip(matrix["interpreters"], numbers, colours, strict=True)
         )
@@ -185,7 +186,7 @@ def _paired_keys() -> list[str]:
 
 
 def _source(name: str) -> str:
-    names = {"benign": "– (benign)", "noise": "none (noise)", "pgd": "none (PGD)"}
+    names = {"benign": "– (benign)", "noise": "none (noise)", "pgd": "none (PGD)", JOINT: "all"}
     return names.get(name, words.title(name))
 
 

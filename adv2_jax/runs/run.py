@@ -31,12 +31,13 @@ from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
 from adv2_jax.hosts import processes
 from adv2_jax.identity import environment, tree_fingerprint
-from adv2_jax.interpreters import INTERPRETERS, Interpreter
+from adv2_jax.interpreters import INTERPRETERS, Interpreter, Joint, joint
 from adv2_jax.models import user
 from adv2_jax.precision import at
 from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.schema import (
     CONTROL,
+    JOINT,
     KEPT,
     KINDS,
     Aim,
@@ -71,6 +72,8 @@ UNRELATED = (
     "results",
 )
 CURVE_POINTS = 100  # at most
+# by which sources of images are known, beside interpreters
+RESERVED = ("benign", *KINDS)
 
 
 class Settings(NamedTuple):
@@ -93,6 +96,7 @@ class Settings(NamedTuple):
         keep: key of `schema.KEPT`: "adversarial" leaves out maps, flows, curves and snapshots, which
             are most of the bytes, from the results; what is measured is the same.
         results: form of the results, of `schema.FORMS`: one file, shards, or shards above 2 GB.
+        joint: attack all interpreters by one image, too.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -108,6 +112,7 @@ class Settings(NamedTuple):
     devices: int | None = None
     keep: str = "all"
     results: str = "auto"
+    joint: bool = False
 
 
 def interpreter_of(name: str) -> str | Interpreter:
@@ -166,7 +171,8 @@ def run(
 ) -> Outcome:
     """Attack a set of images by PGD alone and by ADV², for each interpreter, beside random noise.
 
-    PGD alone gets as many gradient evaluations as ADV² on the same interpreter. Target classes are
+    PGD alone gets as many gradient evaluations as ADV² on the same interpreter, or as the joint
+    attack on all of them (`Settings.joint`), whose images all interpreters share. Target classes are
     the set's own or drawn from the seed. A finished batch stays in the directory until the run is
     over: beyond the image set and the images taken from it, one batch and a dozen numbers an image
     are held in memory. Of several processes (`hosts.connect`) each makes its share of the batches;
@@ -303,7 +309,24 @@ def presets_of(settings: Settings) -> dict[Interpreter, Preset]:
             raise ValueError(
                 f"interpreter {name!r} is given {times} times; each needs its own name"
             )
+        if name in RESERVED:
+            raise ValueError(f"interpreter {name!r} needs another name: that is one of results")
     return dict(zip(interpreters, resolved, strict=True))
+
+
+def joint_preset_of(settings: Settings) -> list[Preset]:
+    """Return the preset of the attack on all interpreters; none unless it is asked for."""
+    if not settings.joint:
+        return []
+    return [
+        resolve(
+            settings.preset,
+            joint(*settings.interpreters),
+            threat=settings.threat,
+            warm_steps=settings.warm_steps,
+            steps=settings.steps,
+        )
+    ]
 
 
 class Task(NamedTuple):
@@ -398,7 +421,7 @@ class Job(NamedTuple):
     """An attack, or noise, on every batch. Interpreters of equal budget share one run of plain PGD.
 
     Attributes:
-        attack: a name of `schema.ATTACKS`, or `CONTROL`.
+        attack: one of `schema.KINDS`.
         preset: its numbers; None for noise.
         interpreters: those it is made for.
         cost: work on an image, in gradients of ℓ_prd.
@@ -420,16 +443,20 @@ def _jobs(
     presets: Mapping[Interpreter, Preset],
     settings: Settings,
 ) -> list[Job]:
-    """Return plain PGD, a job for each budget, ADV² by each preset, which sets the budgets; noise."""
+    """Return plain PGD, a job for each budget, ADV² by each preset, the joint attack; noise.
+
+    ADV² sets the budgets: each has its own, unless there is a joint attack, whose budget serves all.
+    """
 
     def job(attack: str, preset: Preset, interpreters: Sequence[Interpreter]) -> Job:
         cost = gradient_evaluations(model, preset, settings.threat, shape)
         return Job(attack, preset, tuple(interpreters), cost)
 
     adv2 = [job("adv2", preset, [interpreter]) for interpreter, preset in presets.items()]
+    together = [job(JOINT, preset, list(presets)) for preset in joint_preset_of(settings)]
     # a run of plain PGD is often half of the work, and knows nothing of interpreters
     sharing: dict[int, list[Interpreter]] = {}
-    for one in adv2:
+    for one in together or adv2:
         # a step of plain PGD is one unit of cost
         sharing.setdefault(round(one.cost), []).extend(one.interpreters)
     pgd = [
@@ -438,7 +465,7 @@ def _jobs(
     ]
     # last, as it takes no time: a run that is interrupted early leaves nothing behind
     control = [Job(CONTROL, None, tuple(presets), 0.0)] if settings.threat.noise else []
-    return pgd + adv2 + control
+    return pgd + adv2 + together + control
 
 
 def _attack_all(
@@ -518,7 +545,7 @@ def attack_batches(
 
     for job in jobs:
         displacement = settings.threat.displacement
-        attacked = None if job.preset is None else job.preset.interpreter
+        attacked = () if job.preset is None else job.preset.interpreters
         options: dict[str, Any] = {
             "threat": settings.threat,
             "batch_size": settings.batch_size,
@@ -529,12 +556,13 @@ def attack_batches(
         if job.preset is None:
             result = noise(model, images, targets, **options)
         else:
+            goals = [aim(one)[1] for one in attacked]
             result = attack(
                 model,
                 images,
                 targets,
-                None if attacked is None else aim(attacked)[1],
-                interpreter=attacked,
+                goals if len(goals) > 1 else next(iter(goals), None),
+                interpreter=Joint(attacked) if len(attacked) > 1 else next(iter(attacked), None),
                 preset=job.preset,
                 on_step=lambda new: on_step(new * len(cuts)),
                 snapshots=int((np.unique(places) < snapshots).sum()),
@@ -544,9 +572,10 @@ def attack_batches(
             )
         seconds = np.array([time.perf_counter() - start]) / len(cuts)
         flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
-        for interpreter in job.interpreters:
-            maps, float_maps = result.maps, result.float_maps
-            if attacked is None:  # noise and plain PGD draw no maps
+        for k, interpreter in enumerate(job.interpreters):
+            seen = _of_interpreter(result, k)
+            maps, float_maps = seen.maps, seen.float_maps
+            if not attacked:  # noise and plain PGD draw no maps
                 maps = float_maps = maps_of(model, result.images, targets, interpreter, settings)
             if job.attack == "pgd":  # noise is drawn on the 8-bit grid
                 float_maps = maps_of(model, result.float_images, targets, interpreter, settings)
@@ -561,7 +590,7 @@ def attack_batches(
                 float_maps,
                 flows,
             )
-            of_images = _of_images(job.attack, evaluated, result)
+            of_images = _of_images(job.attack, evaluated, seen)
             for batch, cut in enumerate(cuts):
                 arrays = {key: values[cut] for key, values in of_images.items()}
                 if job.preset is not None:
@@ -578,6 +607,14 @@ def attack_batches(
                         ),
                     )
                 yield interpreter.name, job.attack, batch, arrays | {SECONDS: seconds}
+
+
+def _of_interpreter(result: Result, k: int) -> Result:
+    """Return the result of a joint attack as its interpreter k sees it; others as they are."""
+    if not isinstance(result.maps, tuple):
+        return result
+    curves = result.curves._replace(map_l1=result.curves.map_l1[..., k])
+    return result._replace(maps=result.maps[k], float_maps=result.float_maps[k], curves=curves)
 
 
 def _kept(arrays: Arrays, keep: str) -> Arrays:
@@ -657,7 +694,7 @@ def _rows(
             rows.append(
                 {
                     **head,
-                    "attack": kind,
+                    **({"attack": "adv2", "joint": True} if kind == JOINT else {"attack": kind}),
                     "target_map": target_map,
                     **row(numbers, seed=settings.seed),
                     "gradient_evaluations": job.cost,
@@ -666,7 +703,8 @@ def _rows(
                 }
             )
             failed.append(numbers["failed"])
-        differences += [
-            head | pair for pair in paired(measures["pgd"], measures["adv2"], seed=settings.seed)
-        ]
+        for extra, before, after in (({}, "pgd", "adv2"), ({"joint": True}, "adv2", JOINT)):
+            if after in measures:
+                pairs = paired(measures[before], measures[after], seed=settings.seed)
+                differences += [head | extra | pair for pair in pairs]
     return rows, differences, np.any(failed, axis=0)

@@ -28,7 +28,8 @@ BLOCK = 2**20  # numbers held at a time: the resamples of all images at once wou
 
 ATTACKS = ("pgd", "adv2")  # as in files
 CONTROL = "noise"  # no attack: random changes under the same threat model, in a row of its own
-KINDS = (CONTROL, *ATTACKS)  # of rows, in their order
+JOINT = "joint"  # ADV² on all interpreters by one image
+KINDS = (CONTROL, *ATTACKS, JOINT)  # of rows, in their order
 # the two forms of results, and what a folder of shards has that no other has
 RESULTS, SHARDS, INDEX = "results.npz", "results", "index.json"
 FORMS = ("auto", "npz", "shards")
@@ -38,8 +39,13 @@ KEPT = {"all": None, "adversarial": ("images", "confidence", "success", "map_l1"
 
 def attack_name(attack: str, threat: str | None) -> str:
     """Return the name of an attack for readers; plain PGD on a flow is known as StAdv."""
-    names = {"pgd": "StAdv" if threat == "flow" else "PGD", "adv2": "ADV²"}
+    names = {"pgd": "StAdv" if threat == "flow" else "PGD", "adv2": "ADV²", JOINT: "ADV², joint"}
     return names.get(attack, attack)
+
+
+def row_name(row: Row) -> str:
+    """Return the name of the attack of a row."""
+    return attack_name(JOINT if row.get("joint") else row["attack"], row.get("threat"))
 
 
 class Evaluated(NamedTuple):
@@ -105,7 +111,7 @@ class Measure(Total):
         function: -> [N] numbers, or booleans for a proportion.
         of: its arguments, entries of `Evaluated`; where one is None, it is not measured.
         direction: "↑" if larger is better for the adversary, "↓" if smaller is.
-        paired: whether ADV² is compared with PGD image by image, and maps are in a transfer.
+        paired: whether attacks are compared image by image, and maps are in a transfer.
         page_only: whether it is left out of the table after a run, and of its log.
     """
 
@@ -329,13 +335,13 @@ def row(
     return numbers | {"ci": intervals}
 
 
-def paired(pgd: Measures, adv2: Measures, *, seed: int) -> list[Row]:
-    """Return ADV² - PGD on the images on which neither failed, a row for each paired measure."""
-    both = ~(pgd["failed"] | adv2["failed"])
+def paired(before: Measures, after: Measures, *, seed: int) -> list[Row]:
+    """Return after - before on the images on which neither failed, a row for each paired measure."""
+    both = ~(before["failed"] | after["failed"])
     rows = []
     for one in MEASURES:
         if one.paired:
-            values = (adv2[one.key] - pgd[one.key])[both]
+            values = (after[one.key] - before[one.key])[both]
             numbers = {"n": len(values), "difference": mean(values)}
             rows.append({"measure": one.key, **numbers, "ci": interval(values, seed=seed)})
     return rows
@@ -487,7 +493,8 @@ class Results(Images):
 
     def attacks(self, interpreter: str) -> list[str]:
         """Return the names of the attacks on an interpreter whose images there are."""
-        return [name for name in ATTACKS if f"{interpreter}/{name}/images" in self.arrays]
+        names = (*ATTACKS, JOINT)
+        return [name for name in names if f"{interpreter}/{name}/images" in self.arrays]
 
 
 class Stored(Mapping[str, NDArray[Any]]):

@@ -10,7 +10,7 @@ from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
 from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
-from adv2_jax.runs.schema import COSTS, Row, as_text, attack_name, columns
+from adv2_jax.runs.schema import COSTS, Row, as_text, attack_name, columns, row_name
 from adv2_jax.runs.store import UNFINISHED
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
@@ -83,7 +83,7 @@ class Sheet(NamedTuple):
 
 def by_rows(title: str, keys: Sequence[str], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
     """Return a line for each row of a run; means with their intervals if `spread`."""
-    names = [[row["interpreter"], attack_name(row["attack"], row["threat"])] for row in rows]
+    names = [[row["interpreter"], row_name(row)] for row in rows]
     return _sheet(title, ["interpreter", "attack"], names, keys, rows, spread)
 
 

@@ -20,6 +20,7 @@ from adv2_jax.runs.run import interpreter_of
 from adv2_jax.runs.schema import (
     ATTACKS,
     CONTROL,
+    JOINT,
     Aim,
     Attacked,
     Evaluated,
@@ -48,14 +49,17 @@ class Run(NamedTuple):
     @property
     def sources(self) -> list[str]:
         """Return the names of `inputs`: benign, `plain`, and ADV² by the interpreter it fools."""
-        return ["benign", *self.plain, *self.interpreters]
+        return ["benign", *self.plain, *self.interpreters, *self._all_having(JOINT)]
 
     @property
     def plain(self) -> list[str]:
         """Return what knows of no interpreter: noise, where the run has it, and plain PGD."""
+        return self._all_having(CONTROL, "pgd")
+
+    def _all_having(self, *attacks: str) -> list[str]:
         return [
             name
-            for name in (CONTROL, "pgd")
+            for name in attacks
             if all(f"{one}/{name}/images" in self.results.arrays for one in self.interpreters)
         ]
 
@@ -78,6 +82,8 @@ class Run(NamedTuple):
             yield name, results.attacked(interpreter, name).images, targets
         for name in self.interpreters:
             yield name, results.attacked(name, "adv2").images, targets
+        for name in self._all_having(JOINT):
+            yield name, results.attacked(interpreter, name).images, targets
 
 
 def load_run(directory: Path) -> Run:
@@ -90,7 +96,8 @@ def load_run(directory: Path) -> Run:
     if not summary.get("rows"):
         raise ValueError(f"{directory} holds no attack: its summary.json has no rows")
     with intact(directory / "summary.json"):
-        presets = {row["interpreter"]: row["preset"] for row in summary["rows"]}  # ADV² comes last
+        rows = [row for row in summary["rows"] if not row.get("joint")]
+        presets = {row["interpreter"]: row["preset"] for row in rows}  # ADV² comes last
         # a row says how to make one of the package again; one of a file is made by the file
         asked = map(interpreter_of, summary["config"].get("interpreter", ()))
         interpreters = {one.name: one for one in asked if not isinstance(one, str)}
@@ -123,8 +130,8 @@ def _check_arrays(headers: Headers, interpreters: Iterable[str], keeps_maps: boo
     for name in interpreters:
         if keeps_maps:
             expected |= Aim.named(f"{name}/", target_maps=maps)
-        control = [CONTROL] if f"{name}/{CONTROL}/images" in headers else []
-        for attack in (*control, *ATTACKS):
+        others = [one for one in (CONTROL, JOINT) if f"{name}/{one}/images" in headers]
+        for attack in (*others, *ATTACKS):
             expected |= Attacked.named(f"{name}/{attack}/", images=pictures)
     for name, (kind, wanted) in expected.items():
         shape, dtype = headers[name]
@@ -161,7 +168,7 @@ def transfer_matrix(run: Run, model: Classifier, *, batch_size: int = 32) -> dic
         batch_size: images at a time.
 
     Returns:
-        `interpreters`; `sources`: benign, noise, pgd, and the interpreters; `map_l1` and
+        `interpreters`; `sources`: benign, noise, pgd, the interpreters and joint; `map_l1` and
         `map_iou75`: a row for each source, a column for each interpreter: how far its maps of the
         source's images are, in the mean, from what the run wanted it to show (its benign maps where
         the attack hides). Benign images are explained for their label, others for their target
