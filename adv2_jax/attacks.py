@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from adv2_jax import threats
+from adv2_jax import metrics, threats
 from adv2_jax.capabilities import (
     Architecture,
     architecture,
@@ -47,6 +47,7 @@ from adv2_jax.descent import (
     Problem,
     State,
     batched_step,
+    criterion,
     init,
     solver_step_of,
     step_of,
@@ -123,6 +124,8 @@ def attack(
     preset: str | Preset = "default",
     warm_steps: int | None = None,
     steps: int | None = None,
+    goal: str | None = None,
+    restarts: int | None = None,
     batch_size: int = 32,
     driver: Driver = "auto",
     on_step: OnStep | None = None,
@@ -138,7 +141,8 @@ def attack(
         model: any pytree with what the interpreter needs: `logits`, or `features` and `head`
             (`adv2_jax.types.Classifier`).
         images: benign, uint8 [N, H, W, 3] or floating point in [0, 1].
-        targets: integers [N], the classes to be predicted.
+        targets: integers [N], the classes to be predicted; under `goal` "untargeted" those that are
+            to be left.
         target_maps: [N, h, w] in [0, 1]; an image whose target map is NaN, as `explain` returns it
             for an image that fails, fails here too. Of several interpreters a sequence of such
             arrays, in their order. Plain PGD needs none.
@@ -150,6 +154,11 @@ def attack(
             a `Threat` of your own.
         preset: "default", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
+        goal: "targeted" unless the preset has another; "untargeted" takes the strongest class beside
+            the target, whichever it is at each step; "keep" says that targets are the classes that
+            the network predicts already, so that only the map moves.
+        restarts: number of attacks on each image (see `Preset`); the image whose map is closest of
+            those that succeed is returned, without an interpreter the most confident one.
         batch_size: images at a time on each device. Changes memory and speed; results to the last
             bits of float32. One for which memory runs out is halved, with a warning, also in later
             calls of the same attack.
@@ -170,7 +179,20 @@ def attack(
         ValueError: for an argument out of range, or if all images fail; one line.
     """
     threat = threats.linf() if threat is None else threat
-    resolved = resolve(preset, interpreter, threat=threat, warm_steps=warm_steps, steps=steps)
+    resolved = resolve(
+        preset,
+        interpreter,
+        threat=threat,
+        warm_steps=warm_steps,
+        steps=steps,
+        goal=goal,
+        restarts=restarts,
+    )
+    if resolved.restarts > 1 and threat.noise is None:
+        raise ValueError(
+            f"restarts = {resolved.restarts} start from noise, and the threat model {threat.name!r} "
+            "has none"
+        )
     benign = np.asarray(check_images(images))
     n, count = len(benign), number_of_devices(devices)
     problems = _problems(model, benign, targets, target_maps, resolved, all_may_fail)._replace(
@@ -188,19 +210,24 @@ def attack(
         indices, some = batch
         # steps are those of batches as asked for: of halves, the first reports them
         first = any(i % together == 0 for i in indices)
-        return _attack_batch(
-            model,
-            stepped,
-            benign[indices],
-            some,
-            resolved,
-            threat,
-            driver,
-            on_step if first else None,
-            min(snapshots, n) - int(indices[0]),
-            precision,
-            count,
-        )
+        each = [
+            _attack_batch(
+                model,
+                stepped,
+                benign[indices],
+                some,
+                resolved,
+                threat,
+                None if i == 0 else _scattered(some.image, some.key, np.int32(i), threat),
+                driver,
+                on_step if first else None,
+                min(snapshots, n) - int(indices[0]),
+                precision,
+                count,
+            )
+            for i in range(resolved.restarts)
+        ]
+        return each[0] if len(each) == 1 else _best(each, some, resolved, threat)
 
     program = architecture(stepped), benign.shape[1:], resolved, threat
     result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)
@@ -276,6 +303,44 @@ def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
         return jax.device_get(
             jax.vmap(lambda index: jax.random.key_data(jax.random.fold_in(key, index)))(indices)
         )
+
+
+@partial(jax.jit, static_argnums=3)
+@partial(jax.vmap, in_axes=(0, 0, None, None))
+def _scattered(image: Image, key: jax.Array, restart: Any, threat: Threat) -> Params:
+    """Return random parameters of a threat model, half as far away as its noise."""
+    assert threat.noise is not None
+    # below the word of noise, and above any number of steps
+    drawn = threat.noise(jax.random.fold_in(jax.random.wrap_key_data(key), NOISE - restart), image)
+    return threat.project(jax.tree.map(lambda p: p / 2, drawn), image)
+
+
+def _best(results: Sequence[Result], problems: Problem, preset: Preset, threat: Threat) -> Result:
+    """Return the best of several attacks for each image, by the criterion of the descent."""
+    values = []
+    for one in results:
+        classes = reached(one.logits, problems.target, preset.goal)
+        f_t, maps = metrics.confidence(one.logits, classes), jax.tree.leaves(one.maps)
+        value = 2 - f_t
+        if preset.interpreters:
+            goals = jax.tree.leaves(problems.target_map)
+            pairs = zip(maps, goals, strict=True)
+            map_l1 = np.mean([metrics.map_l1(m, goal) for m, goal in pairs], axis=0)
+            value = np.asarray(criterion(f_t, map_l1, joint_options(preset, threat).confidence))
+        values.append(np.where(one.failed, np.inf, value))
+    best = np.argmin(values, axis=0)
+
+    def choose(*leaves: np.ndarray) -> np.ndarray:
+        # snapshots are of the first images only
+        images = np.arange(len(leaves[0]))
+        return np.stack(leaves)[best[images], images]
+
+    return jax.tree.map(choose, *results)
+
+
+def reached(logits: ArrayLike, targets: ArrayLike, goal: str) -> np.ndarray:
+    """Return the classes [N] that attacks drive at, or have reached."""
+    return metrics.strongest_other(logits, targets) if goal == "untargeted" else np.asarray(targets)
 
 
 def no_map(model: Classifier, image: Image, label: Label) -> Map:
@@ -491,7 +556,7 @@ def _gradient_evaluations(
     unit = _work_of_step(known, Options(threat), (), shape)
     # a network without convolutions and dots has no work to divide by
     if not unit:
-        return float(preset.warm_steps + preset.steps)
+        return float(preset.restarts * (preset.warm_steps + preset.steps))
     options, (model, image, label) = joint_options(preset, threat), _abstract(known, shape)
     spent = preset.warm_steps * unit
     spent += preset.steps * _work_of_step(known, options, preset.interpreters, shape)
@@ -506,7 +571,7 @@ def _gradient_evaluations(
             solving = solver_step_of(solver), model, (image, label), memory, np.int32(0)
             # once at the start of the joint stage, and once for each comparison
             spent += (1 + comparisons) * solver.steps * multiply_adds(*solving)
-    return round(spent / unit, 1)
+    return round(preset.restarts * spent / unit, 1)
 
 
 @lru_cache(maxsize=256)  # every preset is compared with the same step of plain PGD
@@ -608,7 +673,7 @@ def _memory(image: Any, solver: Solver | None) -> Any:
 def count_steps(preset: Preset, n: int, batch_size: int, devices: int | None = None) -> int:
     """Return the number of steps that `attack` reports through `on_step` for n images."""
     together = min(batch_size, n) * number_of_devices(devices)
-    return math.ceil(n / together) * (preset.warm_steps + preset.steps)
+    return math.ceil(n / together) * preset.restarts * (preset.warm_steps + preset.steps)
 
 
 def batches(arrays: T, size: int, devices: int = 1, start: int = 0) -> Iterator[T]:
@@ -782,6 +847,7 @@ def _attack_batch(
     problems: Problem,
     preset: Preset,
     threat: Threat,
+    start: Params,
     driver: Driver,
     on_step: OnStep | None,
     pictured: int,
@@ -802,6 +868,7 @@ def _attack_batch(
             driver=driver,
             on_step=on_step,
             pictured=max(pictured, 0),
+            start=None if start is None else spread(start, devices),
         )
     x = images_of(on_device.image, crafted.params, threat)
     # np.array: what `device_get` returns may be read-only, and failed images are overwritten below
@@ -821,7 +888,11 @@ def _attack_batch(
     ] or [(no_map, None)]
 
     def seen(images: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
-        each = [_seen(model, images, problems.target, *one, driver, devices) for one in faces]
+        classes = problems.target
+        if preset.goal == "untargeted":
+            logits, _ = _seen(model, images, classes, no_map, None, driver, devices)
+            classes = reached(logits, classes, preset.goal)
+        each = [_seen(model, images, classes, *one, driver, devices) for one in faces]
         maps = tuple(drawn for _, drawn in each)
         return images, each[0][0], maps if preset.parts else maps[0]
 

@@ -94,6 +94,7 @@ def craft(
     driver: Driver = "auto",
     on_step: OnStep | None = None,
     pictured: int = 0,
+    start: Params = None,
 ) -> Crafted:
     """Attack a batch of images; pure and unchecked.
 
@@ -110,6 +111,8 @@ def craft(
         driver: "auto", "fori" or "host" (see `descent.drive`).
         on_step: called with the number of new steps; not under `jit`.
         pictured: the number of images to take pictures of on the way.
+        start: parameters of the threat model to start from, with a leading axis [B]; the unchanged
+            images unless given. `attack` makes its restarts by them: here the preset's are one.
     """
     schedules = (
         tabulate(preset.warm_steps, constant(preset.warm_step_size), constant(0), constant(0)),
@@ -117,10 +120,10 @@ def craft(
     )
     stages = _stages(preset, threat, min(pictured, len(problems.target)))
     if by_host(driver, (model, problems)):
-        return _craft(model, problems, schedules, stages, "host", on_step)
+        return _craft(model, problems, schedules, stages, start, "host", on_step)
     leaves, structure = jax.tree.flatten(model)
     crafted = _compiled(
-        leaves, problems, jax.device_put(schedules), structure=structure, stages=stages
+        leaves, problems, jax.device_put(schedules), start, structure=structure, stages=stages
     )
     if on_step:
         jax.block_until_ready(crafted)
@@ -133,11 +136,13 @@ def _compiled(
     leaves: list[Array],
     problems: Problem,
     schedules: tuple[Numbers, Numbers],
+    start: Params,
     *,
     structure: Any,
     stages: Stages,
 ) -> Crafted:
-    return _craft(jax.tree.unflatten(structure, leaves), problems, schedules, stages, "fori", None)
+    model = jax.tree.unflatten(structure, leaves)
+    return _craft(model, problems, schedules, stages, start, "fori", None)
 
 
 def _craft(
@@ -145,6 +150,7 @@ def _craft(
     problems: Problem,
     schedules: tuple[Numbers, Numbers],
     stages: Stages,
+    start: Params,
     driver: Driver,
     on_step: OnStep | None,
 ) -> Crafted:
@@ -163,7 +169,7 @@ def _craft(
         slot = slot if isinstance(slot, Array) else jax.device_put(np.int32(slot))
         return _photograph(pictures, slot, problems.image, params, threat)
 
-    states = _start(problems.image, None, None, stages.warm)
+    states = _start(problems.image, start, None, stages.warm)
     pictures = picture(pictures, 0, states.params)
     # plain PGD reads no map: with one entry of each its step is one program for all interpreters
     states, warm = run(
@@ -175,8 +181,9 @@ def _craft(
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
     images = images_of(problems.image, states.params, threat, True)
     # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
+    labels = classes_of(model, images, problems.target, stages.joint.goal)
     memories = [
-        solved(model, images, problems.target, one.solver, driver)
+        solved(model, images, labels, one.solver, driver)
         if one.init is None
         else _remember(model, images, one.init)
         for one in stages.interpreters
@@ -254,7 +261,7 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
     cuts = sorted({0, preset.steps, *(step for step in (*compared, *looked) if step > 0)})
     ends = [preset.warm_steps + end for end in cuts[1:]]
     return Stages(
-        Options(threat),
+        Options(threat, goal=preset.goal),
         joint_options(preset, threat),
         preset.interpreters,
         apart,
@@ -316,6 +323,7 @@ def joint_options(preset: Preset, threat: Threat) -> Options:
         # a surrogate that is not faithful draws another map than the analyst sees: `_compare` does
         # it
         keep_best=preset.score_every > 0 and not scores_apart(preset),
+        goal=preset.goal,
         parts=tuple(joint_options(part, threat) for part in preset.parts),
     )
 
@@ -330,9 +338,10 @@ def _compare(
 ) -> State:
     """Return the states with the best iterate by the explained map, and the memory solved anew."""
     images = images_of(problems.image, states.params, stages.joint.threat, True)
+    labels = classes_of(model, images, problems.target, stages.joint.goal)
+    problems = problems._replace(target=labels)
     seen = [
-        look(model, images, problems.target, one.explain, one.solver, driver)
-        for one in stages.interpreters
+        look(model, images, labels, one.explain, one.solver, driver) for one in stages.interpreters
     ]
     logits, maps = seen[0][0], packed([one[1] for one in seen], stages.joint)
     states = _keep_better(problems, states, logits, maps, stages.joint.confidence)
@@ -370,6 +379,17 @@ def _keep_better(
         return keep_better(state, criterion(f_t, mean, confidence))
 
     return jax.vmap(one)(problems, states, logits, maps)
+
+
+def classes_of(model: Classifier, images: Array, targets: Array, goal: str) -> Array:
+    """Return the classes [B] that images are to be taken for: targets, or any but them."""
+    return _strongest_others(model, images, targets) if goal == "untargeted" else targets
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0, 0))
+def _strongest_others(model: Classifier, image: Image, label: Label) -> Array:
+    return losses.strongest_other(logits_of(model, image), label)
 
 
 def look(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
@@ -26,6 +27,8 @@ from adv2_jax.interpreters import Context, Seen, Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
+# what the adversary wants of the class: a class of its own, any but the label, or the label
+GOALS = ("targeted", "untargeted", "keep")
 Driver = Literal["auto", "fori", "host"]
 MapLoss = Callable[[Map, Map], Array]
 OnStep = Callable[[int], None]
@@ -41,7 +44,7 @@ class Problem(NamedTuple):
 
     Attributes:
         image: benign, [H, W, 3] in [0, 1].
-        target: target class, int32 [].
+        target: target class, int32 []; under the goal "untargeted" the class to be left.
         target_map: [h, w] in [0, 1]; of several interpreters a tuple, in the order of `Options.parts`.
         key: raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random
             numbers; None for others.
@@ -74,6 +77,8 @@ class Options(NamedTuple):
         keep_best: whether a step compares the iterate it starts from with the best one, by
             `criterion` (meant for faithful surrogates) or, without a surrogate, by its loss. The
             iterate after the last step is then never compared, and so never returned.
+        goal: of `GOALS`. "untargeted" aims at the strongest class beside `Problem.target`, whichever
+            it is at this step; "keep" is "targeted" to the loop.
         parts: of a joint attack the options of each of its P interpreters, whose surrogate, map
             loss and smoothing count; () for one interpreter or none.
     """
@@ -87,6 +92,7 @@ class Options(NamedTuple):
     confidence: float = 0.8
     rounded: bool = False
     keep_best: bool = False
+    goal: str = "targeted"
     parts: tuple["Options", ...] = ()
 
 
@@ -147,9 +153,10 @@ def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> 
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
-def criterion(f_t: Array, map_l1: Array, confidence: float) -> Array:
+def criterion(f_t: ArrayLike, map_l1: ArrayLike, confidence: float) -> Array:
     """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t."""
     # maps lie in [0, 1], so any iterate that hits the target is better than any that misses
+    f_t = jnp.asarray(f_t)
     return jnp.where(f_t >= confidence, map_l1, 2 - f_t)
 
 
@@ -196,8 +203,13 @@ def joint_loss(
     added.
     """
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
+    plain, untargeted = options.surrogate is None, options.goal == "untargeted"
+    # a surrogate gives logits too, but has to be told which class it explains
+    logits: Any = logits_of(model, x) if plain or untargeted else None
+    if untargeted:
+        problem = problem._replace(target=losses.strongest_other(logits, problem.target))
     if options.surrogate is None:
-        seen = Seen(logits_of(model, x), problem.target_map)
+        seen = Seen(logits, problem.target_map)
     else:
         key = (
             None

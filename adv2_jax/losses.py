@@ -42,6 +42,12 @@ def cross_entropy(logits: Logits, label: Label, *, smoothing: float = 0.0) -> Ar
     return optax.softmax_cross_entropy(logits, targets)
 
 
+def strongest_other(logits: Logits, label: Label) -> Array:
+    """Return the class with the largest logit of those that are not the label: [K], [] -> [] int32."""
+    others = jnp.where(jnp.arange(logits.shape[-1]) == label, -jnp.inf, logits)
+    return others.argmax(-1).astype(jnp.int32)
+
+
 def map_l2(map: Map, target_map: Map) -> Array:
     """Return the sum of squared differences, ‖m - m_t‖² of eq. 3: [h, w], [h, w] -> []."""
     return optax.squared_error(map, target_map).sum()

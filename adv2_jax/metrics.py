@@ -42,6 +42,13 @@ def probabilities(logits: ArrayLike) -> np.ndarray:
         return softmax(np.asarray(logits), axis=-1)
 
 
+def strongest_other(logits: ArrayLike, labels: ArrayLike) -> np.ndarray:
+    """Return the class with the largest logit of those that are not the label: [N, K], [N] -> [N]."""
+    others = np.array(logits)
+    np.put_along_axis(others, np.asarray(labels)[:, None], -np.inf, axis=-1)
+    return others.argmax(axis=-1).astype(np.int32)
+
+
 def map_l1(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
     """Return the mean absolute difference: [N, h, w], [N, h, w] -> [N] in [0, 1]."""
     return np.abs(_difference(maps, target_maps)).mean(axis=(1, 2))

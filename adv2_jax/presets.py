@@ -17,7 +17,7 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU
-from adv2_jax.descent import MapLoss
+from adv2_jax.descent import GOALS, MapLoss
 from adv2_jax.errors import first_line
 from adv2_jax.interpreters import (
     FACTORIES,
@@ -129,6 +129,9 @@ class Preset:
         warm_step_size: α of the warm start.
         parts: of a joint attack the presets of each interpreter alone, whose balance, tau, map_loss
             and smoothing count; its own interpreter is then None.
+        goal: what the adversary wants of the class, of `descent.GOALS` (see `descent.Options`).
+        restarts: number of attacks on each image, all but the first from random changes half as
+            large as the threat model allows; the best one counts.
     """
 
     interpreter: Interpreter | None
@@ -145,6 +148,8 @@ class Preset:
     score_every: int = 0
     warm_step_size: float = PIXEL
     parts: tuple["Preset", ...] = ()
+    goal: str = "targeted"
+    restarts: int = 1
 
     def __repr__(self) -> str:
         return shown(self)
@@ -342,8 +347,10 @@ def resolve(
     threat: Threat | None = None,
     warm_steps: int | None = None,
     steps: int | None = None,
+    goal: str | None = None,
+    restarts: int | None = None,
 ) -> Preset:
-    """Return a preset with the caller's interpreter and numbers of steps in it.
+    """Return a preset with the caller's interpreter, goal and numbers of steps in it.
 
     Args:
         preset: a key of `PRESETS`; presets by interpreter, "pgd" among them, as `PRESETS` holds and
@@ -355,10 +362,12 @@ def resolve(
             a `Preset` with parts has already; or None for plain PGD.
         threat: the threat model; a preset called by its name is adapted to some
             (`THREAT_ADJUSTMENTS`).
-        warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
+        warm_steps, steps, goal, restarts: replace those of the preset; its schedules stretch with
+            `steps`.
 
     Raises:
-        ValueError: for an unknown preset or interpreter, or a negative number of steps.
+        ValueError: for an unknown preset, interpreter or goal, a negative number of steps, or no
+            attack at all.
     """
     if isinstance(interpreter, Joint):
         if not (isinstance(preset, Preset) and preset.parts):
@@ -385,14 +394,23 @@ def resolve(
         preset = adjust(preset) if adjust else preset
     if not isinstance(interpreter, str | Joint):
         preset = replace(preset, interpreter=interpreter)
-    for key, value in (("warm_steps", warm_steps), ("steps", steps)):
-        if value is not None and (value != int(value) or value < 0):
-            raise ValueError(f"{key} = {value} must be a whole number, 0 or more")
-    return replace(
-        preset,
-        warm_steps=preset.warm_steps if warm_steps is None else int(warm_steps),
-        steps=preset.steps if steps is None else int(steps),
-    )
+    counts = {"warm_steps": (warm_steps, 0), "steps": (steps, 0), "restarts": (restarts, 1)}
+    changes: dict[str, Any] = {}
+    for key, (value, least) in counts.items():
+        if value is not None:
+            if value != int(value) or value < least:
+                raise ValueError(f"{key} = {value} must be a whole number, {least} or more")
+            changes[key] = int(value)
+    if goal is not None:
+        changes["goal"] = _goal(goal)
+        changes["parts"] = tuple(replace(part, goal=goal) for part in preset.parts)
+    return replace(preset, **changes)
+
+
+def _goal(value: str) -> str:
+    if value not in GOALS:
+        raise ValueError(f"goal {value!r} is not one of {', '.join(GOALS)}")
+    return value
 
 
 def _together(presets: Iterable[Preset]) -> Preset:
@@ -473,6 +491,10 @@ def _read(key: str, value: Any, default: Any) -> Any:
         return paper_grad_balance if value == "paper_grad_balance" else _read_course(value)
     if key == "momentum" and value is None:
         return None
+    if key == "goal":
+        return _goal(value)
+    if key == "restarts" and value == 0:
+        raise ValueError("must be 1 or more")
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError("must be true or false")

@@ -48,6 +48,8 @@ def test_the_numbers_are_all_there():
         "rounded": True,
         "score_every": 6,
         "warm_step_size": 1 / 255,
+        "goal": "targeted",
+        "restarts": 1,
     }
 
 

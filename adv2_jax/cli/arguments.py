@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from adv2_jax import __version__, data, models, threats
 from adv2_jax.curvature import WIDTH
+from adv2_jax.descent import GOALS
 from adv2_jax.interpreters import INTERPRETERS, PAPER
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
@@ -307,6 +308,12 @@ EFFORT: Arguments = {
         "metavar": "N",
         "help": "joint steps, against classifier and interpreter (default: the preset's)",
     },
+    "--restarts": {
+        "type": POSITIVE,
+        "metavar": "N",
+        "help": "attack each image N times, from random changes, and keep the best (default: the "
+        "preset's, 1)",
+    },
     "--limit": {
         "type": POSITIVE,
         "metavar": "N",
@@ -438,6 +445,12 @@ COMMANDS = {
                 "action": "store_true",
                 "help": "attack all these interpreters by one image, too: rows with joint true, "
                 "beside each one's own attack; plain PGD then has the budget of the joint attack",
+            },
+            "--goal": {
+                "default": "targeted",
+                "choices": list(GOALS),
+                "help": "what the network is to say: the target class, any class but the true one, "
+                "or what it says already (keep: only the map is to move)",
             },
             "--keep": {
                 "default": "all",

@@ -123,7 +123,13 @@ def table(arguments: argparse.Namespace) -> None:
     files = ("table.md", "summary.json", *(f"{table.run}/{file}" for file in FINISHED))
     check_out(arguments, *files, unfinished=f"{table.run}/{UNFINISHED}")
     # a table fixes these: its command has no options of theirs
-    chosen = {"threat": table.threat, "target_map": table.target_map, "keep": "all", "joint": False}
+    chosen = {
+        "threat": table.threat,
+        "target_map": table.target_map,
+        "keep": "all",
+        "joint": False,
+        "goal": "targeted",
+    }
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
         options["limit"] = arguments.limit

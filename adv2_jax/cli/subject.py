@@ -68,6 +68,8 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
         devices=arguments.devices,
         keep=arguments.keep,
         joint=arguments.joint,
+        goal=arguments.goal,
+        restarts=arguments.restarts,
         results=arguments.results,
     )
     return Subject(model, images, settings, config)

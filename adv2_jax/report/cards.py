@@ -116,9 +116,7 @@ def _card(subject: Subject, i: int) -> str:
     """Draw image i: benign, as each attack made it, the change, and the films of the attacks."""
     results, benign_map = subject.results, subject.results.aim(subject.interpreter).benign_maps[i]
     number, benign = results.indices[i], results.images[i]
-    true_class, target = (
-        words.class_name(subject.classes, labels[i]) for labels in (results.labels, results.targets)
-    )
+    true_class = words.class_name(subject.classes, results.labels[i])
     tiles = [
         _tile(_picture(benign, f"Benign image {number}, class {true_class}")),
         _overlay(benign, benign_map, f"{subject.title} map of benign image {number}"),
@@ -127,7 +125,7 @@ def _card(subject: Subject, i: int) -> str:
     for attack, attacked in subject.attacks():
         if attack == JOINT:  # has a section of its own
             continue
-        figures.append(_attacked(subject, attack, attacked, i, target))
+        figures.append(_attacked(subject, attack, attacked, i))
         data += _data(attack, attacked.success[i], attacked.map_l1[i], attacked.confidence[i])
         if attacked.snapshot_images is not None and i < len(attacked.snapshot_images):
             films += _film(subject, attack, attacked, i)
@@ -136,11 +134,17 @@ def _card(subject: Subject, i: int) -> str:
     name = "" if results.names is None else f" ({results.names[i]})"
     return CARD.substitute(
         data=data,
-        heading=escape(f"Image {number}{name}: {true_class} → {target}"),
+        heading=escape(f"Image {number}{name}: {_aim(results, subject.classes, i)}"),
         strips=_strip(figures),
         # the slider is for those with a script; it takes its pictures from the films
         steps=STEPS.substitute(anchor=f"{subject.anchor}-{i}", films=films) if films else "",
     )
+
+
+def _aim(results: Results, classes: Sequence[str] | None, i: int) -> str:
+    """Return the class of an image, and what it is to be taken for if that is another one."""
+    label, target = (words.class_name(classes, of[i]) for of in (results.labels, results.targets))
+    return label if target == label else f"{label} → {target}"
 
 
 def _data(attack: str, success: Any, map_l1: Any, confidence: Any) -> str:
@@ -172,7 +176,8 @@ def _joint_card(subjects: Sequence[Subject], i: int) -> str:
     attacked = [results.attacked(one.interpreter, JOINT) for one in subjects]
     first, worst = attacked[0], max(one.map_l1[i] for one in attacked)
     true_class, target = (
-        words.class_name(classes, labels[i]) for labels in (results.labels, results.targets)
+        words.class_name(classes, labels[i])
+        for labels in (results.labels, results.classes(subjects[0].interpreter, JOINT))
     )
     benign_maps = [results.aim(one.interpreter).benign_maps[i] for one in subjects]
     # name, image, class, maps, and what is said of each map
@@ -197,13 +202,15 @@ def _joint_card(subjects: Sequence[Subject], i: int) -> str:
         strips.append(_strip(figures))
     return CARD.substitute(
         data=_data("adv2", first.success[i], worst, first.confidence[i]),
-        heading=escape(f"Image {number}: {true_class} → {target}"),
+        heading=escape(f"Image {number}: {_aim(results, classes, i)}"),
         strips="".join(strips),
         steps="",
     )
 
 
-def _attacked(subject: Subject, attack: str, attacked: Attacked, i: int, target: str) -> str:
+def _attacked(subject: Subject, attack: str, attacked: Attacked, i: int) -> str:
+    classes = subject.results.classes(subject.interpreter, attack)
+    target = words.class_name(subject.classes, classes[i])
     number, name, image = subject.results.indices[i], subject.name(attack), attacked.images[i]
     tiles = [
         _tile(_picture(image, f"{name} image {number}, target class {target}")),

@@ -146,7 +146,7 @@ def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
     # the last row's, so those that differ are blanked in the next line
     common = {key: row.get(key) for row in rows for key in tables.SETTINGS}
     settings = common | dict.fromkeys(tables.differing(rows)) | summary.get("config", {})
-    keys = ("model", "threat", "epsilon", "target_map", "preset")
+    keys = ("model", "threat", "epsilon", "goal", "target_map", "preset")
     facts = {"Images attacked": attacked, "Left out, already misclassified": left_out}
     facts |= {words.heading(key): settings.get(key) for key in keys}
     if settings.get("keep") == "adversarial":

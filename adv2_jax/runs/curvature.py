@@ -159,6 +159,7 @@ def of_run(
         samples = [Sample("benign", benign, classes[label or "true"])]
         for attack in ATTACKS:
             made = results.attacked(interpreter, attack)
+            classes["target"] = results.classes(interpreter, attack)[some]
             attacked = made.images[some], classes[label or "target"], benign, made.map_l1[some]
             samples.append(Sample(attack, *attacked))
         names = results.names

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from adv2_jax.attacks import (
     gradient_evaluations,
     image_keys,
     noise,
+    reached,
 )
 from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
@@ -97,6 +99,9 @@ class Settings(NamedTuple):
             are most of the bytes, from the results; what is measured is the same.
         results: form of the results, of `schema.FORMS`: one file, shards, or shards above 2 GB.
         joint: attack all interpreters by one image, too.
+        goal: of `descent.GOALS`: the class that the attack drives at is a target, any but the label,
+            or the label.
+        restarts: number of attacks on each image (see `presets.Preset`); the preset's unless given.
     """
 
     interpreters: Sequence[str | Interpreter]
@@ -113,6 +118,8 @@ class Settings(NamedTuple):
     keep: str = "all"
     results: str = "auto"
     joint: bool = False
+    goal: str = "targeted"
+    restarts: int | None = None
 
 
 def interpreter_of(name: str) -> str | Interpreter:
@@ -295,12 +302,7 @@ def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, 
 
 def presets_of(settings: Settings) -> dict[Interpreter, Preset]:
     """Return a preset for each interpreter; refuse two of one name, by which results are known."""
-    # None leaves the preset's own number
-    numbers = {"warm_steps": settings.warm_steps, "steps": settings.steps}
-    resolved = [
-        resolve(settings.preset, one, threat=settings.threat, **numbers)
-        for one in settings.interpreters
-    ]
+    resolved = [_resolve(settings, one) for one in settings.interpreters]
     interpreters = [one.interpreter for one in resolved if one.interpreter is not None]
     names = [interpreter.name for interpreter in interpreters]
     for name in names:
@@ -318,15 +320,20 @@ def joint_preset_of(settings: Settings) -> list[Preset]:
     """Return the preset of the attack on all interpreters; none unless it is asked for."""
     if not settings.joint:
         return []
-    return [
-        resolve(
-            settings.preset,
-            joint(*settings.interpreters),
-            threat=settings.threat,
-            warm_steps=settings.warm_steps,
-            steps=settings.steps,
-        )
-    ]
+    return [_resolve(settings, joint(*settings.interpreters))]
+
+
+def _resolve(settings: Settings, interpreter: str | Interpreter | Joint | None) -> Preset:
+    # None leaves the preset's own number
+    return resolve(
+        settings.preset,
+        interpreter,
+        threat=settings.threat,
+        warm_steps=settings.warm_steps,
+        steps=settings.steps,
+        goal=settings.goal,
+        restarts=settings.restarts,
+    )
 
 
 class Task(NamedTuple):
@@ -358,19 +365,23 @@ def make_task(
     """
     chosen, indices = selection.images, selection.indices
     kind, seed, own_maps = settings.target_map, settings.seed, selection.images.target_maps
+    if settings.goal == "keep" and kind == "benign" and own_maps is None:
+        raise ValueError(
+            "goal 'keep' with target map 'benign' asks for the image as it is: "
+            f"take {' or '.join(targets.TARGET_MAPS[1:])}, or images with target maps of their own"
+        )
     if own_maps is not None and kind != "benign":
         raise ValueError(f"target map {kind!r}: the images come with target maps of their own")
     if kind not in targets.TARGET_MAPS:
         raise ValueError(f"target map {kind!r} is not one of {', '.join(targets.TARGET_MAPS)}")
-    classes = chosen.targets
-    if classes is None:
-        assert chosen.labels is not None
-        classes = targets.random_targets(
-            chosen.labels, selection.num_classes, seed=seed, indices=indices
-        )
+    drawn, labels = chosen.targets, chosen.labels
+    assert labels is not None
+    if drawn is None:
+        drawn = targets.random_targets(labels, selection.num_classes, seed=seed, indices=indices)
+    classes = drawn if settings.goal == "targeted" else labels.astype(np.int32)
     if kind == "image":
         donors = targets.donors(
-            selection.source_labels, classes, indices, seed=seed, classes=image_set.classes
+            selection.source_labels, drawn, indices, seed=seed, classes=image_set.classes
         )
 
     def target_maps(interpreter: Interpreter, places: np.ndarray, benign: np.ndarray) -> np.ndarray:
@@ -383,7 +394,7 @@ def make_task(
             # by the place in the source: batches and left-out images change no patch
             return np.stack([targets.patch(size, seed=seed, index=int(i)) for i in indices[places]])
         donated = image_set.images[donors[places]]
-        return maps_of(model, donated, classes[places], interpreter, settings)
+        return maps_of(model, donated, drawn[places], interpreter, settings)
 
     return Task(chosen, indices, classes, kind if own_maps is None else "file", target_maps)
 
@@ -454,13 +465,14 @@ def _jobs(
 
     adv2 = [job("adv2", preset, [interpreter]) for interpreter, preset in presets.items()]
     together = [job(JOINT, preset, list(presets)) for preset in joint_preset_of(settings)]
+    plain = _resolve(settings._replace(warm_steps=None), None)
     # a run of plain PGD is often half of the work, and knows nothing of interpreters
     sharing: dict[int, list[Interpreter]] = {}
     for one in together or adv2:
         # a step of plain PGD is one unit of cost
         sharing.setdefault(round(one.cost), []).extend(one.interpreters)
     pgd = [
-        job("pgd", resolve(settings.preset, None, threat=settings.threat, steps=budget), served)
+        job("pgd", replace(plain, steps=round(budget / plain.restarts)), served)
         for budget, served in sharing.items()
     ]
     # last, as it takes no time: a run that is interrupted early leaves nothing behind
@@ -571,17 +583,21 @@ def attack_batches(
                 **options,
             )
         seconds = np.array([time.perf_counter() - start]) / len(cuts)
+        classes = reached(result.logits, targets, settings.goal)
         flows = None if displacement is None else np.asarray(jax.vmap(displacement)(result.params))
         for k, interpreter in enumerate(job.interpreters):
             seen = _of_interpreter(result, k)
             maps, float_maps = seen.maps, seen.float_maps
             if not attacked:  # noise and plain PGD draw no maps
-                maps = float_maps = maps_of(model, result.images, targets, interpreter, settings)
+                maps = float_maps = maps_of(model, result.images, classes, interpreter, settings)
             if job.attack == "pgd":  # noise is drawn on the 8-bit grid
-                float_maps = maps_of(model, result.float_images, targets, interpreter, settings)
+                float_classes = reached(result.float_logits, targets, settings.goal)
+                float_maps = maps_of(
+                    model, result.float_images, float_classes, interpreter, settings
+                )
             evaluated = Evaluated(
                 images,
-                targets,
+                classes,
                 chosen.objects,
                 *aim(interpreter),
                 result.images,
@@ -591,6 +607,8 @@ def attack_batches(
                 flows,
             )
             of_images = _of_images(job.attack, evaluated, seen)
+            if settings.goal == "untargeted":
+                of_images |= Attacked.named(f"{job.attack}/", classes=classes)
             for batch, cut in enumerate(cuts):
                 arrays = {key: values[cut] for key, values in of_images.items()}
                 if job.preset is not None:
@@ -601,7 +619,7 @@ def attack_batches(
                             model,
                             interpreter,
                             job.preset,
-                            targets[cut],
+                            classes[cut],
                             result.snapshots[cut],
                             settings,
                         ),

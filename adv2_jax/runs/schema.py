@@ -34,7 +34,10 @@ KINDS = (CONTROL, *ATTACKS, JOINT)  # of rows, in their order
 RESULTS, SHARDS, INDEX = "results.npz", "results", "index.json"
 FORMS = ("auto", "npz", "shards")
 # which arrays a run keeps, by the last word of their names; None: all
-KEPT = {"all": None, "adversarial": ("images", "confidence", "success", "map_l1", "map_iou75")}
+KEPT = {
+    "all": None,
+    "adversarial": ("images", "confidence", "success", "classes", "map_l1", "map_iou75"),
+}
 
 
 def attack_name(attack: str, threat: str | None) -> str:
@@ -416,6 +419,7 @@ class Attacked(View):
     maps = Entry()  # [N, h, w]
     confidence = Entry()  # [N], f_t
     success = Entry()  # bool [N]
+    classes = OptionalEntry()  # [N], taken for, or the strongest beside the label; if untargeted
     map_l1 = Entry()  # [N]
     map_iou75 = Entry()  # [N]
     flow = OptionalEntry()  # [N, H, W, 2], (dy, dx) in pixels
@@ -486,6 +490,11 @@ class Results(Images):
     def attacked(self, interpreter: str, attack: str) -> Attacked:
         """Return the arrays of an attack on an interpreter."""
         return Attacked(self.arrays, f"{interpreter}/{attack}/")
+
+    def classes(self, interpreter: str, attack: str) -> NDArray[Any]:
+        """Return the classes [N] that the images of an attack are explained for."""
+        classes = self.attacked(interpreter, attack).classes
+        return self.targets if classes is None else classes
 
     def explained(self, interpreter: str) -> bool:
         """Return whether there are maps of an interpreter."""

@@ -73,17 +73,17 @@ class Run(NamedTuple):
     def inputs(self, interpreter: str) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
         """Yield each source, its images uint8 [N, H, W, 3], and their classes [N] to be explained.
 
-        The classes are the labels of benign images, and the targets of others. Plain PGD has the
+        The classes are the labels of benign images, and the targets of others, or what they are
+        taken for under the goal "untargeted". Plain PGD has the
         budget of the interpreter that is asked for: interpreters need not share its images.
         """
-        results, targets = self.results, self.results.targets
+        results = self.results
         yield "benign", results.images, results.labels
-        for name in self.plain:
-            yield name, results.attacked(interpreter, name).images, targets
-        for name in self.interpreters:
-            yield name, results.attacked(name, "adv2").images, targets
-        for name in self._all_having(JOINT):
-            yield name, results.attacked(interpreter, name).images, targets
+        made = [(name, interpreter, name) for name in self.plain]
+        made += [(name, name, "adv2") for name in self.interpreters]
+        made += [(name, interpreter, name) for name in self._all_having(JOINT)]
+        for source, *names in made:
+            yield source, results.attacked(*names).images, results.classes(*names)
 
 
 def load_run(directory: Path) -> Run:
@@ -224,6 +224,7 @@ def transfer_to(
         ValueError: if the other network gets no image right, or cannot take the images.
     """
     rows: list[Row] = []
+    untargeted = any(name.endswith("/classes") for name in run.results.arrays)
     for column in interpreters:
         options: dict[str, Any] = {
             "interpreter": run.interpreters[column],
@@ -244,6 +245,8 @@ def transfer_to(
                 # only where it is right while benign: an error it makes anyway is no success of
                 # the attack
                 hits = metrics.success(logits, results.targets[right])
+                if untargeted:  # these are the labels
+                    hits = ~hits
                 numbers = measure(Evaluated(maps=maps, target_maps=benign_maps[right]))
                 measures[source].append({**numbers, "hits": hits})
         for source, of_source in measures.items():
