@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
-from scipy.ndimage import gaussian_filter, maximum_filter
-from scipy.special import softmax
 
 from adv2_jax.maps import resize
 
@@ -38,6 +36,8 @@ def confidence(logits: ArrayLike, targets: ArrayLike) -> np.ndarray:
 
 def probabilities(logits: ArrayLike) -> np.ndarray:
     """Return the softmax probabilities: [N, K] -> [N, K]; NaN where a logit is NaN or +∞."""
+    from scipy.special import softmax  # takes a sixth of a second: only where it is used
+
     with np.errstate(invalid="ignore"):  # ∞ - ∞
         return softmax(np.asarray(logits), axis=-1)
 
@@ -114,6 +114,8 @@ def top_intersection(
             columns, and the number of such entries is averaged over both maps: the mean of LENS
             precision and recall at k (Kamath et al. 2024).
     """
+    from scipy.ndimage import maximum_filter  # takes a third of a second: only where it is used
+
     pair, width = _tops(maps, target_maps, round(share * np.asarray(maps)[0].size)), 2 * radius + 1
     # the largest of a window: True within the radius of a True
     near = [maximum_filter(m, size=(1, width, width), mode="constant") for m in pair]
@@ -175,6 +177,8 @@ def ssim(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:
     K1 = .01, K2 = .03 and L = 1. On a map with fewer rows or columns it is the largest odd window
     that fits, its σ in proportion. Two constant maps have 1 if they are equal.
     """
+    from scipy.ndimage import gaussian_filter  # as above
+
     x, y = (np.asarray(m, np.float64) for m in (maps, target_maps))
     window = min(11, *(side - 1 + side % 2 for side in x.shape[1:]))
     edge = window // 2

@@ -1074,8 +1074,15 @@ def test_transfer_adds_to_a_run(coloured, tmp_path, capsys):
     refused(
         code, capsys, "empty holds no finished run: there is no summary.json", tmp_path / "empty"
     )
+    # the network is that of the run, whose summary names it
+    assert cli.main(["transfer", str(tmp_path / "out"), "--quiet"]) == 0
+    again = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert again["transfer"] == summary["transfer"]
+    path = tmp_path / "out" / "summary.json"
+    summary["config"]["model"] = "gone.py:network"
+    path.write_text(json.dumps(summary))
     code = cli.main(["transfer", str(tmp_path / "out")])
-    refused(code, capsys, f"it was made with model '{coloured[1]}'", tmp_path / "nowhere")
+    refused(code, capsys, "gone.py", tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp936", "cp1252", "latin-1"])

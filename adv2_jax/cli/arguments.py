@@ -490,7 +490,8 @@ COMMANDS = {
         ],
     ),
     "curvature": Command(
-        "measure the curvature at the images of a finished run, or of a source",
+        "measure the curvature at the images of a finished run, or of a source; the network is that "
+        "of the run unless another is named",
         {
             "run_directory": {
                 "nargs": "?",
@@ -574,7 +575,8 @@ COMMANDS = {
         ],
     ),
     "transfer": Command(
-        "show the images of a finished run to other interpreters, and to another network",
+        "show the images of a finished run to other interpreters, by the network of the run, and to "
+        "another network",
         {
             "run_directory": {
                 "type": _path,

@@ -27,6 +27,7 @@ from adv2_jax.cli.subject import (
     normalisation,
     subject_of,
     with_masker,
+    with_network_of_run,
 )
 from adv2_jax.devices import number_of_devices
 from adv2_jax.errors import listed
@@ -174,10 +175,11 @@ def curvature(arguments: argparse.Namespace) -> None:
 
 def transfer(arguments: argparse.Namespace) -> None:
     """Run `adv2 transfer`."""
+    finished, batch_size = load_run(Path(arguments.run_directory)), arguments.batch_size
+    arguments = with_network_of_run(arguments, finished)
     model = with_masker(model_of(arguments), arguments)
     name, rule = arguments.to_model, "--to-model and --to-weights go together"
     other = network_of(name, arguments.to_weights, rule, normalisation(arguments))
-    finished, batch_size = load_run(Path(arguments.run_directory)), arguments.batch_size
     check_network(finished, model)
     results: dict[str, Any] = {"transfer": transfer_matrix(finished, model, batch_size=batch_size)}
     sheets = [by_matrix(TABLES["transfer"].title, results["transfer"])]

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
-from adv2_jax.cli.arguments import EMBEDDED, HOSTS
+from adv2_jax.cli.arguments import EMBEDDED, HOSTS, NETWORK
 from adv2_jax.interpreters import INTERPRETERS, PAPER, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs import curvature
 from adv2_jax.runs.run import Settings, interpreter_of
-from adv2_jax.runs.transfer import check_network, load_run
+from adv2_jax.runs.transfer import Run, check_network, load_run
 from adv2_jax.types import Classifier
 
 SOURCE = ("images", "size", "labels", "classes", "sample")  # options of a source of images
@@ -90,11 +90,15 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
     Raises:
         ValueError: one line: what is wrong, the value, and what is allowed.
     """
+    run = None
+    if arguments.run_directory is not None:
+        run = load_run(Path(arguments.run_directory))
+        arguments = with_network_of_run(arguments, run)
     network = model_of(arguments)
     model = with_masker(network, arguments)
     config = config_of(arguments)
     chosen: dict[str, Any] = {"label": arguments.label, "limit": arguments.limit}
-    if arguments.run_directory is None:
+    if run is None:
         name = arguments.interpreter or "grad"
         interpreter = interpreter_of(name)
         # the default is set here, not by the parser: whether --images was given tells a source from
@@ -107,7 +111,6 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
         if isinstance(interpreter, str):
             interpreter = INTERPRETERS[interpreter]()
     else:
-        run = load_run(Path(arguments.run_directory))
         check_network(run, model)
         name = curvature.interpreter_of_run(run, arguments.interpreter)
         interpreter = run.interpreters[name]
@@ -118,6 +121,19 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
         **{key: getattr(arguments, key) for key in ("tau", "depth", "probes")},
     )
     return Measured(model, images, options, config | {"interpreter": name})
+
+
+def with_network_of_run(arguments: argparse.Namespace, run: Run) -> argparse.Namespace:
+    """Return the options with the network that a finished run was made with, unless one is named."""
+    if arguments.model is not None or arguments.weights is not None:
+        return arguments
+    made = run.summary.get("config", {})
+    keys = [flag[2:].replace("-", "_") for flag in NETWORK]
+    filled = {key: getattr(arguments, key) or made.get(key) for key in keys}
+    # a run in Python has no such options: its network is named, or the embedded one
+    if filled["model"] == EMBEDDED:
+        filled["model"] = None
+    return argparse.Namespace(**vars(arguments) | filled)
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
