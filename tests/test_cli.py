@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def network(tiny_by_name, tmp_path_factory):
     """Weights of a tiny network, and images it gets right because the labels are its predictions."""
     folder = tmp_path_factory.mktemp("network")
     model = models.build("tiny", width=2, num_classes=K)
-    models.convert.save(model, folder / "weights.npz")
+    write_arrays(folder / "weights.npz", models.convert.to_state_dict(model))
     images = np.random.default_rng(0).integers(0, 256, (N, 8, 8, 3), np.uint8)
     logits = jax.jit(jax.vmap(lambda x: model.head(model.features(x))))(images / np.float32(255))
     labels = logits.argmax(-1)
@@ -476,6 +477,46 @@ def test_interrupted_training_goes_on_to_the_same_weights(network, tmp_path, cap
     ).read_bytes()
 
 
+@pytest.mark.slow
+def test_what_training_writes_needs_no_other_word(tmp_path, capsys):
+    """Name, normalisation, size and classes are in the file of the weights."""
+    image = pytest.importorskip("PIL.Image")
+    drawn = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)
+    for i, pixels in enumerate(drawn):
+        (folder := tmp_path / "photos" / ("ant", "bee", "cow")[i % 3]).mkdir(
+            exist_ok=True, parents=True
+        )
+        image.fromarray(pixels).save(folder / f"{i}.png")
+    shutil.copytree(tmp_path / "photos" / "cow", tmp_path / "some" / "cow")
+    colours = ["--mean", ".5", ".5", ".5", "--std", ".2", ".2", ".2"]
+    words = f"--images {tmp_path}/photos --held-out {tmp_path}/photos --size 8 --epochs 1 --batch-size 6"
+    out, weights = tmp_path / "out", str(tmp_path / "out" / "weights.npz")
+    code = cli.main(
+        ["train", "classifier", "--model", "tiny", *words.split(), *colours, "--out", str(out)]
+    )
+    assert code == 0
+    asked = parser().parse_args(["attack", "--weights", weights, "--out", "run"])
+    model = cli.subject.model_of(asked)
+    assert (model.mean, model.std, model.image_size) == ((0.5,) * 3, (0.2,) * 3, 8)
+    asked.images = str(tmp_path / "some")
+    subject = cli.subject.subject_of(asked)
+    # a folder of cows alone: the third class of the network, not the first of the folder
+    assert subject.images.classes == ("ant", "bee", "cow") and set(subject.images.labels) == {2}
+    assert subject.images.images.shape[1:] == (8, 8, 3) and subject.config["model"] == "tiny"
+    capsys.readouterr()
+    arrays = {"images": np.zeros((2, 12, 12, 3), np.uint8), "labels": np.zeros(2, np.int32)}
+    write_arrays(tmp_path / "large.npz", arrays)
+    words = (
+        f"--images {tmp_path}/large.npz --steps 1 --interpreter cam --out {tmp_path}/run".split()
+    )
+    cli.main(["attack", "--weights", weights, *words])
+    told = capsys.readouterr().err
+    assert "trained at 8 x 8 pixels, the images of" in told and "--size 8 makes them alike" in told
+    write_arrays(tmp_path / "bare.npz", models.convert.to_state_dict(model))
+    code = cli.main(["attack", "--weights", str(tmp_path / "bare.npz"), "--out", f"{tmp_path}/no"])
+    refused(code, capsys, "--model and --weights go together", tmp_path / "no")
+
+
 def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
     start = ["--weights", str(network / "weights.npz"), "--head-only", "--learning-rate", "1e-9"]
     assert train(network, tmp_path / "same", *start) == 0
@@ -498,7 +539,8 @@ def test_fine_tuning_starts_from_the_weights_given(network, tmp_path):
 def other_classes(tmp_path_factory):
     """Weights of a network of two classes more."""
     path = tmp_path_factory.mktemp("other") / "weights.npz"
-    models.convert.save(models.build("tiny", width=2, num_classes=K + 2), path)
+    model = models.build("tiny", width=2, num_classes=K + 2)
+    write_arrays(path, models.convert.to_state_dict(model))
     return path
 
 

@@ -12,7 +12,7 @@ from adv2_jax import interpreters, losses, models
 from adv2_jax.activations import relu_h
 from adv2_jax.files import read_arrays, write_arrays
 from adv2_jax.models import CifarResNet, DenseNet, ImageNetResNet
-from adv2_jax.models.convert import canonical, from_state_dict, save, shapes, to_state_dict
+from adv2_jax.models.convert import canonical, from_state_dict, shapes, to_state_dict
 from adv2_jax.models.layers import stem_pool
 from adv2_jax.types import Classifier
 
@@ -631,7 +631,7 @@ def test_saved_weights_are_loaded(tmp_path, cifar20, suffix):
     if suffix == ".safetensors":
         pytest.importorskip("safetensors")
     network, _ = cifar20
-    save(network, tmp_path / f"weights{suffix}")
+    write_arrays(tmp_path / f"weights{suffix}", to_state_dict(network))
     loaded = models.load("cifar_resnet20", str(tmp_path / f"weights{suffix}"))
     for found, expected in zip(jax.tree.leaves(loaded), jax.tree.leaves(network), strict=True):
         np.testing.assert_array_equal(found, expected)
@@ -804,3 +804,32 @@ def test_build_takes_seed_and_options():
     first, second = jax.jit(lambda: (kernel(0), kernel(1)))()
     assert first.shape == (3, 3, 3, 2)
     assert (first != second).any()
+
+
+def test_a_file_of_save_says_which_network_it_is(tiny_by_name, tmp_path, images):
+    made = {"mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7), "image_size": 12}
+    network = models.build("tiny", width=2, num_classes=3, **made)
+    models.save(network, "tiny", tmp_path / "net.npz", classes=("cat", "dog", "ink²"))
+    loaded = models.load(None, tmp_path / "net.npz")
+    assert {key: getattr(loaded, key) for key in made} == made
+    unit = images[0] / np.float32(255)
+    np.testing.assert_array_equal(loaded.features(unit), network.features(unit))
+    assert models.saved_options(tmp_path / "net.npz") == {
+        "name": "tiny",
+        "classes": ("cat", "dog", "ink²"),
+        **made,
+    }
+    assert models.load("tiny", tmp_path / "net.npz", mean=(0.0, 0.0, 0.0)).mean == (0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"net\.npz are of tiny, not of cifar_resnet20$"):
+        models.load("cifar_resnet20", tmp_path / "net.npz")
+    # converted to its own form it says so still
+    models.convert_file(tmp_path / "net.npz", "tiny", tmp_path / "again.npz")
+    assert models.saved_options(tmp_path / "again.npz") == models.saved_options(
+        tmp_path / "net.npz"
+    )
+    write_arrays(tmp_path / "bare.npz", to_state_dict(network))
+    assert models.saved_options(tmp_path / "bare.npz") == {}
+    with pytest.raises(ValueError, match=r"bare\.npz does not say which network .*: name it$"):
+        models.load(None, tmp_path / "bare.npz")
+    models.convert_file(tmp_path / "bare.npz", "tiny", tmp_path / "bare2.npz")
+    assert models.saved_options(tmp_path / "bare2.npz") == {}

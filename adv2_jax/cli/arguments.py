@@ -212,7 +212,8 @@ NETWORK: Arguments = {
     },
     "--weights": {
         "metavar": "FILE",
-        "help": f"its weights, a {WEIGHTS}; path/to/file.py:name gets the path as its argument",
+        "help": f"its weights, a {WEIGHTS}; one that adv2 train wrote needs no --model; "
+        "path/to/file.py:name gets the path as its argument",
     },
     **WEIGHTS_KEY,
     "--masker": {

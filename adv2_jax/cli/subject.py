@@ -2,18 +2,22 @@
 
 import argparse
 import inspect
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adv2_jax import data, models, presets, threats
 from adv2_jax.attacks import missing
 from adv2_jax.cli.arguments import EMBEDDED, HOSTS, NETWORK
+from adv2_jax.data.class_files import ClassList
 from adv2_jax.interpreters import INTERPRETERS, PAPER, Interpreter, rts_interpreter
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs import curvature
 from adv2_jax.runs.run import Settings, interpreter_of
 from adv2_jax.runs.transfer import Run, check_network, load_run
 from adv2_jax.types import Classifier
+
+log = logging.getLogger(__name__)
 
 SOURCE = ("images", "size", "labels", "classes", "sample")  # options of a source of images
 
@@ -50,9 +54,7 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     network = model_of(arguments)
     model = with_masker(network, arguments)
     names = _interpreters(arguments.interpreter, model)
-    images = data.load(
-        arguments.images, **source_options(arguments, getattr(network, "image_size", None))
-    )
+    images = _images(arguments.images, arguments, network)
     config = config_of(arguments) | threat_options | {"interpreter": names} | numbers
     settings = Settings(
         interpreters=[_interpreter(name, arguments) for name in names],
@@ -104,10 +106,9 @@ def measured_of(arguments: argparse.Namespace) -> Measured:
         # the default is set here, not by the parser: whether --images was given tells a source from
         # a run
         config["images"] = arguments.images or "shapes"
-        source = argparse.Namespace(**vars(arguments) | {"images": config["images"]})
-        reading = source_options(source, getattr(network, "image_size", None))
         chosen |= {"batch_size": arguments.batch_size, "seed": arguments.seed}
-        images = curvature.of_source(model, data.load(source.images, **reading), **chosen)
+        source = _images(config["images"], arguments, network)
+        images = curvature.of_source(model, source, **chosen)
         if isinstance(interpreter, str):
             interpreter = INTERPRETERS[interpreter]()
     else:
@@ -139,19 +140,27 @@ def with_network_of_run(arguments: argparse.Namespace, run: Run) -> argparse.Nam
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return every option by name, for the summary; results do not depend on the hosts."""
     options = {name: value for name, value in vars(arguments).items() if f"--{name}" not in HOSTS}
-    return options | {"model": arguments.model or EMBEDDED}
+    return options | {"model": name_of(arguments) or EMBEDDED}
+
+
+def name_of(arguments: argparse.Namespace) -> str | None:
+    """Return the name of the network: that of --model, or of a file of weights that says it."""
+    if arguments.model is not None or arguments.weights is None:
+        return arguments.model
+    return models.saved_options(arguments.weights).get("name")
 
 
 def model_of(arguments: argparse.Namespace) -> Classifier:
     """Return the network of --model and --weights, the embedded one without both."""
     options = weights_options(arguments)
-    if options and (arguments.model is None or models.user.is_reference(arguments.model)):
+    name = name_of(arguments)
+    if options and (name is None or models.user.is_reference(name)):
         option = "weights-key" if "key" in options else min(options)
         raise ValueError(
             f"--{option} is for the networks that come with adv2: {', '.join(models.MODELS)}"
         )
     rule = "--model and --weights go together; without both, the embedded network is used"
-    model = network_of(arguments.model, arguments.weights, rule, options)
+    model = network_of(name, arguments.weights, rule, options)
     return models.embedded() if model is None else model
 
 
@@ -181,7 +190,7 @@ def with_masker(model: Classifier, arguments: argparse.Namespace) -> Classifier:
     """Return the network with its masker, if it has one: that of --masker, or the embedded one."""
     file = arguments.masker
     # the embedded masker was trained with the embedded network, and fits no other
-    if file is None and arguments.model is not None:
+    if file is None and name_of(arguments) is not None:
         return model
     masker = models.embedded_masker() if file is None else models.load_masker(file)
     return models.ClassifierWithMasker(model, masker)
@@ -230,6 +239,25 @@ def _threat(arguments: argparse.Namespace) -> tuple[threats.Threat, dict[str, An
         if value is not None:
             options[key] = value
     return factory(**options), options
+
+
+def _images(source: str, arguments: argparse.Namespace, network: Classifier) -> data.ImageSet:
+    """Return the images of a source, in the size and with the classes of the network."""
+    asked = argparse.Namespace(**vars(arguments) | {"images": source})
+    options = source_options(asked, getattr(network, "image_size", None))
+    weights = arguments.weights
+    said = {} if weights is None else models.saved_options(weights)
+    if options["classes"] is None and "classes" in said:
+        options["classes"] = ClassList(str(weights), said["classes"])
+    images = data.load(source, **options)
+    side, size = said.get("image_size"), images.images.shape[1:3]
+    if side is not None and max(size) != side:
+        log.warning(
+            "the network was trained at %d x %d pixels, the images of %s have %d x %d: "
+            "--size %d makes them alike",
+            *(side, side, source, *size, side),
+        )
+    return images
 
 
 def source_options(arguments: argparse.Namespace, image_size: int | None) -> dict[str, Any]:

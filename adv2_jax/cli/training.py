@@ -17,6 +17,7 @@ from adv2_jax.cli.console import progress_bars
 from adv2_jax.cli.subject import (
     config_of,
     model_of,
+    name_of,
     network_of,
     normalisation,
     source_options,
@@ -47,7 +48,7 @@ def classifier(arguments: argparse.Namespace) -> None:
 
     def finish(model: models.Network, directory: Path) -> dict[str, Any]:
         after, weights = accuracy(model, images, labels), directory / "weights.npz"
-        models.convert.save(model, weights)
+        models.save(model, arguments.model, weights, classes=sets.classes)
         print(f"held-out accuracy {after:.4f} on {len(images)} images; weights: {weights}")
         return {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
 
@@ -98,19 +99,24 @@ def _encoder(arguments: argparse.Namespace, network: Classifier) -> tuple[str, m
             f"--model {arguments.model} needs --encoder and --encoder-weights: "
             "a ResNet of adv2 with the same classes"
         )
-    return arguments.model or models.EMBEDDED, models.check_encoder(network)
+    return name_of(arguments) or models.EMBEDDED, models.check_encoder(network)
 
 
 def _start(arguments: argparse.Namespace, sets: TrainingSets) -> models.Network:
     """Return the network that training starts from: of --weights, or freshly initialised."""
     name, seed = arguments.model, arguments.seed
+    side = max(sets.train.images.shape[1:3])  # what it is trained at, whatever it was made for
     if arguments.weights is None:
         if arguments.weights_key is not None:
             raise ValueError("--weights-key goes with --weights")
         return models.build(
-            name, seed=seed, num_classes=sets.num_classes, **normalisation(arguments)
+            name,
+            seed=seed,
+            num_classes=sets.num_classes,
+            image_size=side,
+            **normalisation(arguments),
         )
-    model = models.load(name, arguments.weights, **weights_options(arguments))
+    model = models.load(name, arguments.weights, image_size=side, **weights_options(arguments))
     if num_classes(model, sets.train.images.shape[1:]) == sets.num_classes:
         return model
     return models.with_new_head(model, sets.num_classes, seed=seed)

@@ -24,7 +24,7 @@ def load(
     *,
     size: int | None = None,
     labels: str | os.PathLike[str] | None = None,
-    classes: str | os.PathLike[str] | None = None,
+    classes: str | os.PathLike[str] | ClassList | None = None,
     sample: int | None = None,
     seed: int = 0,
 ) -> ImageSet:
@@ -43,7 +43,7 @@ def load(
         size: side in pixels the network wants: images of any other size go through `photos.fit`,
             masks too, target maps stay. None: all images have one size.
         labels: CSV file with the labels of a flat folder (see `class_files.read_labels`).
-        classes: text file, one class a line in the network's order (see `class_files.ClassList`).
+        classes: text file, one class a line in the network's order, or a `class_files.ClassList`.
             Where the source names its classes, their lines become the labels; elsewhere it only
             gives the names.
         sample: read only so many images, drawn from the seed without replacement; their order
@@ -69,7 +69,7 @@ def load(
         return np.sort(chosen).astype(np.int32)
 
     try:
-        class_list = None if classes is None else read_classes(classes)
+        class_list = classes if isinstance(classes, ClassList | None) else read_classes(classes)
         image_set = _read(os.fspath(source), size, labels, class_list, draw)
         return image_set if class_list is None else _with_classes(image_set, class_list)
     except OSError as error:  # a folder or a text file that may not be read

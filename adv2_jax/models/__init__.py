@@ -6,15 +6,18 @@ model = adv2.models.load("resnet50", "resnet50.pth")
 import inspect
 import logging
 import os
+import zipfile
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
 from adv2_jax.errors import first_line
-from adv2_jax.files import check_writable, write_arrays
+from adv2_jax.files import check_writable, read_arrays, write_arrays
 from adv2_jax.models import convert, user
 from adv2_jax.models.densenet import DenseNet
 from adv2_jax.models.masker import ClassifierWithMasker, Encoder, Masker
@@ -43,7 +46,9 @@ __all__ = [
     "image_size",
     "load",
     "load_masker",
+    "save",
     "save_masker",
+    "saved_options",
     "user",
     "with_new_head",
 ]
@@ -51,7 +56,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 EMBEDDED = "cifar_resnet20"  # name of the network that is shipped with the package
-OPTION, ENCODER = "option/", "encoder."  # prefixes of arrays in the file of a masker
+# prefixes of arrays in our own files: what the network is, beside its weights; a masker's encoder
+OPTION, ENCODER = "option/", "encoder."
 Network = CifarResNet | ImageNetResNet | DenseNet | VisionTransformer
 
 MODELS: dict[str, partial[Any]] = {
@@ -94,7 +100,7 @@ def build(name: str, *, seed: int = 0, **options: Any) -> Network:
 
 
 def load(
-    name: str, path: str | os.PathLike[str], *, key: str | None = None, **options: Any
+    name: str | None, path: str | os.PathLike[str], *, key: str | None = None, **options: Any
 ) -> Network:
     """Load a network from a torch-style state dict under the names of torchvision or timm.
 
@@ -102,16 +108,16 @@ def load(
     file are logged as a warning.
 
     Args:
-        name: a key of `MODELS`.
+        name: a key of `MODELS`; None for a file that says it (`save`).
         path: of the file, as for `state_dicts.read_weights`. Width, growth and number of classes
             are taken from its shapes unless given.
         key: which weights, where a file holds several (`state_dict_ema`, `module.model`), as for
             `state_dicts.read_weights`.
-        **options: as for `build`.
+        **options: as for `build`; mean, std and image_size are those of a file that says them.
 
     Raises:
-        ValueError: the name is unknown, the file cannot be read, or the weights do not fit (lists
-            the keys, with the expected and the found shape).
+        ValueError: the name is unknown or another than that of the file, the file cannot be read,
+            or the weights do not fit (lists the keys, with the expected and the found shape).
     """
     model, source = _read(name, path, key, options)
     for line in source.losses():
@@ -139,8 +145,12 @@ def convert_file(
     # before the weights, which may take long to read
     check_writable(out)
     model, source = _read(name, path, key, {})
-    arrays = convert.to_state_dict(model)
-    write_arrays(out, arrays)
+    arrays, said = convert.to_state_dict(model), saved_options(path)
+    # safetensors holds no text
+    if said and Path(out).suffix == ".npz":
+        save(model, name, out, classes=said.get("classes"))
+    else:
+        write_arrays(out, arrays)
     sizes = (f"{option.replace('_', ' ')} {size}" for option, size in _sizes(name, arrays).items())
     return [
         f"{len(arrays)} of {len(arrays)} keys fit {name}: {', '.join(sizes)}",
@@ -191,6 +201,46 @@ def embedded_masker() -> Masker:
         return load_masker(path)
 
 
+def save(
+    model: Network,
+    name: str,
+    path: str | os.PathLike[str],
+    *,
+    classes: Sequence[str] | None = None,
+) -> None:
+    """Write the weights of a network, and what it is, atomically: `load(None, path)` reads both.
+
+    Args:
+        model: the network.
+        name: a key of `MODELS`.
+        path: `.npz`.
+        classes: their names.
+
+    Raises:
+        ValueError: the name is unknown, or the suffix another.
+    """
+    named = {} if classes is None else {f"{OPTION}classes": np.asarray(classes)}
+    write_arrays(path, convert.to_state_dict(model) | _options(name, model) | named)
+
+
+def saved_options(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what a file of `save` says of its network; nothing of another file.
+
+    Returns:
+        `name`, `mean`, `std`, `image_size`, and `classes` where they have names.
+    """
+    if not zipfile.is_zipfile(path):  # or missing: whoever reads the weights says so
+        return {}
+    arrays = read_arrays(path, lambda name: name.startswith(OPTION))
+    return {key.removeprefix(OPTION): _plain(array) for key, array in arrays.items()}
+
+
+def _options(name: str, network: Any) -> dict[str, np.ndarray]:
+    check_name(name)
+    options = {"name": name} | {key: getattr(network, key) for key in ("mean", "std", "image_size")}
+    return {OPTION + key: np.asarray(value) for key, value in options.items()}
+
+
 def save_masker(masker: Masker, name: str, path: str | os.PathLike[str]) -> None:
     """Write a masker and the options of its encoder, atomically.
 
@@ -202,19 +252,7 @@ def save_masker(masker: Masker, name: str, path: str | os.PathLike[str]) -> None
     Raises:
         ValueError: the name is unknown, or the suffix another.
     """
-    check_name(name)
-    encoder = masker.encoder
-    options = {
-        "name": name,
-        "mean": encoder.mean,
-        "std": encoder.std,
-        "image_size": encoder.image_size,
-    }
-    write_arrays(
-        path,
-        convert.to_state_dict(masker)
-        | {OPTION + key: np.asarray(value) for key, value in options.items()},
-    )
+    write_arrays(path, convert.to_state_dict(masker) | _options(name, masker.encoder))
 
 
 def load_masker(path: str | os.PathLike[str]) -> Masker:
@@ -224,13 +262,7 @@ def load_masker(path: str | os.PathLike[str]) -> Masker:
         ValueError: the file cannot be read or holds no masker (lists the keys that do not match,
             with the expected and the found shape).
     """
-    arrays = read_weights(path)
-    options = {
-        key.removeprefix(OPTION): _plain(array)
-        for key, array in arrays.items()
-        if key.startswith(OPTION)
-    }
-    weights = {key: array for key, array in arrays.items() if not key.startswith(OPTION)}
+    weights, options = _without_options(read_weights(path)), saved_options(path)
     encoder = {
         key.removeprefix(ENCODER): array
         for key, array in weights.items()
@@ -250,6 +282,10 @@ def load_masker(path: str | os.PathLike[str]) -> Masker:
         return convert.from_state_dict(abstract, weights)
     except Exception as error:  # wrong options of a damaged file fail anywhere in the network
         raise ValueError(f"{path} holds no masker: {first_line(error)}") from None
+
+
+def _without_options(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: array for key, array in arrays.items() if not key.startswith(OPTION)}
 
 
 def _plain(array: np.ndarray) -> Any:
@@ -298,11 +334,21 @@ def check_name(name: str) -> None:
 
 
 def _read(
-    name: str, path: str | os.PathLike[str], key: str | None, options: dict[str, Any]
+    name: str | None, path: str | os.PathLike[str], key: str | None, options: dict[str, Any]
 ) -> tuple[Network, convert.Canonical]:
     """Return a network with the weights of a file, and the changes of their names."""
-    check_name(name)
-    arrays = read_weights(path, key)
+    if name is not None:
+        check_name(name)
+    said = saved_options(path)
+    said.pop("classes", None)
+    made = said.pop("name", name)
+    name = made if name is None else name
+    if name is None:
+        raise ValueError(f"{path} does not say which network its weights are of: name it")
+    if made != name:
+        raise ValueError(f"weights {path} are of {made}, not of {name}")
+    options = said | options
+    arrays = _without_options(read_weights(path, key))
     network: Any = MODELS[name].func
     try:
         sizes = _sizes(name, convert.canonical(arrays, network.SIZES.values()).arrays)

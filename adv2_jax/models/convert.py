@@ -5,7 +5,6 @@ A module whose attributes have the PyTorch names needs no table: `layer1.0.conv1
 layouts differ, and one attribute that cannot have the name of a method.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 from flax import nnx
 
 from adv2_jax.errors import listed
-from adv2_jax.files import write_arrays
 from adv2_jax.state_dicts import CHOICE
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -252,8 +250,3 @@ def to_state_dict(model: nnx.Module) -> dict[str, np.ndarray]:
         _torch_key(path): np.asarray(array.transpose(TO_TORCH[array.ndim]), order="C")
         for path, array in flat
     }
-
-
-def save(model: nnx.Module, path: str | os.PathLike[str]) -> None:
-    """Write a module's weights as a torch-style `.npz` or `.safetensors`, atomically."""
-    write_arrays(path, to_state_dict(model))
