@@ -10,6 +10,8 @@ The method is that of Zhang, Wang, Shen, Ji, Luo and Wang, "Interpretable Deep L
 USENIX Security 2020.
 """
 
+from typing import Any
+
 from adv2_jax import (
     activations,
     curvature,
@@ -44,6 +46,17 @@ __all__ = [
     "models",
     "presets",
     "select",
+    "show",
+    "show_curvature",
     "threats",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # pages and figures are drawn at the end, if at all
+    if name in ("show", "show_curvature"):
+        from adv2_jax.report import figures
+
+        return getattr(figures, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

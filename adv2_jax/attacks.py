@@ -54,6 +54,7 @@ from adv2_jax.descent import (
 )
 from adv2_jax.devices import largest_batch, number_of_devices, replicate, spread
 from adv2_jax.errors import first_line
+from adv2_jax.files import optional
 from adv2_jax.interpreters import INTERPRETERS, Explain, Interpreter, Joint, Solver, of_function
 from adv2_jax.precision import at, computing
 from adv2_jax.presets import Preset, look_up, resolve
@@ -111,6 +112,43 @@ class Result(NamedTuple):
     curves: Info
     snapshots: np.ndarray
     failed: np.ndarray
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"maps {list(m.shape)}" for m in jax.tree.leaves(self.maps) if m.size)
+        return (
+            f"Result(images {list(self.images.shape)}, {sizes or 'no maps'}, "
+            f"{np.shape(self.curves.loss)[1]} steps, {self.gradient_evaluations} gradients an image, "
+            f"{int(self.failed.sum())} failed)"
+        )
+
+    def to_pandas(self, targets: ArrayLike, target_maps: Any = None) -> Any:
+        """Return a pandas data frame: a row for each image.
+
+        Args:
+            targets: [N], the classes of the attack.
+            target_maps: as for `attack`; without them the distances of maps are left out.
+
+        Returns:
+            Columns `target`, `predicted`, `success`, `confidence` (of the target), `failed`, and of
+            each interpreter `map_l1` and `map_iou75`, numbered where there are several.
+
+        Raises:
+            ValueError: pandas is not installed.
+        """
+        pandas = optional("pandas", "a data frame", "pip install pandas")
+        columns = {
+            "target": np.asarray(targets),
+            "predicted": self.logits.argmax(axis=-1),
+            "success": metrics.success(self.logits, targets),
+            "confidence": metrics.confidence(self.logits, targets),
+            "failed": self.failed,
+        }
+        pairs = list(zip(jax.tree.leaves(self.maps), jax.tree.leaves(target_maps), strict=False))
+        for k, (m, wanted) in enumerate(pairs):
+            number = f"_{k + 1}" if len(pairs) > 1 else ""
+            columns[f"map_l1{number}"] = metrics.map_l1(m, wanted)
+            columns[f"map_iou75{number}"] = metrics.iou_quantile(m, wanted)
+        return pandas.DataFrame(columns)
 
 
 def attack(

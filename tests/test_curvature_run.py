@@ -16,7 +16,7 @@ from conftest import Small
 from jax.tree_util import Partial
 from test_report import Page
 
-from adv2_jax import cli, curvature, report
+from adv2_jax import cli, curvature, report, show_curvature
 from adv2_jax.activations import relu, relu_curved
 from adv2_jax.cli.arguments import parser
 from adv2_jax.data import ImageSet
@@ -131,6 +131,14 @@ def measured(folder, attacked, tmp_path_factory):
 
 def arrays_of(directory):
     return read_arrays(directory / "curvature.npz")
+
+
+def test_all_figures_of_a_run_are_one_call_away(measured):
+    pytest.importorskip("matplotlib")
+    figures = show_curvature(measured)
+    titles = [figure.axes[0].get_title() for figure in figures]
+    assert titles[:2] == ["Cosine with the secant", "benign"] and titles[2].startswith("images: ")
+    assert len(show_curvature(report.curvature.read(measured))) == len(figures)
 
 
 def test_files_of_a_run_hold_every_key(measured, attacked):
