@@ -1031,11 +1031,9 @@ def test_a_demo_shows_a_picture_and_says_what_it_shows(network, tmp_path, capsys
     monkeypatch.setattr(cli.commands, "DEMO", [*attack_words, *short])
     assert cli.main(["demo", "--out", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out.splitlines()[-1]
-    assert (
-        out.startswith("Attacked were the first 2 of ")
-        and "no pixel value changed by more than 16/255. Plain PGD succeeds on " in out
-    )
-    assert out.count(". ") == 2 and "the maps of all 2 interpreters move" in out  # three sentences
+    assert out.startswith("2 images were attacked, each to be taken for another class")
+    assert "no pixel value changed by more than 16/255. PGD alone succeeds on " in out
+    assert out.count(". ") == 4 and "ADV² succeeds on " in out
     image = pytest.importorskip("PIL.Image")
     with image.open(tmp_path / "demo" / "picture.png") as picture:
         assert picture.width > 850 and picture.height > 300

@@ -33,9 +33,10 @@ from adv2_jax.devices import number_of_devices
 from adv2_jax.errors import listed
 from adv2_jax.files import atomic, intact, output_directory, read_summary
 from adv2_jax.metrics import probabilities
+from adv2_jax.report import words
 from adv2_jax.runs import curvature as laboratory
 from adv2_jax.runs.run import Outcome, joint_preset_of, presets_of, run
-from adv2_jax.runs.schema import ATTACKS, INDEX, RESULTS, SHARDS, Row, results_path
+from adv2_jax.runs.schema import INDEX, RESULTS, SHARDS, results_path
 from adv2_jax.runs.select import predict
 from adv2_jax.runs.store import CURVATURE_FILES, UNFINISHED
 from adv2_jax.runs.tables import (
@@ -212,9 +213,9 @@ def convert(arguments: argparse.Namespace) -> None:
 def demo(arguments: argparse.Namespace) -> None:
     """Run `adv2 demo`: an attack of fixed settings, a picture, three sentences."""
     # joined by =, so that a folder whose name begins with a dash is no option
-    words = ["attack", *DEMO, f"--out={arguments.out}"]
+    line = ["attack", *DEMO, f"--out={arguments.out}"]
     # what the demo is told are options of the attack, too: they take the place of its defaults
-    options = vars(parser().parse_args(words)) | vars(arguments)
+    options = vars(parser().parse_args(line)) | vars(arguments)
     # a second `adv2 demo` replaces its own folder without being told; any other folder is safe
     options["overwrite"] |= _is_demo(arguments.out)
     del options["run"]
@@ -236,30 +237,7 @@ def _show_demo(asked: argparse.Namespace, subject: Subject, outcome: Outcome) ->
         with atomic(picture) as file:
             file.write(report.gallery(asked.out, confidences))
         print(f"picture: {picture}")
-    print(_in_words(outcome.rows, asked.epsilon, len(subject.images.images)))
-
-
-def _in_words(rows: Sequence[Row], epsilon: float, scenes: int) -> str:
-    """What the demo shows, in three sentences."""
-    plain, joint = ([row for row in rows if row["attack"] == attack] for attack in ATTACKS)
-
-    def share(rows: Sequence[Row]) -> str:
-        least, most = (f"{pick(row['asr'] for row in rows):.0%}" for pick in (min, max))
-        return most if least == most else f"{least} to {most}"
-
-    def off(rows: Sequence[Row]) -> str:
-        return " to ".join(f"{pick(row['map_l1'] for row in rows):.3f}" for pick in (min, max))
-
-    # rows of both attacks are in one order, that of the interpreters
-    times = [a["map_l1"] / b["map_l1"] for a, b in zip(plain, joint, strict=True)]
-    return (
-        f"Attacked were the first {plain[0]['n']} of {scenes} embedded scenes that the network gets right, each to be taken for "
-        f"another class, with no pixel value changed by more than {round(epsilon * 255)}/255. "
-        f"Plain PGD succeeds on {share(plain)} of them, but the maps of all {len(plain)} interpreters move, by {off(plain)} (L1), "
-        f"and so give it away. "
-        f"ADV², with as much computation, succeeds on {share(joint)}, and its maps are off by only {off(joint)}, "
-        f"{min(times):.0f} to {max(times):.0f} times less: they hide the attack."
-    )
+    print(words.verdict(outcome.rows, epsilon=asked.epsilon))
 
 
 def _is_demo(directory: str) -> bool:

@@ -120,6 +120,9 @@ def render(
     title = f"ADV² against {config.get('model') or 'a classifier'}"
     body = template("run.html").substitute(
         title=escape(title),
+        verdict=escape(
+            words.verdict(rows, goal=config.get("goal", "targeted"), epsilon=config.get("epsilon"))
+        ),
         facts=words.definitions(_facts(summary, total), "facts"),
         navigation="".join(f'<a href="#{to}">{escape(name)}</a>' for to, name in links),
         table=tables.summary(rows),

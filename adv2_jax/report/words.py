@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from adv2_jax.runs.schema import as_text
+from adv2_jax.runs.schema import KINDS, Row, as_text, attack_name, kind_of
 
 DASH = "–"
 
@@ -56,6 +56,69 @@ INTERPRETERS = {  # name, and what the map shows
         "The gradient of GRAD, but only what is positive passes back through a ReLU.",
     ),
 }
+
+
+GOALS = {
+    "targeted": "each to be taken for another class",
+    "untargeted": "each to be taken for any class but its own",
+    "keep": "each to keep its class while its map changes",
+}
+
+
+def verdict(rows: Sequence[Row], *, goal: str = "targeted", epsilon: float | None = None) -> str:
+    """Return what the rows of a run show, in sentences; nothing where they lack the numbers.
+
+    Args:
+        rows: of the summary.
+        goal: of the attack.
+        epsilon: its radius, which is said under `linf`.
+    """
+    known = [row for row in rows if None not in (row.get("asr"), row.get("map_l1"))]
+    noise, plain, own, together = (
+        {row["interpreter"]: row for row in known if kind_of(row) == kind} for kind in KINDS
+    )
+    if not own or own.keys() != plain.keys():
+        return ""
+    first = next(iter(own.values()))
+    name = attack_name("pgd", first.get("threat"))
+    said = f"{first['n']} images were attacked, {GOALS[goal]}"
+    if epsilon is not None and first.get("threat") == "linf":
+        said += f", with no pixel value changed by more than {epsilon * 255:.3g}/255"
+    far = max(own, key=lambda one: own[one]["map_l1"])
+    sentences = [
+        f"{said}.",
+        f"{name} alone succeeds on {_span(plain, 'asr', '.0%')}; its maps are {_off(plain)} (L1) away "
+        "from what they should show.",
+        f"ADV² succeeds on {_span(own, 'asr', '.0%')}; its maps are {_off(own)} away.",
+        f"The farthest is that of {title(far)}, {own[far]['map_l1'] / plain[far]['map_l1']:.0%} of "
+        f"what {name} leaves"
+        + (
+            f"; random changes as large leave {number(noise[far]['map_l1'], 3)}"
+            if far in noise
+            else ""
+        )
+        + "."
+        if plain[far]["map_l1"] > 0
+        else "",
+        f"One image for all interpreters succeeds on {_span(together, 'asr', '.0%')}; its maps are "
+        f"{_off(together)} away."
+        if together
+        else "",
+        f"ADV² took {_span(own, 'gradient_evaluations', ',.0f')} gradients an image, {name} "
+        + (_span(plain, "gradient_evaluations", ",.0f") if together else "as many")
+        + ".",
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def _off(rows: Mapping[str, Row]) -> str:
+    return _span(rows, "map_l1", ".3f")
+
+
+def _span(rows: Mapping[str, Row], key: str, form: str) -> str:
+    """Return the least and the largest number of some rows."""
+    least, most = (f"{pick(row[key] for row in rows.values()):{form}}" for pick in (min, max))
+    return most if least == most else f"{least} to {most}"
 
 
 def title(interpreter: str) -> str:

@@ -46,9 +46,14 @@ def attack_name(attack: str, threat: str | None) -> str:
     return names.get(attack, attack)
 
 
+def kind_of(row: Row) -> str:
+    """Return which of `KINDS` a row is of."""
+    return JOINT if row.get("joint") else str(row["attack"])
+
+
 def row_name(row: Row) -> str:
     """Return the name of the attack of a row."""
-    return attack_name(JOINT if row.get("joint") else row["attack"], row.get("threat"))
+    return attack_name(kind_of(row), row.get("threat"))
 
 
 class Evaluated(NamedTuple):
