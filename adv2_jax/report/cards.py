@@ -199,7 +199,7 @@ def _joint_card(subjects: Sequence[Subject], i: int) -> str:
             _figure([_overlay(image, m, f"{one.title} map of {alt}")], one.title, [line])
             for one, m, line in zip(subjects, maps, said, strict=True)
         ]
-        strips.append(_strip(figures))
+        strips.append(_strip(figures, JOINT))
     return CARD.substitute(
         data=_data("adv2", first.success[i], worst, first.confidence[i]),
         heading=escape(f"Image {number}: {_aim(results, classes, i)}"),
@@ -282,8 +282,8 @@ def _figure(tiles: Iterable[str], heading: str, lines: Iterable[str], attack: st
     return f'<figure data-attack="{attack}">{"".join(tiles)}{caption}</figure>'
 
 
-def _strip(figures: Iterable[str]) -> str:
-    return f'<div class="strip">{"".join(figures)}</div>'
+def _strip(figures: Iterable[str], kind: str = "") -> str:
+    return f'<div class="{f"strip {kind}".rstrip()}">{"".join(figures)}</div>'
 
 
 def _tile(content: str) -> str:

@@ -25,7 +25,7 @@ class Line(NamedTuple):
 
     Attributes:
         name: in the legend.
-        kind: style: pgd, adv2 or loss.
+        kind: style: pgd, adv2, joint or loss.
         steps: [n], increasing.
         middle, low, high: [n] finite numbers.
     """
