@@ -256,7 +256,7 @@ def attack(
                 some,
                 resolved,
                 threat,
-                None if i == 0 else _scattered(some.image, some.key, np.int32(i), threat),
+                _scattered(some, i, threat) if i else None,
                 driver,
                 on_step if first else None,
                 min(snapshots, n) - int(indices[0]),
@@ -343,10 +343,15 @@ def image_keys(seed: int, places: ArrayLike) -> np.ndarray:
         )
 
 
+def _scattered(problems: Problem, restart: int, threat: Threat) -> Params:
+    """Return random parameters of a threat model for each image, half as far away as its noise."""
+    drawn = jax.device_put((problems.image, problems.key, np.int32(restart)))
+    return jax.device_get(_halfway(*drawn, threat))
+
+
 @partial(jax.jit, static_argnums=3)
 @partial(jax.vmap, in_axes=(0, 0, None, None))
-def _scattered(image: Image, key: jax.Array, restart: Any, threat: Threat) -> Params:
-    """Return random parameters of a threat model, half as far away as its noise."""
+def _halfway(image: Image, key: jax.Array, restart: Any, threat: Threat) -> Params:
     assert threat.noise is not None
     # below the word of noise, and above any number of steps
     drawn = threat.noise(jax.random.fold_in(jax.random.wrap_key_data(key), NOISE - restart), image)
@@ -364,7 +369,7 @@ def _best(results: Sequence[Result], problems: Problem, preset: Preset, threat: 
             goals = jax.tree.leaves(problems.target_map)
             pairs = zip(maps, goals, strict=True)
             map_l1 = np.mean([metrics.map_l1(m, goal) for m, goal in pairs], axis=0)
-            value = np.asarray(criterion(f_t, map_l1, joint_options(preset, threat).confidence))
+            value = criterion(f_t, map_l1, joint_options(preset, threat).confidence)
         values.append(np.where(one.failed, np.inf, value))
     best = np.argmin(values, axis=0)
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.typing import ArrayLike
 
 from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
@@ -153,11 +152,13 @@ def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> 
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
-def criterion(f_t: ArrayLike, map_l1: ArrayLike, confidence: float) -> Array:
-    """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t."""
+def criterion(f_t: Any, map_l1: Any, confidence: float) -> Any:
+    """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t.
+
+    Arrays of NumPy or JAX, of one image or many.
+    """
     # maps lie in [0, 1], so any iterate that hits the target is better than any that misses
-    f_t = jnp.asarray(f_t)
-    return jnp.where(f_t >= confidence, map_l1, 2 - f_t)
+    return f_t.__array_namespace__().where(f_t >= confidence, map_l1, 2 - f_t)
 
 
 def keep_better(state: State, value: Array) -> State:

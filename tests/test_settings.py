@@ -17,6 +17,7 @@ from adv2_jax import attack, explain, models, threats
 from adv2_jax.interpreters import (
     INTERPRETERS,
     MaskObjective,
+    joint,
     mask_interpreter,
     rts_interpreter,
     smooth_relu_grad_interpreter,
@@ -125,6 +126,16 @@ def test_every_interpreter_under_every_setting(pair, two, name, setting):
         preset = dataclasses.replace(preset, steps=1)
     with SETTINGS[setting]():
         look_and_attack(pair, two, preset)
+
+
+def test_several_interpreters_any_class_and_restarts_under_strict_settings(pair, two):
+    several, labels = joint("cam", "grad", "rts"), np.zeros(2, int)
+    with strict():
+        _, maps = explain(pair, two, labels, interpreter=several)
+        options = {"goal": "untargeted", "restarts": 2, **SHORT}
+        result = attack(pair, two, labels, maps, interpreter=several, **options)
+    assert [m.dtype for m in result.maps] == [np.float32] * 3 and not result.failed.any()
+    assert np.isfinite(result.curves.map_l1[:, 1:]).all() and (result.images != two).any()
 
 
 @pytest.mark.parametrize(
