@@ -222,9 +222,10 @@ def test_8_bit_images_are_left_as_they_are(level):
 
 
 def test_success_comes_before_the_map():
-    failed = [descent.criterion(f_t, 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
+    failed = [descent.criterion(np.array(f_t), 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
     succeeded = [
-        descent.criterion(f_t, map_l1, 0.8) for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
+        descent.criterion(np.array(f_t), map_l1, 0.8)
+        for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
     ]
     ranking = [float(score) for score in failed + succeeded]
     assert ranking == sorted(ranking, reverse=True)

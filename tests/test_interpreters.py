@@ -477,7 +477,7 @@ def test_pool_that_does_not_fit_is_named(linear, pixels, pool):
         interpreters.grad(linear, pixels, LABEL, pool=pool)
 
 
-MAKERS = {"from_explain"}
+MAKERS = {"from_explain", "joint"}
 FUNCTIONS = [
     name
     for name in interpreters.__all__

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_crafting import CAM as ALONE
 from test_descent import CAM, EPSILON, NUMBERS, plain_gradient
 
 from adv2_jax import attack, cli, craft, crafting, descent, explain, losses, report, threats
@@ -16,21 +17,13 @@ from adv2_jax.data import ImageSet
 from adv2_jax.descent import Numbers, Options, Problem
 from adv2_jax.files import read_summary
 from adv2_jax.interpreters import cam_interpreter, grad_interpreter, joint, mask_interpreter
-from adv2_jax.presets import Preset, constant, decay, ramp, resolve, to_dict
+from adv2_jax.presets import constant, resolve, to_dict
 from adv2_jax.runs.run import Settings, run
 from adv2_jax.runs.schema import Results, read_results, row_name
 from adv2_jax.runs.transfer import load_run, transfer_matrix
 
 WIDE = threats.linf(0.1)
 LABELS, TARGETS = np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])
-ALONE = Preset(
-    cam_interpreter(),
-    warm_steps=2,
-    steps=6,
-    step_size=decay(2 / 255, 1 / 255),
-    balance=ramp(2.0, 3.0),
-    score_every=1,
-)
 
 
 @pytest.fixture(scope="module")
