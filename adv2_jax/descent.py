@@ -243,7 +243,7 @@ def step(
     weighed = numbers._replace(lam=state.weight * numbers.lam)
     gradient, info, memory = _slope(model, problem, state, weighed, options)
     if options.keep_best:
-        # of several interpreters the analyst looks at the one that gives the attack away
+        # the mean of several interpreters: the largest would always be that of the same one
         by_map = criterion(info.confidence, info.map_l1.mean(), options.confidence)
         plain = options.surrogate is None and not options.parts
         state = keep_better(state, info.loss if plain else by_map)

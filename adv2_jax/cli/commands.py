@@ -211,7 +211,7 @@ def convert(arguments: argparse.Namespace) -> None:
 
 
 def demo(arguments: argparse.Namespace) -> None:
-    """Run `adv2 demo`: an attack of fixed settings, a picture, three sentences."""
+    """Run `adv2 demo`: an attack of fixed settings, a picture, what it shows in words."""
     # joined by =, so that a folder whose name begins with a dash is no option
     line = ["attack", *DEMO, f"--out={arguments.out}"]
     # what the demo is told are options of the attack, too: they take the place of its defaults

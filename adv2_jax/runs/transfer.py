@@ -74,8 +74,8 @@ class Run(NamedTuple):
         """Yield each source, its images uint8 [N, H, W, 3], and their classes [N] to be explained.
 
         The classes are the labels of benign images, and the targets of others, or what they are
-        taken for under the goal "untargeted". Plain PGD has the
-        budget of the interpreter that is asked for: interpreters need not share its images.
+        taken for under the goal "untargeted". Plain PGD has the budget of the interpreter that is
+        asked for: interpreters need not share its images.
         """
         results = self.results
         yield "benign", results.images, results.labels
