@@ -428,6 +428,7 @@ def test_large_pictures_shrink_and_keep_their_mean():
     _, picture = Page(report.render(make_summary(), results)).pictures()[0]
     assert picture.shape == (56, 112, 3)
     assert abs(picture.mean() - results["images"].mean()) < 1
+    assert len(np.unique(picture)) <= 64
 
 
 def test_write_puts_the_page_beside_its_files(tmp_path):
@@ -633,7 +634,9 @@ def test_the_first_paragraph_says_what_the_rows_say():
     summary = make_summary(("cam", "grad"), rows=rows)
     summary["config"]["epsilon"] = 8 / 255
     results = make_results(interpreters=("cam", "grad"))
-    said = Page(report.render(summary, results)).inside("p")[0]
+    page = report.render(summary, results)
+    assert "<dt>Epsilon</dt><dd>8/255</dd>" in page
+    said = Page(page).inside("p")[0]
     assert said == (
         "16 images were attacked, each to be taken for another class, with no pixel value changed by "
         "more than 8/255. PGD alone succeeds on 100%; its maps are 0.120 to 0.200 (L1) away from what "

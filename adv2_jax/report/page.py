@@ -152,6 +152,8 @@ def _facts(summary: Mapping[str, Any], attacked: int) -> dict[str, object]:
     keys = ("model", "threat", "epsilon", "goal", "target_map", "preset")
     facts = {"Images attacked": attacked, "Left out, already misclassified": left_out}
     facts |= {words.heading(key): settings.get(key) for key in keys}
+    if settings.get("threat") == "linf" and settings.get("epsilon") is not None:
+        facts[words.heading("epsilon")] = words.levels(settings["epsilon"])
     if settings.get("keep") == "adversarial":
         facts["Pictures"] = "none: --keep adversarial keeps no maps"
     return {name: value for name, value in facts.items() if value is not None}

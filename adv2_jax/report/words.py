@@ -83,7 +83,7 @@ def verdict(rows: Sequence[Row], *, goal: str = "targeted", epsilon: float | Non
     name = attack_name("pgd", first.get("threat"))
     said = f"{first['n']} images were attacked, {GOALS[goal]}"
     if epsilon is not None and first.get("threat") == "linf":
-        said += f", with no pixel value changed by more than {epsilon * 255:.3g}/255"
+        said += f", with no pixel value changed by more than {levels(epsilon)}"
     far = max(own, key=lambda one: own[one]["map_l1"])
     sentences = [
         f"{said}.",
@@ -148,6 +148,11 @@ def number(value: float | None, decimals: int | None, *, sign: str = "") -> str:
     if value is None or not math.isfinite(value):
         return DASH
     return as_text(value, decimals, f"{sign},").replace("-", "−")  # as wide as the plus
+
+
+def levels(epsilon: float) -> str:
+    """Return an ε as papers write it, in levels of an 8-bit image: 8/255."""
+    return f"{epsilon * 255:.3g}/255"
 
 
 def text(value: object) -> str:
