@@ -194,7 +194,7 @@ def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, pag
         const opacity = () => getComputedStyle(one(".base ~ .map")).opacity;
         const over = opacity();
         one("#bare").checked = true;
-        return [over, opacity(), ...[".scripted", ".slider"].map((part) => one(part).offsetHeight === 0), shown().length, scrollX];
+        return [over, opacity(), ...[".scripted", ".slider"].map((part) => getComputedStyle(one(part)).display === "none"), shown().length, scrollX];
         """
     for html_page, hidden in (
         (page, False),
