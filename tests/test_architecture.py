@@ -35,7 +35,7 @@ PACKAGES = {
     "interpreters": "base gradients path relevance activation_maps attention_maps patch_maps mask_descent masker_maps",
     "models": "layers resnet densenet vit masker convert user",
     "data": "lazy images photos shapes targets class_files folder tfds sources splits",
-    "runs": "schema store select run transfer curvature tables faithfulness",
+    "runs": "schema doubts store select run transfer curvature tables faithfulness",
     "training": "checkpoints loop classifier masker",
     "report": "words pictures charts tables cards labelled curvature figures page training",
     "cli": "console arguments subject commands training entry",

@@ -191,10 +191,12 @@ def test_slider_starts_at_the_last_of_more_than_101_steps(run_in_browser):
 
 def test_maps_lie_over_their_image_or_alone_without_a_script(run_in_browser, page):
     program = """
-        const opacity = () => getComputedStyle(one(".base ~ .map")).opacity;
+        const style = (part) => getComputedStyle(one(part));
+        const opacity = () => style(".base ~ .map").opacity;
         const over = opacity();
         one("#bare").checked = true;
-        return [over, opacity(), ...[".scripted", ".slider"].map((part) => getComputedStyle(one(part)).display === "none"), shown().length, scrollX];
+        return [over, opacity(), ...[".scripted", ".slider"].map((part) => style(part).display === "none"), shown().length,
+            scrollX];
         """
     for html_page, hidden in (
         (page, False),

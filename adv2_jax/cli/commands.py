@@ -69,6 +69,8 @@ def attack(arguments: argparse.Namespace) -> tuple[Subject, Outcome]:
         outcome = run(model, images, settings, directory, config=config, **options)
     if not arguments.quiet:
         print_sheet(after_a_run(outcome.rows))
+        for sentence in words.doubts(outcome.rows):
+            print(sentence)
         print(
             f"{outcome.left_out} of {len(images.images)} images left out: "
             "the network gets them wrong"

@@ -123,6 +123,7 @@ def render(
         verdict=escape(
             words.verdict(rows, goal=config.get("goal", "targeted"), epsilon=config.get("epsilon"))
         ),
+        doubts="".join(f"<p>{escape(sentence)}</p>" for sentence in words.doubts(rows)),
         facts=words.definitions(_facts(summary, total), "facts"),
         navigation="".join(f'<a href="#{to}">{escape(name)}</a>' for to, name in links),
         table=tables.summary(rows),

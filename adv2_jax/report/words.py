@@ -5,7 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from adv2_jax.runs.schema import KINDS, Row, as_text, attack_name, kind_of
+from adv2_jax.runs.doubts import DOUBTS
+from adv2_jax.runs.schema import KINDS, Row, as_text, attack_name, kind_of, row_name
 
 DASH = "–"
 
@@ -109,6 +110,31 @@ def verdict(rows: Sequence[Row], *, goal: str = "targeted", epsilon: float | Non
         + ".",
     ]
     return " ".join(sentence for sentence in sentences if sentence)
+
+
+def doubts(rows: Sequence[Row]) -> list[str]:
+    """Return sentences on what missed for a numerical reason, or without any (`runs.doubts`)."""
+
+    def of(row: Row, n: int) -> str:
+        return f"{n} of {row['n']} ({title(row['interpreter'])}, {row_name(row)})"
+
+    said = []
+    for doubt in DOUBTS:
+        where = [of(row, n) for row in rows if (n := row.get("doubts", {}).get(doubt.key))]
+        if where:
+            said.append(f"{', '.join(where)} {doubt.said}.")
+    once = [row for row in rows if (row.get("preset") or {}).get("restarts") == 1]
+    withstood = [
+        of(row, round((1 - row["asr"]) * row["n"]))
+        for row in once
+        if not row.get("doubts") and (row["asr"] or 0) < 1 and row["n"]
+    ]
+    if withstood:
+        said.append(
+            f"{', '.join(withstood)} were missed without a numerical reason: "
+            "before a network is called robust, --restarts 5 and more --steps."
+        )
+    return said
 
 
 def _off(rows: Mapping[str, Row]) -> str:

@@ -37,6 +37,7 @@ from adv2_jax.interpreters import INTERPRETERS, Interpreter, Joint, joint
 from adv2_jax.models import user
 from adv2_jax.precision import at
 from adv2_jax.presets import Preset, resolve, to_dict
+from adv2_jax.runs.doubts import counts, doubts
 from adv2_jax.runs.schema import (
     CONTROL,
     JOINT,
@@ -666,6 +667,7 @@ def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, n
     )
     if attack == "pgd":  # these maps are of both attacks: one part holds them
         arrays |= Aim.named(benign_maps=evaluated.benign_maps, target_maps=evaluated.target_maps)
+    measures |= doubts(evaluated, result)
     return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
 
 
@@ -715,6 +717,7 @@ def _rows(
                     **({"attack": "adv2", "joint": True} if kind == JOINT else {"attack": kind}),
                     "target_map": target_map,
                     **row(numbers, seed=settings.seed),
+                    **({"doubts": found} if (found := counts(numbers)) else {}),
                     "gradient_evaluations": job.cost,
                     "seconds": round(seconds, 2),
                     "preset": None if job.preset is None else to_dict(job.preset),
