@@ -35,9 +35,9 @@ PACKAGES = {
     "interpreters": "base gradients path relevance activation_maps attention_maps patch_maps mask_descent masker_maps",
     "models": "layers resnet densenet vit masker convert user",
     "data": "lazy images photos shapes targets class_files folder tfds sources splits",
-    "runs": "schema doubts store select run transfer curvature tables faithfulness",
+    "runs": "schema doubts store select run transfer curvature compare tables faithfulness",
     "training": "checkpoints loop classifier masker",
-    "report": "words pictures charts tables cards labelled curvature figures page training",
+    "report": "words pictures charts tables cards labelled curvature figures page training comparison",
     "cli": "console arguments subject commands training entry",
 }
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

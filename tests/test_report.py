@@ -504,7 +504,7 @@ def test_curve_goes_through_every_loss_of_a_short_training(tmp_path):
     heights = points[:, 1].max() - points[:, 1]  # the picture grows downwards
     # tenths of 160
     np.testing.assert_allclose(heights / heights.max(), [1, 0.5, 0.75, 0], atol=2e-3)
-    assert said == "loss from 3 to 1, over steps 1 to 4."
+    assert said == "loss from 3 to 1, over step 1 to 4."
 
 
 @pytest.mark.parametrize("n", [201, 5000])
@@ -757,7 +757,7 @@ def test_curves_are_drawn_where_their_axes_say():
     # a tenth of a pixel
     np.testing.assert_allclose(np.interp(points[:, 1], heights, values), [0, 0.5, 2], atol=0.01)
     assert points[1, 0] - points[0, 0] == pytest.approx(points[2, 0] - points[1, 0], abs=0.11)
-    assert page.inside("desc") == ["ADV² from 0 to 2, over steps 0 to 100."]
+    assert page.inside("desc") == ["ADV² from 0 to 2, over step 0 to 100."]
 
 
 @pytest.mark.parametrize("last", [400, 1000, 50000])

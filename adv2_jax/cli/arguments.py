@@ -604,6 +604,20 @@ COMMANDS = {
             "adv2 transfer run --to-model cifar_resnet56 --to-weights resnet56.npz",
         ],
     ),
+    "compare": Command(
+        "set finished runs of one attack on one image set side by side, one for each network",
+        {
+            "run_directories": {
+                "type": _path,
+                "nargs": "+",
+                "metavar": "DIR",
+                "help": "finished runs of adv2 attack, two or more; their names name the networks",
+            },
+            **QUIET,
+            **_out("where to write table.md, summary.json and report.html"),
+        },
+        ["adv2 compare plain robust --out compared"],
+    ),
     "train classifier": Command(
         "train a classifier",
         {

@@ -31,9 +31,11 @@ from adv2_jax.cli.subject import (
 )
 from adv2_jax.devices import number_of_devices
 from adv2_jax.errors import listed
-from adv2_jax.files import atomic, intact, output_directory, read_summary
+from adv2_jax.files import atomic, intact, output_directory, read_summary, write_summary
+from adv2_jax.identity import environment
 from adv2_jax.metrics import probabilities
 from adv2_jax.report import words
+from adv2_jax.runs import compare as comparison
 from adv2_jax.runs import curvature as laboratory
 from adv2_jax.runs.run import Outcome, joint_preset_of, presets_of, run
 from adv2_jax.runs.schema import INDEX, RESULTS, SHARDS, results_path
@@ -46,6 +48,7 @@ from adv2_jax.runs.tables import (
     by_fidelity,
     by_matrix,
     by_model,
+    by_network,
     make_table,
 )
 from adv2_jax.runs.transfer import add, check_network, load_run, transfer_matrix, transfer_to
@@ -200,6 +203,22 @@ def transfer(arguments: argparse.Namespace) -> None:
         print(f"report: {finished.directory / 'report.html'}")
 
 
+def compare(arguments: argparse.Namespace) -> None:
+    """Run `adv2 compare`."""
+    check_out(arguments, "table.md", "summary.json", "report.html")
+    summary = comparison.compare([Path(one) for one in arguments.run_directories])
+    both = summary["networks"], summary["rows"]
+    config = {"command": arguments.command, "runs": arguments.run_directories}
+    with output_directory(arguments.out) as directory:
+        with atomic(directory / "table.md", "w") as file:
+            file.write(by_network(*both).markdown())
+        write_summary(directory, {"config": config, "environment": environment(), **summary})
+        report.write_comparison(directory)
+    if not arguments.quiet:
+        print_sheet(by_network(*both, spread=False))
+        print(f"report: {directory / 'report.html'}")
+
+
 def convert(arguments: argparse.Namespace) -> None:
     """Run `adv2 convert`."""
     if os.path.exists(arguments.out) and not arguments.overwrite:
@@ -274,13 +293,15 @@ def _folder(arguments: argparse.Namespace) -> str:
     return str(arguments.out or arguments.run_directory)
 
 
-def check_out(arguments: argparse.Namespace, *names: str, unfinished: str) -> None:
+def check_out(arguments: argparse.Namespace, *names: str, unfinished: str | None = None) -> None:
     """Refuse, before any work, to write over the files of a finished run."""
     folder = _folder(arguments)
     # of these names only: a folder may hold other files of the user's
     there = [name for name in names if os.path.exists(os.path.join(folder, name))]
     # an unfinished run has rules of its own, and messages of its own, where it is continued
-    goes_on = arguments.resume or os.path.exists(os.path.join(folder, unfinished))
+    goes_on = unfinished is not None and (
+        arguments.resume or os.path.exists(os.path.join(folder, unfinished))
+    )
     if there and not goes_on and not arguments.overwrite:
         raise ValueError(
             f"{folder} holds a finished run ({', '.join(there)}): --overwrite replaces it"

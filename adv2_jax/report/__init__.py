@@ -7,6 +7,7 @@ the slider over the steps. No network is run here, and nothing is needed but Num
 h x w values in [0, 1].
 """
 
+from adv2_jax.report.comparison import write_comparison
 from adv2_jax.report.labelled import gallery
 from adv2_jax.report.page import render, write, write_curvature
 from adv2_jax.report.pictures import amplified_difference, colour_map, png
@@ -19,6 +20,7 @@ __all__ = [
     "png",
     "render",
     "write",
+    "write_comparison",
     "write_curvature",
     "write_training",
 ]

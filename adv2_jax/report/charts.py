@@ -90,7 +90,16 @@ def ticks(low: float, high: float, *, at_most: int = 6) -> Numbers:
     return step * np.arange(first, max(last, first + 1) + 1, dtype=np.float64)
 
 
-def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[float] = ()) -> str:
+def chart(
+    lines: Sequence[Line],
+    *,
+    anchor: str,
+    title: str,
+    limits: Sequence[float] = (),
+    across: str = "step",
+    reach: Sequence[float] = (),
+    marks: Sequence[str] = (),
+) -> str:
     """Draw curves over the steps in one plot, with axes and a description in words.
 
     Args:
@@ -98,6 +107,9 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
         anchor: unique on the page; the identifiers of title and description begin with it.
         title: what is drawn, with its unit.
         limits: numbers that the vertical axis must reach.
+        across: what the horizontal axis is, if not the step.
+        reach: its ends; those of the curves, at least one step apart, unless given.
+        marks: of the points of each curve, if it is of a few.
 
     Returns:
         A figure.
@@ -105,10 +117,11 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
     heights = np.concatenate([np.ravel([line.low, line.high, line.middle]) for line in lines])
     levels = ticks(min([heights.min(), *limits]), max([heights.max(), *limits]))
     first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
+    first, last = reach or (first, last)
 
     # at least one step wide: a curve may have a single point
     x: Callable[[ArrayLike], Any] = partial(
-        np.interp, xp=[first, max(last, first + 1)], fp=[LEFT, RIGHT]
+        np.interp, xp=[first, last if last > first else first + 1], fp=[LEFT, RIGHT]
     )
     y: Callable[[ArrayLike], Any] = partial(np.interp, xp=[levels[0], levels[-1]], fp=[BOTTOM, TOP])
 
@@ -140,13 +153,19 @@ def chart(lines: Sequence[Line], *, anchor: str, title: str, limits: Sequence[fl
         f'<polyline class="{line.kind}" points="{points(line.steps, line.middle)}"/>'
         for line in lines
     ]
+    parts += [
+        f'<text x="{x(step):.1f}" y="{y(value) - 4:.1f}" text-anchor="middle">{escape(mark)}</text>'
+        f'<circle class="{line.kind}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5"/>'
+        for line in lines
+        for mark, step, value in zip(marks, line.steps, line.middle, strict=bool(marks))
+    ]
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         f'aria-labelledby="{anchor}-title {anchor}-words">'
         f'<title id="{anchor}-title">{escape(title)}</title>'
-        f'<desc id="{anchor}-words">{escape(description)}, over steps {first:g} to {last:g}.</desc>'
-        f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">step</text>'
+        f'<desc id="{anchor}-words">{escape(description)}, over {across} {first:g} to {last:g}.</desc>'
+        f'{"".join(parts)}<text x="{RIGHT}" y="{HEIGHT - 4}" text-anchor="end">{across}</text>'
         "</svg></figure>"
     )
 

@@ -1,6 +1,6 @@
 """Tables of a page: measures with their intervals, paired differences, transfer, map quality."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from html import escape
 from itertools import groupby
@@ -81,6 +81,23 @@ def models(rows: Sequence[Row]) -> str:
     ]
     headings = ["Network", "Images made against", "Interpreter", *map(_heading, keys)]
     return _plain("Transfer to other networks", headings, lines, kind="named")
+
+
+def networks(rows: Sequence[Row]) -> str:
+    """Draw the accuracy of each network, numbered, and its curvature where some was measured."""
+    keys = [one.key for one in CURVATURE] if any("curvature" in row for row in rows) else []
+    lines = [
+        _line(
+            f"{k}: {row['model']}",
+            [
+                words.number(row["images"], 0),
+                _spread(words.number, row["accuracy"], row["ci"]["accuracy"], 3),
+                *(_with_interval(row.get("curvature", {}), key) for key in keys),
+            ],
+        )
+        for k, row in enumerate(rows, 1)
+    ]
+    return _table("Networks", ["Network", "Images", "Accuracy", *map(_heading, keys)], [lines])
 
 
 def transfer(matrix: Mapping[str, Any]) -> str:
@@ -202,9 +219,14 @@ def _number(value: float | None, key: str, sign: str = "") -> str:
 
 
 def _with_interval(row: Row, key: str) -> str:
-    ends = [_number(end, key) for end in row.get("ci", {}).get(key) or ()]
-    interval = f"<small>{f' {words.DASH} '.join(ends)}</small>" if ends else ""
-    return f"{_number(row.get(key), key)}{interval}"
+    return _spread(_number, row.get(key), row.get("ci", {}).get(key), key)
+
+
+def _spread(
+    shown: Callable[[float | None, Any], str], value: float | None, ends: Any, form: Any
+) -> str:
+    between = f" {words.DASH} ".join(shown(end, form) for end in ends or ())
+    return shown(value, form) + (f"<small>{between}</small>" if ends else "")
 
 
 def _plain(

@@ -21,6 +21,7 @@ NAMES = (
     "made against",
     "images",
     "surrogate",
+    "network",
 )  # headings of columns without numbers
 
 
@@ -109,6 +110,17 @@ def by_model(title: str, rows: Sequence[Row]) -> Sheet:
     keys = ["asr", *(one.key for one in schema.MEASURES if one.paired)]
     names = [[row["source"], row["interpreter"]] for row in rows]
     return _sheet(title, ["made against", "interpreter"], names, keys, rows)
+
+
+def by_network(networks: Sequence[Row], rows: Sequence[Row], *, spread: bool = True) -> Sheet:
+    """Return a line for each row of several runs, with the accuracy of its network."""
+    keys = ["asr", *(one.key for one in schema.MEASURES if one.paired)]
+    accuracy = {one["model"]: as_text(one["accuracy"], 3) for one in networks}
+    names = [
+        [row["model"], accuracy[row["model"]], row["interpreter"], row_name(row)] for row in rows
+    ]
+    headings = ["network", "accuracy", "interpreter", "attack"]
+    return _sheet("Networks under the same attack", headings, names, keys, rows, spread)
 
 
 def by_curvature(rows: Sequence[Row]) -> Sheet:
