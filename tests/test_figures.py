@@ -1,12 +1,14 @@
 """Figures and tables of a result, against the numbers that they are made of."""
 
 import sys
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
 import adv2_jax as adv2
 from adv2_jax.interpreters import joint
+from adv2_jax.report.figures import Figures
 
 WIDE = adv2.threats.linf(0.1)
 LABELS, TARGETS = np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])
@@ -82,6 +84,14 @@ def test_a_map_is_drawn_over_its_image_entry_by_entry(attacked, images):
     # brighter where the map is larger, beyond what the image below it does
     light = blocks.mean((1, 3)).ravel()
     assert np.corrcoef(light, maps[0].ravel())[0, 1] > 0.8
+
+
+def test_a_notebook_shows_figures_one_below_the_other(monkeypatch):
+    shown = []
+    monkeypatch.setitem(sys.modules, "IPython", ModuleType("IPython"))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=shown.append))
+    Figures(["agreement", "spectra"])._ipython_display_()
+    assert shown == ["agreement", "spectra"]
 
 
 def test_without_matplotlib_one_line_says_what_to_install(attacked, images, monkeypatch):

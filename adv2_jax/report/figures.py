@@ -83,7 +83,17 @@ def show(
     return figure
 
 
-def show_curvature(directory: Path | str | curvature.Laboratory) -> list[Any]:
+class Figures(list[Any]):
+    """Matplotlib figures, which a notebook shows one below the other."""
+
+    def _ipython_display_(self) -> None:
+        from IPython.display import display
+
+        for figure in self:
+            display(figure)
+
+
+def show_curvature(directory: Path | str | curvature.Laboratory) -> Figures:
     """Draw what `adv2 curvature` wrote: fidelity of surrogates, spectra, and, of a run, fragility.
 
     Args:
@@ -91,13 +101,15 @@ def show_curvature(directory: Path | str | curvature.Laboratory) -> list[Any]:
             returns.
 
     Returns:
-        Matplotlib figures.
+        A list of matplotlib figures.
 
     Raises:
         ValueError: a file is missing or cannot be read, or matplotlib is not installed.
     """
     found = directory if isinstance(directory, curvature.Laboratory) else curvature.read(directory)
-    figures = [curvature.agreement(found.summary["fidelity"]), curvature.spectra(found)]
+    # empty: the first figure of pyplot tells a notebook how to show figures, those of others too
+    _figure(1, 1)
+    figures = Figures([curvature.agreement(found.summary["fidelity"]), curvature.spectra(found)])
     if found.summary.get("correlation"):
         figures.append(curvature.fragility({"images": found}))
     return figures
