@@ -30,16 +30,8 @@ N, BATCH = (4, 2) if SMOKE else (32, 8)
 
 # %%
 command = ["attack", "--images", f"shapes:{2 * N}", "--limit", str(N), "--batch-size", str(BATCH)]
-command += [
-    "--interpreter",
-    "cam",
-    "--preset",
-    "quick",
-    "--epsilon",
-    "16/255",
-    "--keep",
-    "adversarial",
-]
+command += ["--interpreter", "cam", "--preset", "quick", "--epsilon", "16/255"]
+command += ["--keep", "adversarial"]
 
 
 def copy_the_first_batch():
@@ -89,9 +81,8 @@ plt.show()
 summary = json.loads(Path("run/summary.json").read_text())
 log = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
 for row in summary["rows"]:
-    last = [line for line in log if line["attack"] == row["attack"]][
-        -1
-    ]  # nothing is compiled in it
+    # of the last batch: nothing is compiled in it
+    last = [line for line in log if line["attack"] == row["attack"]][-1]
     low, high = row["ci"]["map_l1"]
     print(
         f"{row['attack']:5} fooled {row['asr']:4.0%} of {row['n']}, map L1 {row['map_l1']:.3f} "
