@@ -21,6 +21,7 @@ RUN: dict[str, Callable[[argparse.Namespace], object]] = {
     "table": commands.table,
     "curvature": commands.curvature,
     "transfer": commands.transfer,
+    "detect": commands.detect,
     "train classifier": training.classifier,
     "train rts": training.rts,
     "convert": commands.convert,

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from adv2_jax.report import words
 from adv2_jax.report.pictures import colour_map
-from adv2_jax.runs.schema import CURVATURE, JOINT, Row, attack_name, columns, row_name
+from adv2_jax.runs.schema import (
+    CURVATURE,
+    DETECTION,
+    JOINT,
+    Row,
+    attack_name,
+    columns,
+    detection_marks,
+    row_name,
+)
 
 SETTINGS = ("threat", "target_map", "model")  # columns only where rows differ
 
@@ -148,6 +157,28 @@ def curvature(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return _table("Curvature table", ["At images", *map(_heading, keys)], [lines])
+
+
+def detection(rows: Sequence[Row]) -> str:
+    """Draw detectors against benign images, noise and attacks: a group for each detector and run."""
+    keys = ["n", "asr", *(one.key for one in DETECTION)]
+    groups = []
+    for (detector, run), group in groupby(rows, key=lambda row: (row["detector"], row["run"])):
+        lines = [
+            _line(
+                row_name(row) + detection_marks(row),
+                [
+                    escape(words.title(row["interpreter"]) if row["interpreter"] else words.DASH),
+                    *(_with_interval(row, key) for key in keys),
+                ],
+            )
+            for row in group
+        ]
+        title = f"{escape(detector)}<small>{escape(run)}</small>"
+        lines[0] = f'<th scope="rowgroup" rowspan="{len(lines)}">{title}</th>{lines[0]}'
+        groups.append(lines)
+    headings = ["Detector", "Images", "Interpreter", *map(_heading, keys)]
+    return _table("Detection table", headings, groups, kind="named")
 
 
 def fidelity(numbers: Mapping[str, Any]) -> str:
