@@ -2,7 +2,7 @@
 
     features        (model, image) -> [F], large where an image is suspicious
     score           their largest, their mean, or the sum that a logistic head weighs
-    alarm           a score above the threshold, which 5 % of held-out benign images pass
+    threshold       5 % of held-out benign images have a score above it
 
 A kind of detector is a `Features`; what was fitted are the arrays of a `Detector`. Values are those
 that the defender computes. Derivatives are the adversary's: where a feature has none, or one that
@@ -428,7 +428,7 @@ def logistic_weights(features: np.ndarray, attacked: np.ndarray, *, steps: int =
         )
         return optax.apply_updates(params, down), state
 
-    start = jnp.zeros(x.shape[1]), jnp.zeros(())
+    start = jnp.zeros(x.shape[1], x.dtype), jnp.zeros((), x.dtype)
     return jax.lax.fori_loop(0, steps, step, (start, solver.init(start)))[0][0]
 
 

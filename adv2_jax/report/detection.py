@@ -10,7 +10,7 @@ from adv2_jax.runs.schema import Row, detection_marks, row_name
 
 ACROSS = 2  # panels in a row
 NOTE = """ROC-AUC: share of pairs of an attacked and a benign image that the detector puts in the right order.
-Detected: share above the threshold, which 5 % of other benign images pass; of the benign images themselves these
+Detected: share above the threshold, as are 5 % of other benign images; of the benign images themselves these
 are false positives. Evades: the class that the attack wants, a map whose IoU with the target map is .5 or more,
 and below the threshold. Adaptive attacks knew of the detector. In small print: 95 % intervals."""
 ROC = """<b>ROC curves.</b> A line for each set of images; drawn through where the attack knew of the detector,

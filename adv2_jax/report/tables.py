@@ -162,22 +162,20 @@ def curvature(rows: Sequence[Row]) -> str:
 def detection(rows: Sequence[Row]) -> str:
     """Draw detectors against benign images, noise and attacks: a group for each detector and run."""
     keys = ["n", "asr", *(one.key for one in DETECTION)]
-    groups = []
-    for (detector, run), group in groupby(rows, key=lambda row: (row["detector"], row["run"])):
-        lines = [
-            _line(
-                row_name(row) + detection_marks(row),
-                [
-                    escape(words.title(row["interpreter"]) if row["interpreter"] else words.DASH),
-                    *(_with_interval(row, key) for key in keys),
-                ],
-            )
-            for row in group
+
+    def line(row: Row) -> str:
+        made = row_name(row) + detection_marks(row)
+        names = [
+            row["run"],
+            ", ".join([made, *map(words.title, filter(None, [row["interpreter"]]))]),
         ]
-        title = f"{escape(detector)}<small>{escape(run)}</small>"
-        lines[0] = f'<th scope="rowgroup" rowspan="{len(lines)}">{title}</th>{lines[0]}'
-        groups.append(lines)
-    headings = ["Detector", "Images", "Interpreter", *map(_heading, keys)]
+        return _line(
+            row["detector"], [*map(escape, names), *(_with_interval(row, k) for k in keys)]
+        )
+
+    by_run = groupby(rows, key=lambda row: (row["detector"], row["run"]))
+    headings = ["Detector", "Run", "Images made by", *map(_heading, keys)]
+    groups = [map(line, group) for _, group in by_run]
     return _table("Detection table", headings, groups, kind="named")
 
 
