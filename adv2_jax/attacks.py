@@ -28,6 +28,7 @@ from adv2_jax.capabilities import (
 from adv2_jax.cost import multiply_adds
 from adv2_jax.crafting import (
     craft,
+    excesses,
     explain_one,
     images_of,
     joint_options,
@@ -52,6 +53,7 @@ from adv2_jax.descent import (
     solver_step_of,
     step_of,
 )
+from adv2_jax.detectors import parts_of
 from adv2_jax.devices import largest_batch, number_of_devices, replicate, spread
 from adv2_jax.errors import first_line
 from adv2_jax.files import optional
@@ -265,7 +267,7 @@ def attack(
             )
             for i in range(resolved.restarts)
         ]
-        return each[0] if len(each) == 1 else _best(each, some, resolved, threat)
+        return each[0] if len(each) == 1 else _best(model, each, some, resolved, threat)
 
     program = architecture(stepped), benign.shape[1:], resolved, threat
     result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)
@@ -358,18 +360,26 @@ def _halfway(image: Image, key: jax.Array, restart: Any, threat: Threat) -> Para
     return threat.project(jax.tree.map(lambda p: p / 2, drawn), image)
 
 
-def _best(results: Sequence[Result], problems: Problem, preset: Preset, threat: Threat) -> Result:
+def _best(
+    model: Classifier,
+    results: Sequence[Result],
+    problems: Problem,
+    preset: Preset,
+    threat: Threat,
+) -> Result:
     """Return the best of several attacks for each image, by the criterion of the descent."""
     values = []
     for one in results:
         classes = reached(one.logits, problems.target, preset.goal)
         f_t, maps = metrics.confidence(one.logits, classes), jax.tree.leaves(one.maps)
-        value = 2 - f_t
+        distance = 1 - f_t
         if preset.interpreters:
             goals = jax.tree.leaves(problems.target_map)
             pairs = zip(maps, goals, strict=True)
-            map_l1 = np.mean([metrics.map_l1(m, goal) for m, goal in pairs], axis=0)
-            value = criterion(f_t, map_l1, joint_options(preset, threat).confidence)
+            distance = np.mean([metrics.map_l1(m, goal) for m, goal in pairs], axis=0)
+        excess = jax.device_get(excesses(model, to_unit(one.images, np.float32)))
+        confidence = joint_options(preset, threat).confidence
+        value = criterion(f_t, distance, confidence, excess)
         values.append(np.where(one.failed, np.inf, value))
     best = np.argmin(values, axis=0)
 
@@ -563,6 +573,8 @@ def _of_steps(model: Classifier, shape: tuple[int, ...], precision: str) -> Clas
         used = computing(model, precision)
     if used is model:
         return model
+    if parts_of(model)[1] is not None:
+        raise ValueError(f"precision {precision!r} rounds a detector's threshold: take another")
     try:
         jax.eval_shape(logits_of, used, jax.ShapeDtypeStruct(shape, np.float32))
     except Exception as error:  # a user's network: JAX, Flax or it refuses types that do not fit
@@ -596,12 +608,14 @@ def gradient_evaluations(
 def _gradient_evaluations(
     known: Architecture, preset: Preset, threat: Threat, shape: tuple[int, ...]
 ) -> float:
-    unit = _work_of_step(known, Options(threat), (), shape)
+    # the unit is that of the network alone; steps that evade a detector too cost more
+    bare = architecture(parts_of(known.model())[0])
+    unit = _work_of_step(bare, Options(threat), (), shape)
     # a network without convolutions and dots has no work to divide by
     if not unit:
         return float(preset.restarts * (preset.warm_steps + preset.steps))
     options, (model, image, label) = joint_options(preset, threat), _abstract(known, shape)
-    spent = preset.warm_steps * unit
+    spent = preset.warm_steps * _work_of_step(known, Options(threat), (), shape)
     spent += preset.steps * _work_of_step(known, options, preset.interpreters, shape)
     comparisons = math.ceil(preset.steps / preset.score_every) if scores_apart(preset) else 0
     for interpreter in preset.interpreters:

@@ -34,6 +34,7 @@ from adv2_jax.descent import (
     keep_better,
     solve,
 )
+from adv2_jax.detectors import parts_of
 from adv2_jax.interpreters import Explain, Init, Interpreter, Solver
 from adv2_jax.presets import Preset, Schedule, constant
 from adv2_jax.threats import Params, Threat
@@ -344,7 +345,8 @@ def _compare(
         look(model, images, labels, one.explain, one.solver, driver) for one in stages.interpreters
     ]
     logits, maps = seen[0][0], packed([one[1] for one in seen], stages.joint)
-    states = _keep_better(problems, states, logits, maps, stages.joint.confidence)
+    excess = excesses(model, images)
+    states = _keep_better(problems, states, logits, maps, excess, stages.joint.confidence)
     old = states.memory if stages.joint.parts else (states.memory,)
     memories = [
         before if one.solver is None else after
@@ -370,15 +372,24 @@ def _photograph(
 
 @partial(jax.jit, static_argnames="confidence")
 def _keep_better(
-    problems: Problem, states: State, logits: Array, maps: Any, confidence: float
+    problems: Problem, states: State, logits: Array, maps: Any, excess: Any, confidence: float
 ) -> State:
-    def one(problem: Problem, state: State, logits: Logits, seen: Any) -> State:
+    def one(problem: Problem, state: State, logits: Logits, seen: Any, excess: Any) -> State:
         f_t = losses.probability(logits, problem.target)
         map_l1 = jax.tree.map(lambda m, goal: jnp.abs(m - goal).mean(), seen, problem.target_map)
         mean = jnp.stack(jax.tree.leaves(map_l1)).mean()
-        return keep_better(state, criterion(f_t, mean, confidence))
+        return keep_better(state, criterion(f_t, mean, confidence, excess))
 
-    return jax.vmap(one)(problems, states, logits, maps)
+    return jax.vmap(one)(problems, states, logits, maps, excess)
+
+
+@jax.jit
+def excesses(model: Classifier, images: Array) -> Array | None:
+    """Return the largest excess [B] over the threshold of a model's detector; None without one."""
+    network, detector = parts_of(model)
+    if detector is None:
+        return None
+    return jax.vmap(lambda image: detector.excess(network, image).max())(images)
 
 
 def classes_of(model: Classifier, images: Array, targets: Array, goal: str) -> Array:

@@ -22,6 +22,7 @@ from jax import Array
 
 from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
+from adv2_jax.detectors import Detector, parts_of
 from adv2_jax.interpreters import Context, Seen, Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
@@ -152,13 +153,19 @@ def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> 
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
-def criterion(f_t: Any, map_l1: Any, confidence: float) -> Any:
+def criterion(f_t: Any, map_l1: Any, confidence: float, excess: Any = None) -> Any:
     """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t.
 
-    Arrays of NumPy or JAX, of one image or many.
+    Arrays of NumPy or JAX, of one image or many. Under a detector, an iterate with a positive
+    `excess` (`detectors.Detector.excess`) is worse than any that evades it.
     """
+    where = f_t.__array_namespace__().where
+    if excess is not None:
+        over = where(excess > 0, excess, 0)
+        # in (1, 2 - confidence): between those that evade and those that miss
+        map_l1 = where(excess > 0, 1 + (1 - confidence) * over / (1 + over), map_l1)
     # maps lie in [0, 1], so any iterate that hits the target is better than any that misses
-    return f_t.__array_namespace__().where(f_t >= confidence, map_l1, 2 - f_t)
+    return where(f_t >= confidence, map_l1, 2 - f_t)
 
 
 def keep_better(state: State, value: Array) -> State:
@@ -241,12 +248,19 @@ def step(
         The next state, and the report on the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
+    model, detector = parts_of(model)
     gradient, info, memory = _slope(model, problem, state, weighed, options)
+    excess = None
+    if detector is not None:
+        away, excess = _away(detector, model, problem, state, options)
+        # both as long: no weight of the detector has to be found
+        gradient = jax.tree.map(operator.add, gradient if options.parts else _unit(gradient), away)
     if options.keep_best:
-        # the mean of several interpreters: the largest would always be that of the same one
-        by_map = criterion(info.confidence, info.map_l1.mean(), options.confidence)
         plain = options.surrogate is None and not options.parts
-        state = keep_better(state, info.loss if plain else by_map)
+        # the mean of several interpreters: the largest would always be that of the same one
+        distance = 1 - info.confidence if plain else info.map_l1.mean()
+        value = criterion(info.confidence, distance, options.confidence, excess)
+        state = keep_better(state, info.loss if plain and detector is None else value)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     # the step size is data, not an optax schedule: other values of it need no new program
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
@@ -289,11 +303,30 @@ def _slope(
         ),
         strict=True,
     )
-    unit = optax.normalize_by_update_norm()
-    directions = [unit.update(gradient, unit.init(gradient))[0] for gradient in gradients]
-    gradient = jax.tree.map(lambda *leaves: sum(leaves), *directions)
+    gradient = jax.tree.map(lambda *leaves: sum(leaves), *map(_unit, gradients))
     map_l1 = jnp.stack([info.map_l1 for info in infos])
     return gradient, Info(sum(info.loss for info in infos), infos[0].confidence, map_l1), after
+
+
+def _unit(gradient: Params) -> Params:
+    """Return a gradient divided by its norm."""
+    unit = optax.normalize_by_update_norm()
+    return unit.update(gradient, unit.init(gradient))[0]
+
+
+def _away(
+    detector: Detector, model: Classifier, problem: Problem, state: State, options: Options
+) -> tuple[Params, Array]:
+    """Return the direction in which a detector's scores rise, 0 below its threshold; the excess."""
+
+    def above(params: Params) -> tuple[Array, Array]:
+        x = image_of(params, problem.image, options.threat, rounded=options.rounded)
+        excess = detector.excess(model, x)
+        # of several scores all that are too large, or the largest two would take turns
+        return jax.nn.relu(excess).sum(), excess.max()
+
+    gradient, excess = jax.grad(above, has_aux=True)(state.params)
+    return _unit(gradient), excess
 
 
 @lru_cache

@@ -251,13 +251,13 @@ _DEFAULT_IG = replace(
 _DEFAULT_SMOOTH = replace(
     _DEFAULT_GRAD, interpreter=smooth_grad_interpreter(), steps=120, score_every=20
 )
-# a look at all positions costs three steps, so there are few. A thirtieth of the weight of CAM: with
-# all of it the map of a network that withstands the attack wins, and its class is never reached
+# a look at all positions costs three steps, so there are few. A small weight first: with all of
+# CAM's the map of a network that withstands the attack wins, and its class is never reached
 _DEFAULT_OCCLUSION = replace(
     _DEFAULT_CAM,
     interpreter=occlusion_interpreter(),
     steps=100,
-    balance=ramp(10.0, 20.0),
+    balance=ramp(3.0, 100.0),
     score_every=25,
 )
 # As few steps as will do, so each is long. All but MASK and occlusion spend about 56 gradients:

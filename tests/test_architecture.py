@@ -20,6 +20,7 @@ LAYERS = [
     {"activations", "maps", "losses", "files", "identity"},
     {"capabilities", "blending", "state_dicts"},
     {"interpreters", "threats", "models", "data", "metrics"},
+    {"detectors"},
     {"descent"},
     {"presets", "spectra"},
     {"crafting", "curvature"},
@@ -35,9 +36,9 @@ PACKAGES = {
     "interpreters": "base gradients path relevance activation_maps attention_maps patch_maps mask_descent masker_maps",
     "models": "layers resnet densenet vit masker convert user",
     "data": "lazy images photos shapes targets class_files folder tfds sources splits",
-    "runs": "schema doubts store select run transfer curvature compare tables faithfulness",
+    "runs": "schema doubts store select run transfer detection curvature compare tables faithfulness",
     "training": "checkpoints loop classifier masker",
-    "report": "words pictures charts tables cards labelled curvature figures page training comparison",
+    "report": "words pictures charts tables cards labelled curvature detection figures page training comparison",
     "cli": "console arguments subject commands training entry",
 }
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}

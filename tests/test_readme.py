@@ -29,7 +29,7 @@ LINKS = [
 
 @pytest.mark.parametrize(
     ("page", "count"),
-    [pytest.param("README.md", 2, marks=pytest.mark.slow), ("docs/guide.md", 4)],
+    [pytest.param("README.md", 2, marks=pytest.mark.slow), ("docs/guide.md", 5)],
 )
 def test_the_python_examples_run_one_after_the_other(page, count, capsys):
     examples = re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)

@@ -79,7 +79,13 @@ def test_arrays_without_a_place_are_not_written():
 
 
 def test_keys_are_distinct():
-    columns = (*schema.COUNTS, *schema.MEASURES, *schema.CURVATURE, *schema.COSTS)
+    columns = (
+        *schema.COUNTS,
+        *schema.MEASURES,
+        *schema.CURVATURE,
+        *schema.DETECTION,
+        *schema.COSTS,
+    )
     assert len(schema.columns()) == len(columns)
     entries = set(schema.Evaluated._fields)
     assert all(entries.issuperset(one.of) for one in schema.MEASURES)

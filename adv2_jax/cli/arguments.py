@@ -8,11 +8,13 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from adv2_jax import __version__, data, models, threats
 from adv2_jax.curvature import WIDTH
 from adv2_jax.descent import GOALS
+from adv2_jax.detectors import DETECTORS
 from adv2_jax.interpreters import INTERPRETERS, PAPER
 from adv2_jax.interpreters.masker_maps import ENCODER_LOSSES
 from adv2_jax.precision import PRECISIONS
 from adv2_jax.presets import PRESETS
 from adv2_jax.runs.curvature import CLASSES, SCORES
+from adv2_jax.runs.detection import FITTED_ON
 from adv2_jax.runs.schema import FORMS, KEPT
 from adv2_jax.runs.tables import TABLES
 from adv2_jax.training.classifier import ClassifierRecipe
@@ -459,6 +461,12 @@ COMMANDS = {
                 "help": "what the results hold: all, or adversarial images and their numbers only, "
                 "without maps, curves and steps on the way, which the report then lacks",
             },
+            "--evade": {
+                "type": _path,
+                "metavar": "FILE.npz",
+                "help": "evade this detector of adv2 detect, too: an attack that knows of it "
+                "(default: none)",
+            },
             **HOSTS,
             **_out("where to write summary.json, results.npz, report.html and log.jsonl"),
         },
@@ -617,6 +625,65 @@ COMMANDS = {
             **_out("where to write table.md, summary.json and report.html"),
         },
         ["adv2 compare plain robust --out compared"],
+    ),
+    "detect": Command(
+        "fit detectors of adversarial images on benign ones, and show them the images of finished "
+        "runs, blind and adaptive (adv2 attack --evade)",
+        {
+            "run_directory": {
+                "nargs": "+",
+                "type": _path,
+                "metavar": "DIR",
+                "help": "finished runs of one network; results, and detectors that are fitted, are "
+                "added to the folder of the first",
+            },
+            **NETWORK,
+            "--detector": {
+                "nargs": "+",
+                "required": True,
+                "type": _choice(DETECTORS, "file.npz", lambda name: name.endswith(".npz")),
+                "metavar": "NAME",
+                "help": f"detectors: {', '.join(DETECTORS)}, each written to NAME.npz, or a file.npz "
+                "that was written so",
+            },
+            "--benign": {
+                "metavar": "SOURCE",
+                "help": f"images to fit on, but for those of the runs: {SOURCES}; half are the "
+                "reference, half set the threshold",
+            },
+            **{name: value for name, value in IMAGES.items() if name != "--images"},
+            "--interpreter": {
+                "nargs": "+",
+                "choices": list(INTERPRETERS),
+                "metavar": "NAME",
+                "help": "interpreters that agreement and discrepancy look at (default: grad cam)",
+            },
+            "--teacher": {
+                "type": _path,
+                "metavar": "DIR",
+                "help": "a finished run on other images, whose attacks teach a logistic head "
+                "(default: none, a threshold of the score)",
+            },
+            "--teacher-attack": {
+                "nargs": "+",
+                "default": ["pgd"],
+                "choices": list(FITTED_ON),
+                "metavar": "NAME",
+                "help": f"which of them: {', '.join(FITTED_ON)}",
+            },
+            **BATCH_SIZE,
+            "--seed": EFFORT["--seed"] | {"help": "seed of --sample and of intervals"},
+            **QUIET,
+            "--overwrite": {
+                "action": "store_true",
+                "help": "replace NAME.npz in the folder of the run (default: refuse)",
+            },
+        },
+        [
+            "adv2 detect run --detector squeezing lid agreement discrepancy --benign shapes:200",
+            "adv2 attack --evade run/squeezing.npz --images shapes:20 --out adaptive",
+            "adv2 detect run adaptive --detector run/squeezing.npz",
+        ],
     ),
     "train classifier": Command(
         "train a classifier",

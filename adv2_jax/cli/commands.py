@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adv2_jax import models, report
+from adv2_jax import detectors, models, report
 from adv2_jax.attacks import fitting_batch_size, missing
 from adv2_jax.cli.arguments import AUTO, BATCH_SIZE, parser
 from adv2_jax.cli.console import print_sheet, progress_bars
 from adv2_jax.cli.subject import (
     SOURCE,
     Subject,
+    benign_of,
     measured_of,
     model_of,
     network_of,
@@ -29,14 +31,23 @@ from adv2_jax.cli.subject import (
     with_masker,
     with_network_of_run,
 )
+from adv2_jax.detectors import DETECTORS
 from adv2_jax.devices import number_of_devices
 from adv2_jax.errors import listed
-from adv2_jax.files import atomic, intact, output_directory, read_summary, write_summary
+from adv2_jax.files import (
+    atomic,
+    intact,
+    output_directory,
+    read_summary,
+    restored,
+    write_summary,
+)
 from adv2_jax.identity import environment
 from adv2_jax.metrics import probabilities
 from adv2_jax.report import words
 from adv2_jax.runs import compare as comparison
 from adv2_jax.runs import curvature as laboratory
+from adv2_jax.runs.detection import fit_detector, judge
 from adv2_jax.runs.run import Outcome, joint_preset_of, presets_of, run
 from adv2_jax.runs.schema import INDEX, RESULTS, SHARDS, results_path
 from adv2_jax.runs.select import predict
@@ -45,6 +56,7 @@ from adv2_jax.runs.tables import (
     TABLES,
     after_a_run,
     by_curvature,
+    by_detection,
     by_fidelity,
     by_matrix,
     by_model,
@@ -136,6 +148,7 @@ def table(arguments: argparse.Namespace) -> None:
         "keep": "all",
         "joint": False,
         "goal": "targeted",
+        "evade": None,
     }
     model, images, settings, config = subject_of(argparse.Namespace(**vars(arguments), **chosen))
     with _running(arguments) as (directory, options):
@@ -217,6 +230,60 @@ def compare(arguments: argparse.Namespace) -> None:
     if not arguments.quiet:
         print_sheet(by_network(*both, spread=False))
         print(f"report: {directory / 'report.html'}")
+
+
+def detect(arguments: argparse.Namespace) -> None:
+    """Run `adv2 detect`."""
+    runs = [load_run(Path(directory)) for directory in arguments.run_directory]
+    arguments = with_network_of_run(arguments, runs[0])
+    network = model_of(arguments)
+    model = with_masker(network, arguments)
+    teacher = None if arguments.teacher is None else load_run(Path(arguments.teacher))
+    for finished in (*runs, *([] if teacher is None else [teacher])):
+        check_network(finished, model)
+    fitted, files, options = {}, {}, {"batch_size": arguments.batch_size}
+    names = [name for name in arguments.detector if name in DETECTORS]
+    if names and arguments.benign is None:
+        raise ValueError(f"--detector {names[0]} is fitted on benign images: give --benign SOURCE")
+    for name in names:
+        files[name] = runs[0].directory / f"{name}.npz"
+        if files[name].exists() and not arguments.overwrite:
+            raise ValueError(
+                f"{files[name]} is there already: judge it (--detector {files[name]}), "
+                "or replace it (--overwrite)"
+            )
+    read = {name: detectors.load(name) for name in arguments.detector if name not in names}
+    benign = benign_of(arguments, network, runs[0]) if names else None
+    for name in names:
+        assert benign is not None
+        chosen = (
+            {} if arguments.interpreter is None else {"interpreters": (*arguments.interpreter,)}
+        )
+        looks = "interpreters" in inspect.signature(DETECTORS[name]).parameters
+        fitted[name] = fit_detector(
+            model,
+            DETECTORS[name](**chosen if looks else {}),
+            benign,
+            runs,
+            teacher=teacher,
+            attacks=arguments.teacher_attack if teacher else (),
+            **options,
+        )
+    rows = [
+        row
+        for detector, record in (fitted | read).values()
+        for finished in runs
+        for row in judge(model, detector, record, finished, seed=arguments.seed, **options)
+    ]
+    with restored(*files.values()):
+        for name, file in files.items():
+            detectors.save(file, *fitted[name])
+        add(runs[0], publish=report.write, detection=rows)
+    if not arguments.quiet:
+        print_sheet(by_detection(rows))
+        for file in files.values():
+            print(f"detector: {file}")
+        print(f"report: {runs[0].directory / 'report.html'}")
 
 
 def convert(arguments: argparse.Namespace) -> None:

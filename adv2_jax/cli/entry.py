@@ -22,6 +22,7 @@ RUN: dict[str, Callable[[argparse.Namespace], object]] = {
     "curvature": commands.curvature,
     "transfer": commands.transfer,
     "compare": commands.compare,
+    "detect": commands.detect,
     "train classifier": training.classifier,
     "train rts": training.rts,
     "convert": commands.convert,

@@ -6,8 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from adv2_jax import data, models, presets, threats
-from adv2_jax.attacks import missing
+from adv2_jax import data, detectors, models, presets, threats
+from adv2_jax.attacks import check_interpreter, missing
 from adv2_jax.cli.arguments import EMBEDDED, HOSTS, NETWORK
 from adv2_jax.data.class_files import ClassList
 from adv2_jax.interpreters import INTERPRETERS, PAPER, Interpreter, rts_interpreter
@@ -55,6 +55,8 @@ def subject_of(arguments: argparse.Namespace) -> Subject:
     model = with_masker(network, arguments)
     names = _interpreters(arguments.interpreter, model)
     images = _images(arguments.images, arguments, network)
+    if arguments.evade is not None:
+        model = _guarded(model, arguments.evade, images.images.shape[1:])
     config = config_of(arguments) | threat_options | {"interpreter": names} | numbers
     settings = Settings(
         interpreters=[_interpreter(name, arguments) for name in names],
@@ -135,6 +137,22 @@ def with_network_of_run(arguments: argparse.Namespace, run: Run) -> argparse.Nam
     if filled["model"] == EMBEDDED:
         filled["model"] = None
     return argparse.Namespace(**vars(arguments) | filled)
+
+
+def _guarded(model: Classifier, path: str, shape: tuple[int, ...]) -> Classifier:
+    """Return the network with the detector of a file, which an attack on it evades."""
+    detector, record = detectors.load(path)
+    detectors.check(detector, record, model, shape)
+    for name in detector.kind.interpreters:
+        check_interpreter(model, shape, INTERPRETERS[name](), attacked=True)
+    return detectors.Guarded(model, detector)
+
+
+def benign_of(arguments: argparse.Namespace, network: Classifier, run: Run) -> data.ImageSet:
+    """Return the images of --benign, in the size and with the classes of a run's."""
+    made = run.summary.get("config", {})
+    filled = {key: getattr(arguments, key) or made.get(key) for key in ("size", "classes")}
+    return _images(arguments.benign, argparse.Namespace(**vars(arguments) | filled), network)
 
 
 def config_of(arguments: argparse.Namespace) -> dict[str, Any]:

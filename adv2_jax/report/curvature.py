@@ -69,12 +69,12 @@ def content(laboratory: Laboratory) -> str:
         return "\n".join(
             [*parts, f'<p class="note">Pictures need matplotlib: {INSTALL}</p>', *numbers]
         )
-    parts.append(_figure(agreement(fidelity), _agreement_words(fidelity), AGREEMENT))
-    parts.append(_figure(spectra(laboratory), _spectra_words(laboratory), SPECTRA))
+    parts.append(as_html(agreement(fidelity), _agreement_words(fidelity), AGREEMENT))
+    parts.append(as_html(spectra(laboratory), _spectra_words(laboratory), SPECTRA))
     if correlation:
         model = str(summary.get("config", {}).get("model") or "network")
         figure = fragility({model: laboratory})
-        parts.append(_figure(figure, _fragility_words(correlation), FRAGILITY))
+        parts.append(as_html(figure, _fragility_words(correlation), FRAGILITY))
     parts.append(
         f"<details><summary>The numbers of the pictures</summary>{''.join(numbers)}</details>"
     )
@@ -110,7 +110,7 @@ def agreement(fidelity: Mapping[str, Any]) -> Any:
     Returns:
         A matplotlib figure: cosine and norm ratio, and the path of the default preset.
     """
-    figures, colors = _library("figure"), _library("colors")
+    figures, colors = library("figure"), library("colors")
     steps, names, widths = (fidelity[key] for key in ("steps", "surrogates", "widths"))
     # widest at the top
     curved = sorted((i for i, tau in enumerate(widths) if tau is not None), key=lambda i: widths[i])
@@ -164,7 +164,7 @@ def _write_numbers(
 
 def _draw_schedule(axis: Any, steps: Sequence[float], widths: Sequence[float]) -> None:
     """Draw the path of the default preset of GRAD over a grid of steps and widths."""
-    effects = _library("patheffects")
+    effects = library("patheffects")
     preset = PRESETS["default"]["grad"]
     n, indices = preset.steps, np.arange(preset.steps)
     path = [
@@ -200,7 +200,7 @@ def spectra(laboratory: Laboratory, image: int | None = None) -> Any:
     samples = laboratory.samples
     place = _typical(samples) if image is None else image
     count = len(samples)
-    figure = _library("figure").Figure(figsize=(WIDTH * max(count, 2) / 3, 5), layout="constrained")
+    figure = library("figure").Figure(figsize=(WIDTH * max(count, 2) / 3, 5), layout="constrained")
     grid = figure.add_gridspec(2, count, height_ratios=[2.2, 1])
     nodes = np.concatenate([one.density_nodes[place].ravel() for one in samples.values()])
     exact = np.concatenate([one.softmax_values[place] for one in samples.values()])
@@ -284,8 +284,8 @@ def fragility(networks: Mapping[str, Laboratory]) -> Any:
     attacks = [
         name for name, one in next(iter(networks.values())).samples.items() if name != "benign"
     ]
-    ticker = _library("ticker")
-    figure = _library("figure").Figure(figsize=(WIDTH, 3.3 * len(attacks)), layout="constrained")
+    ticker = library("ticker")
+    figure = library("figure").Figure(figsize=(WIDTH, 3.3 * len(attacks)), layout="constrained")
     axes = figure.subplots(len(attacks), len(PREDICTORS), sharex="col", sharey="row", squeeze=False)
     for row, attack in zip(axes, attacks, strict=True):
         row[0].set_ylabel(f"map L1 that {attack_name(attack, None)} leaves")
@@ -323,11 +323,12 @@ def _sample_name(name: str) -> str:
     return attack_name(name, None)
 
 
-def _library(module: str) -> Any:
-    return optional(f"matplotlib.{module}", "a picture of curvature", INSTALL)
+def library(module: str) -> Any:
+    """Return a module of matplotlib, which is optional."""
+    return optional(f"matplotlib.{module}", "a picture", INSTALL)
 
 
-def _figure(figure: Any, alt: str, caption: str) -> str:
+def as_html(figure: Any, alt: str, caption: str) -> str:
     """Return a figure as HTML, with a description in words."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI)

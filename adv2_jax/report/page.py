@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 
 from adv2_jax.files import atomic, check_schema, read_summary
-from adv2_jax.report import cards, curvature, tables, words
+from adv2_jax.report import cards, curvature, detection, tables, words
 from adv2_jax.report.pictures import INFERNO
 from adv2_jax.runs.schema import JOINT, Arrays, Results, read_results
 from adv2_jax.runs.store import CURVATURE_FILES
@@ -251,4 +251,5 @@ EXTRAS = (
         tables.models,
         "The same images, classified and explained by networks they were not made against.",
     ),
+    ("detection", "Detectors", "Detectors", detection.content, detection.NOTE),
 )

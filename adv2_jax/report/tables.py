@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from adv2_jax.report import words
 from adv2_jax.report.pictures import colour_map
-from adv2_jax.runs.schema import CURVATURE, JOINT, Row, attack_name, columns, row_name
+from adv2_jax.runs.schema import (
+    CURVATURE,
+    DETECTION,
+    JOINT,
+    Row,
+    attack_name,
+    columns,
+    detection_marks,
+    row_name,
+)
 
 SETTINGS = ("threat", "target_map", "model")  # columns only where rows differ
 
@@ -165,6 +174,26 @@ def curvature(rows: Sequence[Row]) -> str:
         for row in rows
     ]
     return _table("Curvature table", ["At images", *map(_heading, keys)], [lines])
+
+
+def detection(rows: Sequence[Row]) -> str:
+    """Draw detectors against benign images, noise and attacks: a group for each detector and run."""
+    keys = ["n", "asr", *(one.key for one in DETECTION)]
+
+    def line(row: Row) -> str:
+        made = row_name(row) + detection_marks(row)
+        names = [
+            row["run"],
+            ", ".join([made, *map(words.title, filter(None, [row["interpreter"]]))]),
+        ]
+        return _line(
+            row["detector"], [*map(escape, names), *(_with_interval(row, k) for k in keys)]
+        )
+
+    by_run = groupby(rows, key=lambda row: (row["detector"], row["run"]))
+    headings = ["Detector", "Run", "Images made by", *map(_heading, keys)]
+    groups = [map(line, group) for _, group in by_run]
+    return _table("Detection table", headings, groups, kind="named")
 
 
 def fidelity(numbers: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.lazy import ahead, behind
 from adv2_jax.descent import OnStep
+from adv2_jax.detectors import parts_of
 from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
 from adv2_jax.hosts import processes
@@ -291,7 +292,9 @@ def run(
 
 def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
     """Return the fingerprints of the arrays that a run is about."""
-    return {"network": tree_fingerprint(model), "image set": tree_fingerprint(image_set)}
+    network, detector = parts_of(model)
+    prints = {"network": tree_fingerprint(network), "image set": tree_fingerprint(image_set)}
+    return prints if detector is None else prints | {"detector": tree_fingerprint(detector)}
 
 
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
@@ -467,15 +470,13 @@ def _jobs(
     adv2 = [job("adv2", preset, [interpreter]) for interpreter, preset in presets.items()]
     together = [job(JOINT, preset, list(presets)) for preset in joint_preset_of(settings)]
     plain = _resolve(settings._replace(warm_steps=None), None)
+    # one unit, but for a detector that it evades; of 100 steps, as a cost has one decimal
+    hundred = job("pgd", replace(plain, warm_steps=0, steps=100), ())
     # a run of plain PGD is often half of the work, and knows nothing of interpreters
     sharing: dict[int, list[Interpreter]] = {}
     for one in together or adv2:
-        # a step of plain PGD is one unit of cost
-        sharing.setdefault(round(one.cost), []).extend(one.interpreters)
-    pgd = [
-        job("pgd", replace(plain, steps=round(budget / plain.restarts)), served)
-        for budget, served in sharing.items()
-    ]
+        sharing.setdefault(round(100 * one.cost / hundred.cost), []).extend(one.interpreters)
+    pgd = [job("pgd", replace(plain, steps=steps), served) for steps, served in sharing.items()]
     # last, as it takes no time: a run that is interrupted early leaves nothing behind
     control = [Job(CONTROL, None, tuple(presets), 0.0)] if settings.threat.noise else []
     return pgd + adv2 + together + control

@@ -56,6 +56,12 @@ def row_name(row: Row) -> str:
     return attack_name(kind_of(row), row.get("threat"))
 
 
+def detection_marks(row: Row) -> str:
+    """Return what is to be known of a row under a detector: that it evaded it, or taught it."""
+    adaptive = " (adaptive)" if row.get("adaptive") and row["attack"] in ATTACKS else ""
+    return adaptive + (" (taught the head)" if row.get("fitted") else "")
+
+
 class Evaluated(NamedTuple):
     """N images under an attack, the arguments of measures. What is not known is None.
 
@@ -221,6 +227,11 @@ CURVATURE = tuple(
         "map_jacobian": "Map σ",
     }.items()
 )
+# of the images of an attack under a detector; the success rate is that of `MEASURES`
+DETECTION = tuple(
+    Total(key, heading)
+    for key, heading in {"auc": "ROC-AUC", "detected": "Detected", "evades": "Evades"}.items()
+)
 COUNTS = (Column("n", "Images", decimals=0), Column("failed", "Failed", decimals=0))
 COSTS = (
     Column("gradient_evaluations", "Gradients", decimals=1),
@@ -230,7 +241,7 @@ COSTS = (
 
 def columns() -> dict[str, Column]:
     """Return all columns of numbers that a row may have, by key, in the order of a page."""
-    return {column.key: column for column in (*COUNTS, *MEASURES, *CURVATURE, *COSTS)}
+    return {column.key: column for column in (*COUNTS, *MEASURES, *CURVATURE, *DETECTION, *COSTS)}
 
 
 def as_text(value: float, decimals: int | None, form: str = "") -> str:
@@ -314,6 +325,25 @@ def rank_correlation(x: ArrayLike, y: ArrayLike, *, seed: int = 0) -> Row:
     # NaN: a resample may hold copies of one image only
     ends = np.nanquantile(metrics.rank_correlation(a[drawn], b[drawn]), [0.025, 0.975])
     return {"n": n, "spearman": float(value), "ci": ends.tolist()}
+
+
+def roc_auc(benign: NDArray[Any], attacked: NDArray[Any], *, seed: int = 0) -> Row:
+    """Return the area under the ROC curve of the scores of images, benign and attacked: [N], [N].
+
+    Args:
+        benign, attacked: of the same images in the same order.
+        seed: of the bootstrap, which draws images with what was made of them.
+
+    Returns:
+        `auc`, None of no images; `ci`, its 95 % percentile interval, None of fewer than two.
+    """
+    n = len(benign)
+    if n < 2:
+        return {"auc": metrics.roc_auc(benign, attacked) if n else None, "ci": None}
+    drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    resampled = [metrics.roc_auc(benign[i], attacked[i]) for i in drawn]
+    ends = np.quantile(resampled, [0.025, 0.975])
+    return {"auc": metrics.roc_auc(benign, attacked), "ci": ends.tolist()}
 
 
 def row(

@@ -10,7 +10,15 @@ from adv2_jax.files import atomic, intact, read_summary, write_summary
 from adv2_jax.identity import changes, environment
 from adv2_jax.runs import schema
 from adv2_jax.runs.run import Progress, Settings, fingerprints, identity, run
-from adv2_jax.runs.schema import COSTS, Row, as_text, attack_name, columns, row_name
+from adv2_jax.runs.schema import (
+    COSTS,
+    Row,
+    as_text,
+    attack_name,
+    columns,
+    detection_marks,
+    row_name,
+)
 from adv2_jax.runs.store import UNFINISHED
 from adv2_jax.runs.transfer import add, load_run, transfer_matrix
 from adv2_jax.types import Classifier
@@ -22,6 +30,8 @@ NAMES = (
     "images",
     "surrogate",
     "network",
+    "detector",
+    "run",
 )  # headings of columns without numbers
 
 
@@ -129,6 +139,22 @@ def by_curvature(rows: Sequence[Row]) -> Sheet:
     keys = [one.key for one in schema.CURVATURE]
     title = "Curvature: exact and surrogate Hessian, and the map's Jacobian"
     return _sheet(title, ["images"], names, keys, rows, spread=False)
+
+
+def by_detection(rows: Sequence[Row]) -> Sheet:
+    """Return a line for each detector, run and attack: benign images, noise and what attacks made."""
+    names = [
+        [
+            row["detector"],
+            row["run"],
+            row["interpreter"] or "",
+            row_name(row) + detection_marks(row),
+        ]
+        for row in rows
+    ]
+    keys = ["asr", *(one.key for one in schema.DETECTION)]
+    headings = ["detector", "run", "interpreter", "attack"]
+    return _sheet("Detectors", headings, names, keys, rows, spread=False)
 
 
 def by_fidelity(fidelity: Mapping[str, Any]) -> Sheet:
