@@ -48,7 +48,8 @@ def blind(small, benign, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fitted(small, benign, blind):
-    return detection.fit_detector(small, detectors.squeezing(), benign, [blind])
+    chosen = detection.unseen(small, benign, [blind])
+    return detection.fit_detector(small, detectors.squeezing(), chosen)
 
 
 @pytest.fixture(scope="module")
@@ -143,27 +144,27 @@ def test_a_detector_that_looks_at_nothing_sees_nothing(small, blind):
             assert row["evades"] > 0
 
 
-def test_nobody_is_judged_on_what_it_knows(small, benign, blind, adaptive, tmp_path):
-    kind = detectors.squeezing()
-    detector, record = detection.fit_detector(small, kind, benign, [blind])
+def test_nobody_is_judged_on_what_it_knows(small, benign, blind, adaptive, fitted, tmp_path):
+    detector, record = fitted
     # the images of the run were left out: 102 of 110
     assert len(record.seen) == 102
     known = attacked(small, benign.take(np.array([3, 50])), tmp_path / "known")
     with pytest.raises(ValueError, match=r"fitted on 1 of the 2 images of .*known"):
         detection.judge(small, detector, record, known)
+    chosen, kind = detection.unseen(small, benign, [blind]), detectors.squeezing()
+    taught = detection.fit_detector(small, kind, chosen, teacher=adaptive)
     with pytest.raises(ValueError, match=r"fitted on 8 of the 8 images of .*blind"):
-        detection.fit_detector(small, kind, benign, [blind], teacher=adaptive, attacks=("pgd",))
-    with pytest.raises(ValueError, match=r"40 benign images are needed .* there are 32"):
-        detection.fit_detector(small, kind, benign.take(np.arange(40)), [blind])
+        detection.judge(small, *taught, blind)
+    with pytest.raises(ValueError, match=r"40 benign images are needed .* there are 39"):
+        detection.fit_detector(small, kind, chosen.take(np.arange(39)))
     with pytest.raises(ValueError, match=r"benign images are \[8, 16, 3\], those of"):
-        detection.fit_detector(small, kind, ImageSet(benign.images[:, :8]), [blind])
+        detection.unseen(small, ImageSet(benign.images[:, :8]), [blind])
 
 
 def test_a_logistic_head_is_marked_where_it_knows_the_attack(small, benign, blind, tmp_path):
     teacher = attacked(small, benign.take(np.arange(100, 108)), tmp_path / "teacher")
-    detector, record = detection.fit_detector(
-        small, detectors.squeezing(), benign, [blind], teacher=teacher, attacks=("pgd",)
-    )
+    chosen = detection.unseen(small, benign, [blind, teacher])
+    detector, record = detection.fit_detector(small, detectors.squeezing(), chosen, teacher=teacher)
     rows = detection.judge(small, detector, record, blind)
     marks = {(row["attack"], row.get("joint")): row.get("fitted") for row in rows}
     assert marks == {
@@ -238,7 +239,7 @@ def test_commands_fit_evade_and_judge(commanded, brightness, capsys):
         ("--detector missing.npz", "cannot read missing.npz: no such file"),
         ("--detector agreement --interpreter cam --benign IMAGES", "two interpreters or more"),
         ("--detector discrepancy --interpreter mask --benign IMAGES", "not 'mask'"),
-        ("--detector squeezing --benign IMAGES --teacher RUN", "fitted on 6 of the 6 images"),
+        ("--detector squeezing --benign IMAGES --teacher RUN", "80 benign images are needed"),
     ],
 )
 def test_what_is_refused_leaves_nothing(commanded, brightness, words, reason, capsys):

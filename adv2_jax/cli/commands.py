@@ -47,7 +47,7 @@ from adv2_jax.metrics import probabilities
 from adv2_jax.report import words
 from adv2_jax.runs import compare as comparison
 from adv2_jax.runs import curvature as laboratory
-from adv2_jax.runs.detection import fit_detector, judge
+from adv2_jax.runs.detection import fit_detector, judge, unseen
 from adv2_jax.runs.run import Outcome, joint_preset_of, presets_of, run
 from adv2_jax.runs.schema import INDEX, RESULTS, SHARDS, results_path
 from adv2_jax.runs.select import predict
@@ -241,43 +241,38 @@ def detect(arguments: argparse.Namespace) -> None:
     teacher = None if arguments.teacher is None else load_run(Path(arguments.teacher))
     for finished in (*runs, *([] if teacher is None else [teacher])):
         check_network(finished, model)
-    fitted, files, options = {}, {}, {"batch_size": arguments.batch_size}
-    names = [name for name in arguments.detector if name in DETECTORS]
-    if names and arguments.benign is None:
-        raise ValueError(f"--detector {names[0]} is fitted on benign images: give --benign SOURCE")
-    for name in names:
-        files[name] = runs[0].directory / f"{name}.npz"
-        if files[name].exists() and not arguments.overwrite:
-            raise ValueError(
-                f"{files[name]} is there already: judge it (--detector {files[name]}), "
-                "or replace it (--overwrite)"
-            )
-    read = {name: detectors.load(name) for name in arguments.detector if name not in names}
-    benign = benign_of(arguments, network, runs[0]) if names else None
-    for name in names:
-        assert benign is not None
-        chosen = (
-            {} if arguments.interpreter is None else {"interpreters": (*arguments.interpreter,)}
-        )
-        looks = "interpreters" in inspect.signature(DETECTORS[name]).parameters
-        fitted[name] = fit_detector(
+    kinds = {name: DETECTORS[name] for name in arguments.detector if name in DETECTORS}
+    files = {name: runs[0].directory / f"{name}.npz" for name in kinds}
+    for file in files.values():
+        if file.exists() and not arguments.overwrite:
+            raise ValueError(f"{file} is there already: judge it, or replace it by --overwrite")
+    found = {name: detectors.load(name) for name in arguments.detector if name not in kinds}
+    if kinds:
+        if arguments.benign is None:
+            raise ValueError(f"{', '.join(kinds)}: fitted on benign images, give --benign SOURCE")
+        everyone = [*runs, *([] if teacher is None else [teacher])]
+        benign = benign_of(arguments, network, runs[0])
+        benign = unseen(model, benign, everyone, batch_size=arguments.batch_size)
+    for name, make in kinds.items():
+        looks = arguments.interpreter and "interpreters" in inspect.signature(make).parameters
+        found[name] = fit_detector(
             model,
-            DETECTORS[name](**chosen if looks else {}),
+            make(interpreters=tuple(arguments.interpreter)) if looks else make(),
             benign,
-            runs,
             teacher=teacher,
-            attacks=arguments.teacher_attack if teacher else (),
-            **options,
+            attacks=arguments.teacher_attack,
+            batch_size=arguments.batch_size,
         )
+    options = {"batch_size": arguments.batch_size, "seed": arguments.seed}
     rows = [
         row
-        for detector, record in (fitted | read).values()
+        for detector, record in found.values()
         for finished in runs
-        for row in judge(model, detector, record, finished, seed=arguments.seed, **options)
+        for row in judge(model, detector, record, finished, **options)
     ]
     with restored(*files.values()):
         for name, file in files.items():
-            detectors.save(file, *fitted[name])
+            detectors.save(file, *found[name])
         add(runs[0], publish=report.write, detection=rows)
     if not arguments.quiet:
         print_sheet(by_detection(rows))

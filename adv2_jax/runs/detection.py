@@ -74,14 +74,31 @@ def _scores(detector: Detector, model: Classifier, images: Array) -> Array:
     return jax.vmap(partial(detector.score, model))(images)
 
 
+def unseen(
+    model: Classifier, benign: ImageSet, runs: Sequence[Run], *, batch_size: int = 32
+) -> ImageSet:
+    """Return the benign images that a network gets right and no run has.
+
+    Raises:
+        ValueError: as `select`; or they are of another size than those of a run.
+    """
+    for run in runs:
+        if (held := run.results.images.shape[1:]) != (shape := benign.images.shape[1:]):
+            raise ValueError(
+                f"benign images are {list(shape)}, those of {run.directory} {list(held)}"
+            )
+    right = select(model, benign, batch_size=batch_size).images
+    known = np.concatenate([hashes(run.results.images) for run in runs])
+    return right.take(~np.isin(hashes(right.images), known))
+
+
 def fit_detector(
     model: Classifier,
     kind: Features,
     benign: ImageSet,
-    runs: Sequence[Run],
     *,
     teacher: Run | None = None,
-    attacks: Sequence[str] = (),
+    attacks: Sequence[str] = ("pgd",),
     batch_size: int = 32,
 ) -> tuple[Detector, Record]:
     """Fit a detector on benign images: every other one is the reference, the rest set the threshold.
@@ -89,45 +106,32 @@ def fit_detector(
     Args:
         model: the classifier.
         kind: of features.
-        benign: those that the network gets right are taken, but for images of `runs`.
-        runs: that it is to be judged on.
+        benign: with labels, those of `unseen`.
         teacher: a run whose attacks teach a logistic head; None for the threshold head.
         attacks: which of them, of `FITTED_ON`.
         batch_size: images at a time.
 
     Raises:
-        ValueError: too few images, an interpreter that does not fit the network, or a teacher that
-            attacked images of `runs`.
+        ValueError: too few images, or an interpreter that does not fit the network.
     """
-    network, shape = static_leaves(model), benign.images.shape[1:]
-    for run in (*runs, *([] if teacher is None else [teacher])):
-        if (held := run.results.images.shape[1:]) != shape:
-            raise ValueError(
-                f"benign images are {list(shape)}, those of {run.directory} {list(held)}"
-            )
-    known = np.zeros(0, np.int64) if teacher is None else hashes(teacher.results.images)
-    for run in runs:
-        check_unseen(known, run)
-    for name in kind.interpreters:
-        check_interpreter(model, shape, INTERPRETERS[name]())
-    selected = select(model, benign, batch_size=batch_size).images
-    judged = np.concatenate([hashes(run.results.images) for run in runs])
-    chosen = selected.take(~np.isin(hashes(selected.images), judged))
-    n, least = len(chosen.images), (2 if teacher is None else 4) * LEAST_BENIGN
+    network, (n, *shape) = static_leaves(model), benign.images.shape
+    least = (2 if teacher is None else 4) * LEAST_BENIGN
     if n < least:
         raise ValueError(
             f"{least} benign images are needed that the network gets right and the runs do not "
             f"have, there are {n}: {FALSE_POSITIVES:.0%} of a part of them is to be one or more"
         )
-    first, second = (chosen.take(np.arange(half, len(chosen.images), 2)) for half in (0, 1))
+    for name in kind.interpreters:
+        check_interpreter(model, tuple(shape), INTERPRETERS[name]())
+    first, second = (benign.take(np.arange(half, n, 2)) for half in (0, 1))
     reference: Any = ()
     if kind.look is not None and kind.gather is not None:
         seen = _by_batches(partial(_looks, kind, network), first.images, batch_size)
-        reference = kind.gather(seen, first.labels, num_classes(model, shape))
+        reference = kind.gather(seen, first.labels, num_classes(model, tuple(shape)))
     features = partial(_features, kind, reference, network)
-    known = np.concatenate([known, hashes(chosen.images)])
-    attacked: NDArray[Any] | None = None
+    known, attacked = [hashes(benign.images)], None
     if teacher is not None:
+        known.append(hashes(teacher.results.images))
         made = [
             teacher.results.attacked(name, attack).images
             for name in teacher.interpreters
@@ -136,21 +140,8 @@ def fit_detector(
         taught: NDArray[Any] = _by_batches(features, np.concatenate(made), batch_size)
         attacked = taught[np.isfinite(taught).all(1)]
     detector = fit(kind, reference, _by_batches(features, second.images, batch_size), attacked)
-    return detector, Record(tree_fingerprint(network), known, tuple(attacks))
-
-
-def check_unseen(seen: NDArray[Any], run: Run) -> None:
-    """Refuse to judge a detector on images that it was fitted on, whose hashes [M] are given.
-
-    Raises:
-        ValueError: says how many there are.
-    """
-    known = np.isin(hashes(run.results.images), seen)
-    if known.any():
-        raise ValueError(
-            f"the detector was fitted on {known.sum()} of the {len(known)} images of "
-            f"{run.directory}: it would be judged on what it knows"
-        )
+    taught_by = () if teacher is None else tuple(attacks)
+    return detector, Record(tree_fingerprint(network), np.concatenate(known), taught_by)
 
 
 def judge(
@@ -184,7 +175,12 @@ def judge(
     """
     network, images = static_leaves(model), run.results.images
     check(detector, record, model, images.shape[1:])
-    check_unseen(record.seen, run)
+    overlap = np.isin(hashes(images), record.seen).sum()
+    if overlap:
+        raise ValueError(
+            f"the detector was fitted on {overlap} of the {len(images)} images of "
+            f"{run.directory}: it would be judged on what it knows"
+        )
     known: dict[bytes, NDArray[Any]] = {}
 
     def scores(images: NDArray[Any]) -> NDArray[Any]:
