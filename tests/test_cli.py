@@ -172,7 +172,7 @@ def test_a_table_tells_the_threat_and_the_target_map_that_it_is_of(coloured, tmp
     for folder in (tmp_path, tmp_path / "linf-patch"):
         config = json.loads((folder / "summary.json").read_text())["config"]
         options = vars(parser().parse_args(["table", "patch", "--out", "tables"])).keys()
-        chosen = {"command", "threat", "target_map", "keep", "joint", "goal"}
+        chosen = {"command", "threat", "target_map", "keep", "joint", "goal", "evade"}
         assert config.keys() == options - {"run"} | chosen
         assert (config["threat"], config["target_map"]) == ("linf", "patch")
 
