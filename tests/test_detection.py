@@ -187,7 +187,9 @@ def test_the_page_shows_them(small, fitted, blind, adaptive):
     page = (blind.directory / "report.html").read_text()
     assert 'href="#detection"' in page and "ROC curves; area:" in page
     part = page[page.index('<h2 id="detection">') :].split("</section>")[0]
-    assert part.count("<tbody>") == 2 and "ADV², joint (adaptive)" in part
+    table = part.split("</table>")[0]
+    assert table.count("<tbody>") == 2 and table.count("<tr>") == 1 + len(rows)
+    assert "ADV², joint (adaptive)" in table
     assert re.search(r"data:image/png;base64,", part)
     json.dumps(read_summary(blind.directory)["detection"], allow_nan=False)
 

@@ -192,7 +192,7 @@ def detection(rows: Sequence[Row]) -> str:
 
     by_run = groupby(rows, key=lambda row: (row["detector"], row["run"]))
     headings = ["Detector", "Run", "Images made by", *map(_heading, keys)]
-    groups = [map(line, group) for _, group in by_run]
+    groups = [list(map(line, group)) for _, group in by_run]
     return _table("Detection table", headings, groups, kind="named")
 
 
