@@ -505,6 +505,8 @@ def load(path: str | os.PathLike[str]) -> tuple[Detector, Record]:
         held = {name: jnp.asarray(arrays[name]) for name in (*names, *FITTED) if name in arrays}
         if not all(np.isfinite(values).all() for values in held.values()):
             raise ValueError("a number in it is not finite")
+        if held["threshold"].shape or held["spread"].shape or arrays["seen"].dtype != np.int64:
+            raise ValueError("threshold and spread must be single numbers, seen int64")
         detector = Detector(
             DETECTORS[about["kind"]](**options),
             tuple(held[name] for name in names),

@@ -265,6 +265,8 @@ def test_damaged_files_and_other_networks_are_refused(small, make_small, scenes,
         "about": np.array("{}"),
         "centre": np.full(2, np.nan),
         "reference/000": None,
+        "spread": np.ones(2, np.float32),
+        "seen": np.array("cat"),
     }
     for key, value in damages.items():
         changed = {name: array for name, array in arrays.items() if name != key}
