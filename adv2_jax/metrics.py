@@ -137,16 +137,16 @@ def rank_correlation(a: ArrayLike, b: ArrayLike) -> np.ndarray:
     return np.asarray((x * y).sum(-1) / np.where(size > 0, size, np.nan))
 
 
-def roc_auc(negatives: ArrayLike, positives: ArrayLike) -> float:
-    """Return the area under the ROC curve of scores: [N], [M] -> [0, 1].
+def roc_auc(negatives: ArrayLike, positives: ArrayLike) -> np.ndarray:
+    """Return the area under the ROC curve of scores: [..., N], [..., M] -> [...] in [0, 1].
 
     It is the share of pairs whose positive has the larger score, ties half (Mann-Whitney's U).
     """
     from scipy.stats import rankdata  # as above
 
-    n, m = len(np.asarray(negatives)), len(np.asarray(positives))
-    ranks = rankdata(np.concatenate([negatives, positives]))[n:]
-    return float((ranks.sum() - m * (m + 1) / 2) / (n * m))
+    n, m = np.shape(negatives)[-1], np.shape(positives)[-1]
+    ranks = rankdata(np.concatenate([negatives, positives], axis=-1), axis=-1)[..., n:]
+    return np.asarray((ranks.sum(-1) - m * (m + 1) / 2) / (n * m))
 
 
 def spearman(maps: ArrayLike, target_maps: ArrayLike) -> np.ndarray:

@@ -116,8 +116,10 @@ def chart(
     """
     heights = np.concatenate([np.ravel([line.low, line.high, line.middle]) for line in lines])
     levels = ticks(min([heights.min(), *limits]), max([heights.max(), *limits]))
-    first, last = min(line.steps[0] for line in lines), max(line.steps[-1] for line in lines)
-    first, last = reach or (first, last)
+    first, last = reach or (
+        min(line.steps[0] for line in lines),
+        max(line.steps[-1] for line in lines),
+    )
 
     # at least one step wide: a curve may have a single point
     x: Callable[[ArrayLike], Any] = partial(

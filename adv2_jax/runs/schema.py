@@ -338,12 +338,14 @@ def roc_auc(benign: NDArray[Any], attacked: NDArray[Any], *, seed: int = 0) -> R
         `auc`, None of no images; `ci`, its 95 % percentile interval, None of fewer than two.
     """
     n = len(benign)
+    if n == 0:
+        return {"auc": None, "ci": None}
+    value = float(metrics.roc_auc(benign, attacked))
     if n < 2:
-        return {"auc": metrics.roc_auc(benign, attacked) if n else None, "ci": None}
+        return {"auc": value, "ci": None}
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    resampled = [metrics.roc_auc(benign[i], attacked[i]) for i in drawn]
-    ends = np.quantile(resampled, [0.025, 0.975])
-    return {"auc": metrics.roc_auc(benign, attacked), "ci": ends.tolist()}
+    ends = np.quantile(metrics.roc_auc(benign[drawn], attacked[drawn]), [0.025, 0.975])
+    return {"auc": value, "ci": ends.tolist()}
 
 
 def row(
