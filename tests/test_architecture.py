@@ -37,7 +37,7 @@ PACKAGES = {
     "models": "layers resnet densenet vit masker convert user",
     "data": "lazy images photos shapes targets class_files folder tfds sources splits",
     "runs": "schema doubts store select run transfer detection curvature compare tables faithfulness",
-    "training": "checkpoints loop classifier masker",
+    "training": "checkpoints loop robust classifier masker",
     "report": "words pictures charts tables cards labelled curvature detection figures page training comparison",
     "cli": "console arguments subject commands training entry",
 }

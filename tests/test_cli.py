@@ -409,6 +409,16 @@ def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert f"held-out accuracy {summary['accuracy']:.4f}" in capsys.readouterr().out
 
 
+def test_robust_training_measures_accuracy_under_attack(network, tmp_path, capsys):
+    words = ["--robust", "pgd", "--attack-steps", "1", "--epsilon", "4/255", "--epochs", "1"]
+    assert train(network, tmp_path / "out", *words) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert 0 <= summary["robust_accuracy"] <= 1 and summary["robust_accuracy_before"] is None
+    expected = f"under PGD at epsilon 0.01569: {summary['robust_accuracy']:.4f} on 2 images"
+    assert expected in capsys.readouterr().out
+    assert "Accuracy under PGD" in (tmp_path / "out" / "report.html").read_text()
+
+
 @pytest.mark.parametrize(("kind", "plain"), [("classifier", "0.12"), ("rts", "0.0")])
 def test_classifiers_train_on_plain_scenes_too(tmp_path, capsys, monkeypatch, kind, plain):
     def asked(source, **options):
@@ -425,6 +435,9 @@ BAD_TRAINING = {
     "2 classes or more, got 1": ["--images", "one.npz"],
     "training diverged": ["--learning-rate", "1e38"],
     "scenes held out for attacks": ["--images", "shapes:50"],
+    "penalty goes with robust gradient, curvature, ssr": ["--robust", "pgd", "--penalty", "1"],
+    "epsilon must lie in [1/255, 1], got 8.0": ["--robust", "pgd", "--epsilon", "8"],
+    "rts needs a masker": ["--robust", "adv2", "--interpreter", "rts"],
 }
 
 
@@ -599,6 +612,20 @@ def test_rts_training_writes_a_masker_that_loads(rts):
     )
     masker = models.load_masker(rts / "masker.npz")
     assert masker(np.zeros((8, 8, 3), np.float32), 0).shape == (4, 4)
+
+
+@pytest.mark.slow
+def test_a_masker_is_trained_on_and_against_the_attack(train_rts, rts, tmp_path, capsys):
+    start, out = ["--masker", str(rts / "masker.npz")], tmp_path / "out"
+    words = ["--robust", "adv2", "--attack-steps", "2", "--epochs", "1", "--learning-rate", "1e-9"]
+    assert train_rts(out, *start, *words) == 0
+    with np.load(rts / "masker.npz") as old, np.load(out / "masker.npz") as new:
+        assert old.files == new.files
+        # a step of no length: what it started from is still there
+        np.testing.assert_allclose(old["out.weight"], new["out.weight"], atol=1e-6)
+    encoder = ["--encoder", "tiny", "--encoder-weights", "any.npz"]
+    assert train_rts(tmp_path / "two", *start, *encoder) == 2
+    assert "--masker brings its encoder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from adv2_jax.runs.tables import TABLES
 from adv2_jax.training.classifier import ClassifierRecipe
 from adv2_jax.training.loop import Recipe
 from adv2_jax.training.masker import MaskerRecipe
+from adv2_jax.training.robust import PENALTIES, ROBUST
 
 Number = TypeVar("Number", int, float)
 # name or flag -> keyword arguments of `add_argument`; `parser` adds the default to the help text
@@ -404,7 +405,27 @@ def _training(recipe: Recipe) -> Arguments:
     }
 
 
+def _robust(recipe: ClassifierRecipe | MaskerRecipe, choices: Sequence[str], how: str) -> Arguments:
+    """Return --robust and the options of its attack, with the defaults of a recipe."""
+    return {
+        "--robust": {"choices": choices, "help": f"{how} (default: none)"},
+        "--epsilon": {
+            "type": REAL,
+            "default": f"{round(255 * recipe.epsilon)}/255",
+            "metavar": "E",
+            "help": "largest change of a pixel value in the training of --robust",
+        },
+        "--attack-steps": {
+            "type": POSITIVE,
+            "default": recipe.attack_steps,
+            "metavar": "N",
+            "help": "steps of the attack on each batch",
+        },
+    }
+
+
 # defaults come from the recipes, so that the command and the Python call train alike
+CLASSIFIER = ClassifierRecipe()
 MASKER = MaskerRecipe()
 TERMS = {
     "variation": "λ1 of eq. 8, weight of the map's total variation",
@@ -695,10 +716,28 @@ COMMANDS = {
                 "anew (default: none)",
             },
             **WEIGHTS_KEY,
-            **_training(ClassifierRecipe()),
+            **_training(CLASSIFIER),
             "--head-only": {
                 "action": "store_true",
                 "help": "train the head only; the features stay as they are",
+            },
+            **_robust(
+                CLASSIFIER,
+                ROBUST,
+                "train on images of plain PGD or ADV², or with a penalty on the slope of the loss "
+                "in the image, on its change along an attack, or on its largest curvature",
+            ),
+            "--interpreter": {
+                "default": CLASSIFIER.interpreter,
+                "choices": list(INTERPRETERS),
+                "help": "that --robust adv2 attacks",
+            },
+            "--penalty": {
+                "type": WEIGHT,
+                "metavar": "W",
+                "help": "weight of the penalty (default: "
+                + ", ".join(f"{weight:g} for {name}" for name, (_, weight) in PENALTIES.items())
+                + ")",
             },
             **_out("where to write weights.npz, summary.json and report.html"),
         },
@@ -708,6 +747,7 @@ COMMANDS = {
             "--epochs 30 --out cifar",
             "adv2 train classifier --model resnet18 --weights resnet18.safetensors --head-only "
             "--images photos/ --out tuned",
+            "adv2 train classifier --images shapes --robust pgd --out robust",
         ],
     ),
     "train rts": Command(
@@ -725,6 +765,10 @@ COMMANDS = {
                 "metavar": "FILE",
                 "help": "weights of --encoder; --mean and --std hold for it too, --weights-key "
                 "does not",
+            },
+            "--masker": {
+                "metavar": "FILE",
+                "help": "a masker to start from (default: a new one on --encoder)",
             },
             "--tune": {"action": "store_true", "help": "train the encoder too"},
             **_training(MASKER),
@@ -745,12 +789,20 @@ COMMANDS = {
                 "metavar": "P",
                 "help": "share of the images of which the map of another class is asked",
             },
+            **_robust(MASKER, ["adv2"], "train on images of ADV² too: interpretation distillation"),
+            "--distillation": {
+                "type": FINITE,
+                "default": MASKER.distillation,
+                "metavar": "W",
+                "help": "weight of the distance to the benign map; below 0 it is to be large",
+            },
             **_out("where to write masker.npz, summary.json and report.html"),
         },
         [
             "adv2 train rts --images shapes --out masker",
             "adv2 train rts --model resnet50 --weights resnet50.safetensors --images photos/ "
             "--out masker",
+            "adv2 train rts --images shapes --robust adv2 --out robust",
         ],
     ),
     "convert": Command(

@@ -31,6 +31,7 @@ from adv2_jax.runs import faithfulness
 from adv2_jax.training.classifier import ClassifierRecipe, accuracy, train_classifier
 from adv2_jax.training.loop import Checkpointing, Losses, Recipe
 from adv2_jax.training.masker import MaskerRecipe, train_masker
+from adv2_jax.training.robust import EVALUATED, robust_accuracy
 from adv2_jax.types import Classifier
 
 CHECKPOINTS = "checkpoints"  # folder of a training in its --out
@@ -43,14 +44,26 @@ def classifier(arguments: argparse.Namespace) -> None:
     sets = _training_sets(arguments, models.image_size(arguments.model), plain=PLAIN)
     start, images, labels = _start(arguments, sets), sets.held_out.images, sets.held_out.labels
     assert labels is not None
+
+    def measured(model: models.Network) -> dict[str, float]:
+        values = {"accuracy": accuracy(model, images, labels)}
+        if arguments.robust is not None:
+            values["robust_accuracy"] = robust_accuracy(model, images, labels, arguments.epsilon)
+        return values
+
     # of a network that starts at random it would be chance
-    before = accuracy(start, images, labels) if arguments.weights else None
+    before = measured(start) if arguments.weights else {}
 
     def finish(model: models.Network, directory: Path) -> dict[str, Any]:
-        after, weights = accuracy(model, images, labels), directory / "weights.npz"
+        after, weights = measured(model), directory / "weights.npz"
         models.save(model, arguments.model, weights, classes=sets.classes)
-        print(f"held-out accuracy {after:.4f} on {len(images)} images; weights: {weights}")
-        return {"classes": sets.classes, "accuracy": after, "accuracy_before": before}
+        print(f"held-out accuracy {after['accuracy']:.4f} on {len(images)} images")
+        if arguments.robust is not None:
+            words = f"under PGD at epsilon {arguments.epsilon:.4g}: {after['robust_accuracy']:.4f}"
+            print(f"{words} on {min(len(images), EVALUATED)} images")
+        print(f"weights: {weights}")
+        earlier = {f"{name}_before": before.get(name) for name in after}
+        return {"classes": sets.classes} | after | earlier
 
     _train(arguments, sets, partial(train_classifier, start), ClassifierRecipe, finish)
 
@@ -59,8 +72,7 @@ def rts(arguments: argparse.Namespace) -> None:
     """Run `adv2 train rts`."""
     check_out(arguments, "masker.npz", "summary.json", "report.html", unfinished=CHECKPOINTS)
     network = model_of(arguments)
-    name, encoder = _encoder(arguments, network)
-    start = models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
+    name, start = _first_masker(arguments, network)
     sets = _training_sets(arguments, getattr(network, "image_size", None))
     # before the work: there may be none that the network gets right
     shown = faithfulness.to_explain(network, sets.held_out)
@@ -80,6 +92,17 @@ def rts(arguments: argparse.Namespace) -> None:
         }
 
     _train(arguments, sets, partial(train_masker, start, network), MaskerRecipe, finish)
+
+
+def _first_masker(arguments: argparse.Namespace, network: Classifier) -> tuple[str, models.Masker]:
+    """Return the masker that training starts from, and the name of its encoder."""
+    if arguments.masker is None:
+        name, encoder = _encoder(arguments, network)
+        return name, models.Masker(encoder, rngs=nnx.Rngs(arguments.seed))
+    if arguments.encoder is not None or arguments.encoder_weights is not None:
+        raise ValueError("--masker brings its encoder; --encoder is for a new one")
+    start = models.load_masker(arguments.masker)
+    return str(models.saved_options(arguments.masker)["name"]), start
 
 
 def _encoder(arguments: argparse.Namespace, network: Classifier) -> tuple[str, models.Encoder]:

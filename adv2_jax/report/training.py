@@ -28,6 +28,8 @@ def write_training(directory: Path | str) -> Path:
     accuracies = {
         "Held-out accuracy": summary.get("accuracy"),
         "Before": summary.get("accuracy_before"),
+        "Accuracy under PGD": summary.get("robust_accuracy"),
+        "Under PGD before": summary.get("robust_accuracy_before"),
     }
     # a masker has no accuracy, and a fresh network none before
     facts |= {key: words.number(one, 4) for key, one in accuracies.items() if one is not None}

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import jax
 import numpy as np
@@ -11,10 +11,13 @@ from flax import nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from adv2_jax.attacks import explain, no_map
+from adv2_jax.attacks import check_interpreter, explain, no_map
 from adv2_jax.losses import cross_entropy
+from adv2_jax.presets import Preset
+from adv2_jax.training import robust
 from adv2_jax.training.loop import (
     NO_CHECKPOINTS,
+    NOT_NEGATIVE,
     SHARE,
     Checkpointing,
     Images,
@@ -26,6 +29,7 @@ from adv2_jax.training.loop import (
     check_examples,
     fit,
 )
+from adv2_jax.types import Classifier
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +40,24 @@ class ClassifierRecipe(Recipe):
         smoothing: mass that label smoothing takes from the true class, in [0, 1).
         head_only: whether to train only the parameters that `head` reads; the features stay as they
             are, BatchNorm statistics included.
+        robust: what is trained against, one of `robust.ROBUST`, or None.
+        epsilon: radius of the L∞ ball of "pgd" and "adv2", and step of "curvature", in [1/255, 1].
+        attack_steps: of "pgd" and "adv2", at least 1.
+        interpreter: that "adv2" attacks.
+        penalty: weight of "gradient", "curvature" or "ssr", not negative; None is that of
+            `robust.PENALTIES`.
 
     Raises:
         ValueError: names the option that is out of its range.
     """
 
-    RANGES: ClassVar[dict[str, Range]] = {**Recipe.RANGES, "smoothing": SHARE}
+    RANGES: ClassVar[dict[str, Range]] = {
+        **Recipe.RANGES,
+        **robust.RANGES,
+        "smoothing": SHARE,
+        "robust": (f"be one of {', '.join(robust.ROBUST)}", lambda name: name in robust.ROBUST),
+        "penalty": NOT_NEGATIVE,
+    }
 
     epochs: int = 4
     batch_size: int = 32
@@ -49,6 +65,24 @@ class ClassifierRecipe(Recipe):
     weight_decay: float = 0.05
     smoothing: float = 0.05
     head_only: bool = False
+    robust: str | None = None
+    epsilon: float = 8 / 255
+    attack_steps: int = 7
+    interpreter: str = "cam"
+    penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.penalty is not None and self.robust not in robust.PENALTIES:
+            raise ValueError(f"penalty goes with robust {', '.join(robust.PENALTIES)}")
+
+    @property
+    def attack(self) -> Preset | None:
+        """The attack on each batch, None without one."""
+        if self.robust not in robust.ATTACKS:
+            return None
+        interpreter = self.interpreter if self.robust == "adv2" else None
+        return robust.inner_attack(interpreter, self.attack_steps, self.epsilon)
 
 
 def train_classifier(
@@ -79,21 +113,36 @@ def train_classifier(
 
     Raises:
         ValueError: an option is out of its range; images and labels do not fit each other, the
-            classifier or `batch_size`; or as `loop.fit`.
+            classifier or `batch_size`; the classifier lacks what the interpreter under attack
+            needs; or as `loop.fit`.
     """
     recipe = ClassifierRecipe(**options)
+    attack = recipe.attack
     check_examples(
         images,
         labels,
         recipe.batch_size,
         lambda image: jax.eval_shape(_logits, model, image).shape[-1],
     )
+    for one in attack.interpreters if attack else ():
+        check_interpreter(cast(Classifier, model), images.shape[1:], one, attacked=True)
+
+    penalty, usual = robust.PENALTIES.get(recipe.robust or "", (None, 0.0))
+    weight = usual if recipe.penalty is None else recipe.penalty
 
     def loss(model: Any, constants: None, key: Array, x: Array, y: Array) -> Array:
         # the batch goes through the network as a whole, for the statistics of BatchNorm
-        return jax.vmap(partial(cross_entropy, smoothing=recipe.smoothing))(
-            _logits(model, x), y
-        ).mean()
+        logits = _logits(model, x)
+        each = jax.vmap(partial(cross_entropy, smoothing=recipe.smoothing))(logits, y)
+        if penalty is not None:
+            # of a copy: a derivative in the image must not write statistics
+            again = lambda x: _logits(nnx.clone(model), x)  # noqa: E731
+            each += weight * penalty(again, robust.at_inference(model), x, y, recipe.epsilon)
+        return each.mean()
+
+    def adversary(model: Any, constants: None, key: Array, x: Array, y: Array) -> Array:
+        assert attack is not None
+        return robust.adversarial(model, key, x, y, attack, recipe.epsilon)
 
     return fit(
         model,
@@ -105,6 +154,7 @@ def train_classifier(
         trainable=_read_by_head(model, images[0]) if recipe.head_only else nnx.Param,
         # a head alone is trained on the features that it will see, those of running statistics
         set_mode=lambda trainee: trainee.eval() if recipe.head_only else trainee.train(),
+        adversary=adversary if attack else None,
         devices=devices,
     )
 

@@ -33,8 +33,9 @@ Model = TypeVar("Model", bound=nnx.Module)
 Labels = NDArray[np.integer[Any]]
 Losses = NDArray[np.float32]
 OnLoss = Callable[[int, float], None]
-Loss = Callable[[Any, Any, Array, Array, Array], Array]
-Range = tuple[str, Callable[[float], bool]]  # in words, and as a test
+Loss = Callable[[Any, Any, Array, Any, Array], Array]
+Adversary = Callable[[Any, Any, Array, Array, Array], Any]
+Range = tuple[str, Callable[[Any], bool]]  # in words, and as a test; None passes all
 
 
 class TrainState(NamedTuple):
@@ -74,6 +75,8 @@ class Augmentation(NamedTuple):
 
 
 UpdateStep = Callable[..., tuple[TrainState, Array]]
+
+ATTACK = 1 << 31  # word of the keys of an adversary, far from those that a loss splits off
 
 NOT_NEGATIVE: Range = ("be finite and not negative", lambda value: 0 <= value < np.inf)
 SHARE: Range = ("lie in [0, 1)", lambda value: 0 <= value < 1)
@@ -117,8 +120,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, (words, allows) in self.RANGES.items():
-            if not allows(getattr(self, name)):
-                raise ValueError(f"{name} must {words}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and not allows(value):
+                raise ValueError(f"{name} must {words}, got {value}")
 
     def steps(self, n: int) -> int:
         """Return the number of steps on n images; what fills no batch of an epoch is left out."""
@@ -158,6 +162,7 @@ def fit(
     constants: Any = None,
     trainable: Any = nnx.Param,
     set_mode: Callable[[Any], None] = lambda model: model.train(),
+    adversary: Adversary | None = None,
     devices: int | None = None,
 ) -> tuple[Model, Losses]:
     """Train a copy of a network.
@@ -178,6 +183,9 @@ def fit(
         constants: pytree that the loss needs and does not train.
         trainable: NNX filter of the variables that are trained.
         set_mode: sets the copy to training; all of it unless given.
+        adversary: (the network in inference mode, constants, key, images, labels) -> what the loss
+            gets as images, a pytree [B, ...]; called before each step, outside of its program, so
+            that an attack has the driver that suits the device. None changes no image.
         devices: number of devices of this host that share each batch; unless given, as many as
             divide it evenly.
 
@@ -215,6 +223,8 @@ def fit(
     # XLA sums the gradients of the devices by itself, and the statistics of BatchNorm: the program
     # says what a batch is, not where
     state, constants = replicate((state, constants), count)
+    if adversary is not None:
+        step = _attacked(step, trained, recipe.seed, adversary)
 
     # drawn from the first step on, done or not: the generator must pass over what it drew before
     draws = islice(enumerate(_augmentations(len(images), recipe)), done, None)
@@ -328,7 +338,7 @@ def _make_step(
         # a copy: NNX forbids to write variables from inside another trace
         model = nnx.merge(graph, params, others, copy=True)
         # converted here: bytes are a quarter of what float32 would take to the device
-        value = loss(model, constants, key, images.astype(jnp.float32) / 255, labels)
+        value = loss(model, constants, key, _unit(images), labels)
         return value, nnx.state(model, nnx.Not(trainable))
 
     # donated: the new state overwrites the old one in memory
@@ -347,6 +357,30 @@ def _make_step(
         return TrainState(optax.apply_updates(state.params, updates), others, memory), value
 
     return step
+
+
+@jax.jit
+def _unit(images: Any) -> Any:
+    """Return images in [0, 1]; those of an adversary are that already."""
+    bytes_only = lambda x: x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x  # noqa: E731
+    return jax.tree.map(bytes_only, images)
+
+
+def _attacked(step: UpdateStep, trainee: nnx.Module, seed: int, adversary: Adversary) -> UpdateStep:
+    """Return an update step on what an adversary makes of the images of its batch."""
+    attacked = nnx.clone(trainee)
+    attacked.eval()
+    graph = nnx.graphdef(attacked)
+
+    def attacked_step(
+        constants: Any, state: TrainState, i: Array, images: Array, labels: Array
+    ) -> tuple[TrainState, Array]:
+        model = nnx.merge(graph, state.params, state.others)
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), i), ATTACK)
+        seen = adversary(model, constants, key, _unit(images), labels)
+        return step(constants, state, i, seen, labels)
+
+    return attacked_step
 
 
 def _advance(

@@ -12,10 +12,12 @@ from jax import Array
 
 from adv2_jax.attacks import batches
 from adv2_jax.blending import alternative
-from adv2_jax.capabilities import num_classes
+from adv2_jax.capabilities import logits_of, num_classes
 from adv2_jax.data.lazy import ahead
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, saliency_loss, size_loss
-from adv2_jax.models import Masker
+from adv2_jax.losses import strongest_other
+from adv2_jax.models import ClassifierWithMasker, Masker
+from adv2_jax.training import robust
 from adv2_jax.training.loop import (
     NO_CHECKPOINTS,
     NOT_NEGATIVE,
@@ -42,6 +44,12 @@ class MaskerRecipe(Recipe):
             not show; such a map should be empty.
         tune: whether to train the encoder too; its BatchNorm statistics stay as they are in any
             case.
+        robust: "adv2", interpretation distillation (see `distillation_loss`), or None.
+        epsilon: radius of the L∞ ball of its attack, in [1/255, 1].
+        attack_steps: at least 1.
+        distillation: weight of its loss. A positive one keeps the benign map, against attacks that
+            aim at the map of another image; a negative one, as in the paper, draws another map,
+            against those that aim at the benign one.
 
     Raises:
         ValueError: names the option that is out of its range.
@@ -49,8 +57,11 @@ class MaskerRecipe(Recipe):
 
     RANGES: ClassVar[dict[str, Range]] = {
         **Recipe.RANGES,
+        **robust.RANGES,
         **dict.fromkeys(SaliencyWeights._fields, NOT_NEGATIVE),
         "absent": SHARE,
+        "robust": ("be adv2", lambda name: name == "adv2"),
+        "distillation": ("be finite", np.isfinite),
     }
 
     epochs: int = 3
@@ -64,6 +75,10 @@ class MaskerRecipe(Recipe):
     area_power: float = SaliencyWeights().area_power
     absent: float = 0.3
     tune: bool = False
+    robust: str | None = None
+    epsilon: float = 8 / 255
+    attack_steps: int = 7
+    distillation: float = 1.0
 
     @property
     def weights(self) -> SaliencyWeights:
@@ -108,7 +123,7 @@ def train_masker(
     masker.check(num_classes(classifier, images.shape[1:]), images.shape[1:])
     trained, losses = fit(
         masker,
-        partial(batch_loss, recipe=recipe),
+        partial(distillation_loss if recipe.robust else batch_loss, recipe=recipe),
         images,
         labels,
         recipe,
@@ -118,6 +133,7 @@ def train_masker(
         if recipe.tune
         else nnx.All(nnx.Param, nnx.Not(nnx.PathContains("encoder"))),
         set_mode=_set_mode,
+        adversary=partial(_beside_attacked, recipe=recipe) if recipe.robust else None,
         devices=devices,
     )
     # after the training: where the encoder is tuned, its features move
@@ -164,6 +180,58 @@ def batch_loss(
         lambda x, y, m, key: saliency_loss(classifier, x, y, m, alternative(key, x), recipe.weights)
     )(images, labels, maps, jax.random.split(alternative_key, n))
     return jnp.where(absent, jax.vmap(lambda m: size_loss(m, recipe.weights))(maps), shown).mean()
+
+
+def distillation_loss(
+    masker: Any,
+    classifier: Classifier,
+    key: Array,
+    images: tuple[Array, Array],
+    labels: Array,
+    *,
+    recipe: MaskerRecipe,
+) -> Array:
+    """Return eq. 8 on benign images, and the weighted map L1 between these and attacked ones.
+
+    Adversarial interpretation distillation (ADV² §6.3): the map of an attacked image is that of the
+    class that it is taken for; the benign map does not move for its sake.
+
+    Args:
+        masker, classifier, key, labels, recipe: as for `batch_loss`.
+        images: benign and attacked, each [B, H, W, 3].
+
+    Returns:
+        [].
+    """
+    benign, attacked = images
+    logits = jax.vmap(lambda x: logits_of(classifier, x))(attacked)
+    kept = jax.lax.stop_gradient(masker(benign, labels))
+    distance = jnp.abs(masker(attacked, jax.vmap(strongest_other)(logits, labels)) - kept).mean()
+    loss = batch_loss(masker, classifier, key, benign, labels, recipe=recipe)
+    return loss + recipe.distillation * distance
+
+
+def _beside_attacked(
+    masker: Masker,
+    classifier: Classifier,
+    key: Array,
+    images: Array,
+    labels: Array,
+    *,
+    recipe: MaskerRecipe,
+) -> tuple[Array, Array]:
+    """Return benign images, and those of ADV² on classifier and masker."""
+    attacked = robust.adversarial(
+        ClassifierWithMasker(classifier, masker),
+        key,
+        images,
+        labels,
+        robust.inner_attack("rts", recipe.attack_steps, recipe.epsilon),
+        recipe.epsilon,
+        # the map of the next image of the batch is none that this image should have
+        partial(jnp.roll, shift=1, axis=0) if recipe.distillation > 0 else lambda maps: maps,
+    )
+    return images, attacked
 
 
 def class_means(masker: Masker, images: Images, labels: Labels, *, batch_size: int = 64) -> Array:
