@@ -129,6 +129,22 @@ def test_rts(run):
 
 
 @pytest.mark.slow
+def test_detectors(run):
+    ran = run("detectors")
+    detector, rows, found = (of["squeezing"] for of in (ran.fitted, ran.table, ran.adaptive))
+    # of some twenty images one may be above the threshold, which is the score of the next
+    assert (ran.scores(detector, ran.others.images[1::2]) > 1e-3).sum() == 1
+    assert rows["ADV²"]["AUC"] == 1 and rows["ADV²"]["detected"].all()
+    assert not rows["noise"]["detected"].any()
+    # the same threat, class and map, but unseen
+    assert rows["adaptive"]["evades"].all() and not rows["adaptive"]["detected"].any()
+    assert adv2.metrics.linf(found.images, ran.images).max() <= 16 / 255 + 1e-6
+    for image in found.images:
+        assert detector.score(ran.model, image / np.float32(255)) < detector.threshold
+    assert "Yes, and no, here: squeezing sees ADV² best, on 100%" in ran.printed
+
+
+@pytest.mark.slow
 def test_many_images(run):
     ran = run("many_images")
     assert (ran.finished, ran.resumed, ran.same) == (0, 0, True)
