@@ -22,7 +22,7 @@ from jax import Array
 
 from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
-from adv2_jax.detectors import Detector, parts_of
+from adv2_jax.detectors import Detector, Ensemble, parts_of
 from adv2_jax.interpreters import Context, Seen, Solver, Surrogate
 from adv2_jax.threats import Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
@@ -315,7 +315,11 @@ def _unit(gradient: Params) -> Params:
 
 
 def _away(
-    detector: Detector, model: Classifier, problem: Problem, state: State, options: Options
+    detector: Detector | Ensemble,
+    model: Classifier,
+    problem: Problem,
+    state: State,
+    options: Options,
 ) -> tuple[Params, Array]:
     """Return the direction in which a detector's scores rise, 0 below its threshold; the excess."""
 

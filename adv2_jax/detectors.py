@@ -434,16 +434,32 @@ def logistic_weights(features: np.ndarray, attacked: np.ndarray, *, steps: int =
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Several detectors of one classifier: an image is suspicious if it is to one of them.
+
+    Attributes:
+        members: two or more.
+    """
+
+    members: tuple[Detector, ...]
+
+    def excess(self, model: Classifier, image: Image) -> Array:
+        """Return by how much the scores of all members are above what an attack aims at."""
+        return jnp.concatenate([one.excess(model, image) for one in self.members])
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Guarded:
     """A classifier with a detector of its inputs: what is attacked must evade the detector too.
 
     Attributes:
         classifier: any `types.Classifier`; its methods are those of this object too.
-        detector: fitted on it.
+        detector: fitted on it, or an `Ensemble` of such.
     """
 
     classifier: Classifier
-    detector: Detector
+    detector: Detector | Ensemble
 
     def __getattr__(self, name: str) -> Any:
         if name in ("logits", "features", "head", "masker"):
@@ -451,7 +467,7 @@ class Guarded:
         raise AttributeError(f"{type(self).__name__} has no {name}")
 
 
-def parts_of(model: Any) -> tuple[Any, Detector | None]:
+def parts_of(model: Any) -> tuple[Any, Detector | Ensemble | None]:
     """Return a classifier without its detector, and the detector; None where it has none."""
     whole = model.whole() if isinstance(model, StaticLeaves) else model
     return (whole.classifier, whole.detector) if isinstance(whole, Guarded) else (model, None)

@@ -213,13 +213,16 @@ def test_commands_fit_evade_and_judge(commanded, brightness, capsys):
     file = f"{folder}/run/squeezing.npz"
     detector, record = detectors.load(file)
     assert len(record.seen) == 58 and detector.kind == detectors.squeezing()
-    assert cli.main([*words, "--evade", file, "--out", f"{folder}/knowing"]) == 0
+    both = [file, f"{folder}/run/discrepancy.npz"]
+    assert cli.main([*words, "--evade", *both, "--out", f"{folder}/knowing"]) == 0
     summary = read_summary(folder / "knowing")
-    assert summary["config"]["evade"] == file and "detector" in summary["fingerprints"]
-    asked = ["detect", f"{folder}/run", f"{folder}/knowing", "--detector", file, "--quiet"]
+    assert summary["config"]["evade"] == both
+    asked = ["detect", f"{folder}/run", f"{folder}/knowing", "--detector", *both, "--quiet"]
     assert cli.main(asked) == 0
     rows = read_summary(folder / "run")["detection"]
-    assert [row["run"] for row in rows[::4]] == ["run", "knowing"] and len(rows) == 8
+    assert [row["run"] for row in rows[::4]] == ["run", "knowing"] * 2 and len(rows) == 16
+    # it knew of both
+    assert [row["adaptive"] for row in rows[::4]] == [False, True] * 2
     # resumed, or gone on with, with that detector alone
     assert cli.main([*words, "--out", f"{folder}/knowing"]) == 2
     before = (

@@ -369,6 +369,27 @@ def test_an_attack_that_knows_the_detector_evades_it(kind, small, scenes, under_
     assert (evades_again >= evades).all()  # the best of two includes the first
 
 
+def test_an_attack_evades_several_detectors_at_once(small, scenes, under_attack):
+    targets, benign, attacked = under_attack
+    alone = attacked(watched(small, 0.45), target_maps=benign)
+    dark, simple = watched(small, 0.45).detector, fitted(detectors.squeezing(), small, scenes)
+    scores = score_of(simple, small, alone.images)
+    simple = dataclasses.replace(simple, threshold=jnp.float32(np.quantile(scores, 0.25)))
+    both = detectors.Ensemble((dark, simple))
+    image = jnp.asarray(scenes[0] / np.float32(255))
+    apart = [one.excess(small, image) for one in both.members]
+    np.testing.assert_array_equal(both.excess(small, image), np.concatenate(apart))
+    found = attacked(Guarded(small, both), target_maps=benign)
+
+    def evades(one, result):
+        return score_of(one, small, result.images) <= one.threshold
+
+    # what evades one is seen by the other
+    assert evades(simple, alone).sum() == 2
+    assert (evades(dark, found) & evades(simple, found)).sum() >= 6
+    assert metrics.success(found.logits, targets).all()
+
+
 def test_whatever_may_be_changed_evades(small, scenes, under_attack):
     """ε = 1: any image of the target class will do, and flat ones survive every squeezing."""
     targets, _, attacked = under_attack

@@ -483,9 +483,10 @@ COMMANDS = {
                 "without maps, curves and steps on the way, which the report then lacks",
             },
             "--evade": {
+                "nargs": "+",
                 "type": _path,
                 "metavar": "FILE.npz",
-                "help": "evade this detector of adv2 detect, too: an attack that knows of it "
+                "help": "evade these detectors of adv2 detect, too: an attack that knows of them "
                 "(default: none)",
             },
             **HOSTS,

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,13 +140,16 @@ def with_network_of_run(arguments: argparse.Namespace, run: Run) -> argparse.Nam
     return argparse.Namespace(**vars(arguments) | filled)
 
 
-def _guarded(model: Classifier, path: str, shape: tuple[int, ...]) -> Classifier:
-    """Return the network with the detector of a file, which an attack on it evades."""
-    detector, record = detectors.load(path)
-    detectors.check(detector, record, model, shape)
-    for name in detector.kind.interpreters:
-        check_interpreter(model, shape, INTERPRETERS[name](), attacked=True)
-    return detectors.Guarded(model, detector)
+def _guarded(model: Classifier, paths: Sequence[str], shape: tuple[int, ...]) -> Classifier:
+    """Return the network with the detectors of some files, which an attack on it evades."""
+    found = []
+    for path in paths:
+        detector, record = detectors.load(path)
+        detectors.check(detector, record, model, shape)
+        for name in detector.kind.interpreters:
+            check_interpreter(model, shape, INTERPRETERS[name](), attacked=True)
+        found.append(detector)
+    return detectors.Guarded(model, found[0] if len(found) == 1 else detectors.Ensemble((*found,)))
 
 
 def benign_of(arguments: argparse.Namespace, network: Classifier, run: Run) -> data.ImageSet:

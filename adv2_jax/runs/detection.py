@@ -195,7 +195,7 @@ def judge(
         "detector": detector.kind.name,
         "head": "threshold" if detector.weights is None else "logistic",
         "run": run.directory.name,
-        "adaptive": prints.get("detector") == tree_fingerprint(detector),
+        "adaptive": tree_fingerprint(detector) in prints.get("detector", "").split(", "),
     }
     threshold = float(detector.threshold)
     benign = scores(images)

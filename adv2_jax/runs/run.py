@@ -29,7 +29,7 @@ from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.lazy import ahead, behind
 from adv2_jax.descent import OnStep
-from adv2_jax.detectors import parts_of
+from adv2_jax.detectors import Ensemble, parts_of
 from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
 from adv2_jax.hosts import processes
@@ -294,7 +294,10 @@ def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
     """Return the fingerprints of the arrays that a run is about."""
     network, detector = parts_of(model)
     prints = {"network": tree_fingerprint(network), "image set": tree_fingerprint(image_set)}
-    return prints if detector is None else prints | {"detector": tree_fingerprint(detector)}
+    if detector is None:
+        return prints
+    members = detector.members if isinstance(detector, Ensemble) else [detector]
+    return prints | {"detector": ", ".join(map(tree_fingerprint, members))}
 
 
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:
