@@ -32,22 +32,22 @@ from adv2_jax.training.loop import Images, Labels, Range, Recipe
 from adv2_jax.types import Classifier
 
 # batch of images [B, H, W, 3] -> logits [B, K], of the network in training
-Logits = Callable[[Array], Array]
+Network = Callable[[Array], Array]
 # (logits, network in inference mode, images, labels [B], ε) -> [B] >= 0
-Penalty = Callable[[Logits, Any, Array, Array, float], Array]
+Penalty = Callable[[Network, Any, Array, Array, float], Array]
 
 EVALUATED, EVALUATION_STEPS = 200, 20  # images and steps by which robust accuracy is measured
 
 
 def gradient_penalty(
-    logits: Logits, model: Any, images: Array, labels: Array, epsilon: float
+    logits: Network, model: Any, images: Array, labels: Array, epsilon: float
 ) -> Array:
     """Return ‖∇ℓ(x)‖² of each image, [B] >= 0. Costs a second derivative."""
     return _squares(_slopes(logits, images, labels))
 
 
 def curvature_penalty(
-    logits: Logits, model: Any, images: Array, labels: Array, epsilon: float
+    logits: Network, model: Any, images: Array, labels: Array, epsilon: float
 ) -> Array:
     """Return ‖∇ℓ(x + ε s) - ∇ℓ(x)‖² of each image, s = sign ∇ℓ(x), [B] >= 0.
 
@@ -59,7 +59,7 @@ def curvature_penalty(
     return _squares(_slopes(logits, away, labels) - here)
 
 
-def ssr_penalty(logits: Logits, model: Any, images: Array, labels: Array, epsilon: float) -> Array:
+def ssr_penalty(logits: Network, model: Any, images: Array, labels: Array, epsilon: float) -> Array:
     """Return the largest eigenvalue of Jᵀ A J of each image, [B] >= 0.
 
     With its eigenvector v, found in inference mode, it is the variance of J v under the softmax.
@@ -75,8 +75,8 @@ def ssr_penalty(logits: Logits, model: Any, images: Array, labels: Array, epsilo
 
 # name -> the penalty, and its weight unless another one is given
 PENALTIES: dict[str, tuple[Penalty, float]] = {
-    "gradient": (gradient_penalty, 1.0),
-    "curvature": (curvature_penalty, 1.0),
+    "gradient": (gradient_penalty, 0.1),
+    "curvature": (curvature_penalty, 0.01),
     "ssr": (ssr_penalty, 0.01),
 }
 ATTACKS = "pgd", "adv2"
@@ -87,7 +87,7 @@ RANGES: dict[str, Range] = {
 ROBUST = *ATTACKS, *PENALTIES
 
 
-def _slopes(logits: Logits, images: Array, labels: Array) -> Array:
+def _slopes(logits: Network, images: Array, labels: Array) -> Array:
     """Return ∇ℓ of each image, [B, H, W, 3]."""
     # of the sum: under BatchNorm of the batch, an image moves the losses of others a little too
     total = lambda x: jax.vmap(losses.cross_entropy)(logits(x), labels).sum()  # noqa: E731
@@ -156,7 +156,7 @@ def adversarial(
     first, second = jax.random.split(key)
     maps: Any = np.zeros((n, 1, 1), np.float32)
     if preset.interpreter is not None:
-        maps = move(explained(model, images, labels, preset.interpreter.explain))
+        maps = move(_explained(model, images, labels, preset.interpreter.explain))
     keys = jax.random.key_data(jax.random.split(second, n))
     start = _scattered(first, images, epsilon, threat)
     crafted = craft(model, Problem(images, labels, maps, keys), preset, threat, start=start)
@@ -164,7 +164,7 @@ def adversarial(
 
 
 @partial(jax.jit, static_argnames="interpreter")
-def explained(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> Array:
+def _explained(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> Array:
     """Return the maps [B, h, w] of a batch for its labels [B]."""
     return jax.vmap(interpreter, (None, 0, 0))(model, images, labels)
 
