@@ -126,5 +126,6 @@ if __name__ == "__main__":
     parser.add_argument("names", nargs="*", default=list(SOURCES), metavar="NAME")
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="DIR")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     for name in arguments.names:
         write(name, arguments.out)
