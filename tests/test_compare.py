@@ -46,10 +46,16 @@ def test_rows_are_those_of_the_runs(runs):
 
 
 def test_runs_of_other_attacks_and_what_is_no_run_are_refused(runs, tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^.*other is a run of another attack than .*strong: epsilon"
-    ):
-        compare([runs / "strong", runs / "weak", runs / "other"])
+    # of another goal, or of two numbers
+    for change, words in (({"goal": "keep"}, "goal"), ({"steps": 4}, "epsilon was .*; steps")):
+        summary = json.loads((runs / "other" / "summary.json").read_text(encoding="utf-8"))
+        summary["config"] |= change
+        (tmp_path / "changed").mkdir(exist_ok=True)
+        (tmp_path / "changed" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+        with pytest.raises(
+            ValueError, match=rf"^.*changed is a run of another attack than .*strong: {words}"
+        ):
+            compare([runs / "strong", runs / "weak", tmp_path / "changed"])
     with pytest.raises(ValueError, match="two finished runs or more"):
         compare([runs / "strong"])
     with pytest.raises(ValueError, match="holds no finished run"):
@@ -63,6 +69,25 @@ def test_runs_of_other_attacks_and_what_is_no_run_are_refused(runs, tmp_path):
         match=r"^.* is a run of another attack than .*: image set was 147 numbers .*, is 98 numbers",
     ):
         compare([runs / "strong", tmp_path])
+
+
+def test_runs_of_one_network_may_differ_in_one_number(runs, tmp_path, capsys):
+    folders = [str(runs / name) for name in ("other", "weak")]
+    assert main(["compare", *folders, "--out", str(tmp_path / "sweep")]) == 0
+    summary = read_summary(tmp_path / "sweep")
+    assert summary["setting"] == "epsilon"
+    assert [(row["model"], row["epsilon"]) for row in summary["networks"]] == [
+        ("other", 0.2),
+        ("weak", 0.1),
+    ]
+    page = Page((tmp_path / "sweep" / "report.html").read_text(encoding="utf-8"))
+    charts = page.inside("desc")
+    # of map L1 and of success, from the smaller to the larger
+    assert len(charts) == 2 and all(one.endswith("over epsilon 0.1 to 0.2.") for one in charts)
+    of = {row["model"]: row for row in summary["rows"] if row["attack"] == "adv2"}
+    ends = [of[name]["map_l1"] for name in ("weak", "other")]
+    assert f"ADV² from {ends[0]:.3g} to {ends[1]:.3g}" in charts[0]
+    assert "Attacks compared" in (tmp_path / "sweep" / "report.html").read_text(encoding="utf-8")
 
 
 def test_equal_names_are_told_apart_by_their_folders(runs, tmp_path):

@@ -635,7 +635,8 @@ COMMANDS = {
         ],
     ),
     "compare": Command(
-        "set finished runs of one attack on one image set side by side, one for each network",
+        "set finished runs on one image set side by side: of one attack on several networks, or of "
+        "one network at several --epsilon, --steps or --restarts",
         {
             "run_directories": {
                 "type": _path,
@@ -646,7 +647,7 @@ COMMANDS = {
             **QUIET,
             **_out("where to write table.md, summary.json and report.html"),
         },
-        ["adv2 compare plain robust --out compared"],
+        ["adv2 compare plain robust --out compared", "adv2 compare eps-2 eps-4 eps-8 --out sweep"],
     ),
     "detect": Command(
         "fit detectors of adversarial images on benign ones, and show them the images of finished "

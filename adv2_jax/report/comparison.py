@@ -1,4 +1,4 @@
-"""Several networks under the same attack as one HTML page."""
+"""Several networks under one attack, or one under attacks of several sizes, as one HTML page."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,66 +25,88 @@ def write_comparison(directory: Path | str) -> Path:
     """
     folder = Path(directory)
     summary = read_summary(folder)
-    networks, rows = summary["networks"], summary["rows"]
+    networks, rows, setting = summary["networks"], summary["rows"], summary["setting"]
+    title = "Attacks compared" if setting else "Networks compared"
+    across = setting or "accuracy"
     sections = [
-        ("networks", "Networks", tables.networks(networks)),
-        ("distance", "Map distance against accuracy", _charts(networks, rows)),
-        ("attacks", "The same attack on each", tables.summary(rows)),
+        ("networks", "Runs" if setting else "Networks", tables.networks(networks, setting)),
+        ("distance", f"Map distance over {across}", _charts(networks, rows, across)),
+        ("attacks", "The attacks" if setting else "The same attack on each", tables.summary(rows)),
     ]
+    names = ", ".join(row["model"] for row in networks)
     body = page.template("plain.html").substitute(
-        title="Networks compared",
-        facts=words.definitions({"Networks": ", ".join(row["model"] for row in networks)}, "facts"),
+        title=title,
+        facts=words.definitions({"Runs" if setting else "Networks": names}, "facts"),
         sections="".join(page.section(*one) for one in sections),
         reproduction=page.reproduction(summary),
     )
-    return page.write_page(folder, page.document("Networks compared", body))
+    return page.write_page(folder, page.document(title, body))
 
 
-def _charts(networks: Sequence[Row], rows: Sequence[Row]) -> str:
-    """Draw for each interpreter the map L1 of each attack over the accuracy of the networks."""
-    order = sorted(range(len(networks)), key=lambda k: networks[k]["accuracy"])
-    ends = charts.ticks(networks[order[0]]["accuracy"], networks[order[-1]]["accuracy"])
+def _charts(networks: Sequence[Row], rows: Sequence[Row], across: str) -> str:
+    """Draw for each interpreter the map L1 of each attack over accuracy, or over a setting.
+
+    Over a setting the success rate too: where neither moves any more, the attack has what it needs.
+    """
+    order = sorted(range(len(networks)), key=lambda k: networks[k][across])
+    ends = networks[order[0]][across], networks[order[-1]][across]
+    drawn: dict[str, tuple[str, Sequence[float]]] = {"map_l1": ("map L1", [0.0])}
+    if across == "accuracy":
+        levels = charts.ticks(*ends)
+        ends = levels[0], min(levels[-1], 1.0)
+    else:
+        drawn |= {"asr": ("success rate", [0.0, 1.0])}
     figures: list[str] = []
     styles: dict[str, charts.Line] = {}
     for interpreter in dict.fromkeys(row["interpreter"] for row in rows):
-        lines = [
-            line
-            for kind in KINDS
-            if kind != CONTROL
-            and (line := _line([networks[k] for k in order], rows, interpreter, kind))
-        ]
-        if lines:
-            figures.append(
-                charts.chart(
-                    lines,
-                    anchor=f"chart-{len(figures)}",
-                    title=f"{words.title(interpreter)}: map L1",
-                    limits=(0.0,),
-                    across="accuracy",
-                    reach=(ends[0], min(ends[-1], 1.0)),
-                    marks=[str(k + 1) for k in order],
+        for key, (name, limits) in drawn.items():
+            lines = [
+                line
+                for kind in KINDS
+                if kind != CONTROL
+                and (
+                    line := _line(
+                        [networks[k] for k in order], rows, interpreter, kind, key, across
+                    )
                 )
-            )
-            styles |= {line.kind: line for line in lines}
-    note = "Numbers are those of the networks above; band: 95 % interval."
+            ]
+            if lines:
+                figures.append(
+                    charts.chart(
+                        lines,
+                        anchor=f"chart-{len(figures)}",
+                        title=f"{words.title(interpreter)}: {name}",
+                        limits=limits,
+                        across=across,
+                        reach=ends,
+                        marks=[str(k + 1) for k in order],
+                    )
+                )
+                styles |= {line.kind: line for line in lines}
+    note = "Numbers are those of the table above; band: 95 % interval."
     return f'<div class="charts">{"".join(figures)}</div>{charts.legend(styles.values(), note)}'
 
 
 def _line(
-    networks: Sequence[Mapping[str, Any]], rows: Sequence[Row], interpreter: str, kind: str
+    networks: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    interpreter: str,
+    kind: str,
+    key: str,
+    across: str,
 ) -> charts.Line | None:
-    """Return the map L1 of an attack over the accuracies of networks; None if one lacks it."""
+    """Return a measure of an attack over a number of the networks; None if one lacks it."""
     of = {
         row["model"]: row
         for row in rows
-        if row["interpreter"] == interpreter and kind_of(row) == kind and row["map_l1"] is not None
+        if row["interpreter"] == interpreter and kind_of(row) == kind and row[key] is not None
     }
     if not all(network["model"] in of for network in networks):
         return None
     chosen = [of[network["model"]] for network in networks]
-    means = np.array([row["map_l1"] for row in chosen], float)
+    means = np.array([row[key] for row in chosen], float)
     # of a single image there is no interval
-    ends = [row["ci"].get("map_l1", [row["map_l1"]] * 2) for row in chosen]
-    accuracies = np.array([network["accuracy"] for network in networks], float)
+    ends = [row["ci"].get(key, [row[key]] * 2) for row in chosen]
+    places = np.array([network[across] for network in networks], float)
     low, high = np.array(ends, float).T
-    return charts.Line(row_name(chosen[0]), kind, accuracies, means, low, high)
+    return charts.Line(row_name(chosen[0]), kind, places, means, low, high)

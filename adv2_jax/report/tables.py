@@ -92,13 +92,17 @@ def models(rows: Sequence[Row]) -> str:
     return _plain("Transfer to other networks", headings, lines, kind="named")
 
 
-def networks(rows: Sequence[Row]) -> str:
-    """Draw the accuracy of each network, numbered, and its curvature where some was measured."""
+def networks(rows: Sequence[Row], setting: str | None = None) -> str:
+    """Draw the accuracy of each network, numbered, and its curvature where some was measured.
+
+    A setting is a number in which the runs differ.
+    """
     keys = [one.key for one in CURVATURE] if any("curvature" in row for row in rows) else []
     lines = [
         _line(
             f"{k}: {row['model']}",
             [
+                *([words.number(row[setting], 4)] if setting else []),
                 words.number(row["images"], 0),
                 _spread(words.number, row["accuracy"], row["ci"]["accuracy"], 3),
                 *(_with_interval(row.get("curvature", {}), key) for key in keys),
@@ -106,7 +110,9 @@ def networks(rows: Sequence[Row]) -> str:
         )
         for k, row in enumerate(rows, 1)
     ]
-    return _table("Networks", ["Network", "Images", "Accuracy", *map(_heading, keys)], [lines])
+    first = ["Run", setting] if setting else ["Network"]
+    headings = [*first, "Images", "Accuracy", *map(_heading, keys)]
+    return _table("Networks", headings, [lines])
 
 
 def transfer(matrix: Mapping[str, Any]) -> str:
