@@ -409,6 +409,7 @@ def test_training_writes_weights_that_load(network, tmp_path, capsys):
     assert f"held-out accuracy {summary['accuracy']:.4f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_robust_training_measures_accuracy_under_attack(network, tmp_path, capsys):
     words = ["--robust", "pgd", "--attack-steps", "1", "--epsilon", "4/255", "--epochs", "1"]
     assert train(network, tmp_path / "out", *words) == 0
