@@ -336,6 +336,11 @@ class Detector:
     threshold: Array
     spread: Array
 
+    @property
+    def members(self) -> tuple["Detector", ...]:
+        """Itself alone: what an `Ensemble` of one has."""
+        return (self,)
+
     def features(self, model: Classifier, image: Image) -> Array:
         """Return the features [F] of an image."""
         return self.kind.compute(model, image, self.reference)
@@ -438,7 +443,7 @@ class Ensemble:
     """Several detectors of one classifier: an image is suspicious if it is to one of them.
 
     Attributes:
-        members: two or more.
+        members: one or more.
     """
 
     members: tuple[Detector, ...]

@@ -149,7 +149,7 @@ def _guarded(model: Classifier, paths: Sequence[str], shape: tuple[int, ...]) ->
         for name in detector.kind.interpreters:
             check_interpreter(model, shape, INTERPRETERS[name](), attacked=True)
         found.append(detector)
-    return detectors.Guarded(model, found[0] if len(found) == 1 else detectors.Ensemble((*found,)))
+    return detectors.Guarded(model, detectors.Ensemble(tuple(found)))
 
 
 def benign_of(arguments: argparse.Namespace, network: Classifier, run: Run) -> data.ImageSet:

@@ -1,6 +1,7 @@
 """Several networks under one attack, or one under attacks of several sizes, as one HTML page."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -58,31 +59,24 @@ def _charts(networks: Sequence[Row], rows: Sequence[Row], across: str) -> str:
         drawn |= {"asr": ("success rate", [0.0, 1.0])}
     figures: list[str] = []
     styles: dict[str, charts.Line] = {}
-    for interpreter in dict.fromkeys(row["interpreter"] for row in rows):
-        for key, (name, limits) in drawn.items():
-            lines = [
-                line
-                for kind in KINDS
-                if kind != CONTROL
-                and (
-                    line := _line(
-                        [networks[k] for k in order], rows, interpreter, kind, key, across
-                    )
+    ordered, kinds = [networks[k] for k in order], [kind for kind in KINDS if kind != CONTROL]
+    interpreters = dict.fromkeys(row["interpreter"] for row in rows)
+    for interpreter, (key, (name, limits)) in product(interpreters, drawn.items()):
+        found = [_line(ordered, rows, interpreter, kind, key, across) for kind in kinds]
+        lines = [line for line in found if line]
+        if lines:
+            figures.append(
+                charts.chart(
+                    lines,
+                    anchor=f"chart-{len(figures)}",
+                    title=f"{words.title(interpreter)}: {name}",
+                    limits=limits,
+                    across=across,
+                    reach=ends,
+                    marks=[str(k + 1) for k in order],
                 )
-            ]
-            if lines:
-                figures.append(
-                    charts.chart(
-                        lines,
-                        anchor=f"chart-{len(figures)}",
-                        title=f"{words.title(interpreter)}: {name}",
-                        limits=limits,
-                        across=across,
-                        reach=ends,
-                        marks=[str(k + 1) for k in order],
-                    )
-                )
-                styles |= {line.kind: line for line in lines}
+            )
+            styles |= {line.kind: line for line in lines}
     note = "Numbers are those of the table above; band: 95 % interval."
     return f'<div class="charts">{"".join(figures)}</div>{charts.legend(styles.values(), note)}'
 

@@ -29,7 +29,7 @@ from adv2_jax.crafting import snapshot_steps
 from adv2_jax.data import ImageSet, targets
 from adv2_jax.data.lazy import ahead, behind
 from adv2_jax.descent import OnStep
-from adv2_jax.detectors import Ensemble, parts_of
+from adv2_jax.detectors import parts_of
 from adv2_jax.devices import number_of_devices
 from adv2_jax.files import intact, write_summary
 from adv2_jax.hosts import processes
@@ -296,8 +296,7 @@ def fingerprints(model: Classifier, image_set: ImageSet) -> dict[str, str]:
     prints = {"network": tree_fingerprint(network), "image set": tree_fingerprint(image_set)}
     if detector is None:
         return prints
-    members = detector.members if isinstance(detector, Ensemble) else [detector]
-    return prints | {"detector": ", ".join(map(tree_fingerprint, members))}
+    return prints | {"detector": ", ".join(map(tree_fingerprint, detector.members))}
 
 
 def identity(config: Mapping[str, Any], prints: Mapping[str, str]) -> dict[str, Any]:

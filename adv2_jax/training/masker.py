@@ -12,10 +12,10 @@ from jax import Array
 
 from adv2_jax.attacks import batches
 from adv2_jax.blending import alternative
-from adv2_jax.capabilities import logits_of, num_classes
+from adv2_jax.capabilities import num_classes
+from adv2_jax.crafting import classes_of
 from adv2_jax.data.lazy import ahead
 from adv2_jax.interpreters.masker_maps import SaliencyWeights, saliency_loss, size_loss
-from adv2_jax.losses import strongest_other
 from adv2_jax.models import ClassifierWithMasker, Masker
 from adv2_jax.training import robust
 from adv2_jax.training.loop import (
@@ -48,7 +48,7 @@ class MaskerRecipe(Recipe):
         epsilon: radius of the L∞ ball of its attack, in [1/255, 1].
         attack_steps: at least 1.
         distillation: weight of its loss. A positive one keeps the benign map, against attacks that
-            aim at the map of another image; a negative one, as in the paper, draws another map,
+            aim at the map of another image; a negative one draws another map,
             against those that aim at the benign one.
 
     Raises:
@@ -204,9 +204,9 @@ def distillation_loss(
         [].
     """
     benign, attacked = images
-    logits = jax.vmap(lambda x: logits_of(classifier, x))(attacked)
     kept = jax.lax.stop_gradient(masker(benign, labels))
-    distance = jnp.abs(masker(attacked, jax.vmap(strongest_other)(logits, labels)) - kept).mean()
+    seen = masker(attacked, classes_of(classifier, attacked, labels, "untargeted"))
+    distance = jnp.abs(seen - kept).mean()
     loss = batch_loss(masker, classifier, key, benign, labels, recipe=recipe)
     return loss + recipe.distillation * distance
 

@@ -23,10 +23,9 @@ from jax import Array
 
 from adv2_jax import losses, threats
 from adv2_jax.attacks import attack
-from adv2_jax.crafting import craft, images_of
+from adv2_jax.crafting import craft, images_of, look
 from adv2_jax.curvature import softmax_spectrum
 from adv2_jax.descent import Problem
-from adv2_jax.interpreters import Explain
 from adv2_jax.presets import Preset, constant, resolve
 from adv2_jax.training.loop import Images, Labels, Range, Recipe
 from adv2_jax.types import Classifier
@@ -156,17 +155,12 @@ def adversarial(
     first, second = jax.random.split(key)
     maps: Any = np.zeros((n, 1, 1), np.float32)
     if preset.interpreter is not None:
-        maps = move(_explained(model, images, labels, preset.interpreter.explain))
+        explain = preset.interpreter.explain
+        maps = move(look(model, images, labels, explain, None, "auto")[1])
     keys = jax.random.key_data(jax.random.split(second, n))
     start = _scattered(first, images, epsilon, threat)
     crafted = craft(model, Problem(images, labels, maps, keys), preset, threat, start=start)
     return images_of(images, crafted.params, threat)
-
-
-@partial(jax.jit, static_argnames="interpreter")
-def _explained(model: Classifier, images: Array, labels: Array, interpreter: Explain) -> Array:
-    """Return the maps [B, h, w] of a batch for its labels [B]."""
-    return jax.vmap(interpreter, (None, 0, 0))(model, images, labels)
 
 
 @partial(jax.jit, static_argnames="threat")
