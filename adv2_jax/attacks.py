@@ -6,6 +6,7 @@ The attack itself is `crafting.craft`, which checks nothing.
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
@@ -36,6 +37,7 @@ from adv2_jax.crafting import (
     packed,
     scores_apart,
     snapshot_steps,
+    thresholds,
 )
 from adv2_jax.data.images import check_integers, check_range
 from adv2_jax.data.lazy import Images, LazyImages, ahead
@@ -93,8 +95,8 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w]; likewise.
-        gradient_evaluations: work on each image in gradients of ℓ_prd (see the function of this
-            name).
+        gradient_evaluations: [N], work on each image in gradients of ℓ_prd (see the function of
+            this name).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
         curves: the reports of the n steps, the warm start included, on the iterates they started
             from, [N, n]; `map_l1` is NaN where a step draws no map, and [N, n, P] of P interpreters.
@@ -109,7 +111,7 @@ class Result(NamedTuple):
     float_images: np.ndarray
     float_logits: np.ndarray
     float_maps: np.ndarray | Any
-    gradient_evaluations: float | Any
+    gradient_evaluations: np.ndarray
     params: Params
     curves: Info
     snapshots: np.ndarray
@@ -119,8 +121,8 @@ class Result(NamedTuple):
         sizes = ", ".join(f"maps {list(m.shape)}" for m in jax.tree.leaves(self.maps) if m.size)
         return (
             f"Result(images {list(self.images.shape)}, {sizes or 'no maps'}, "
-            f"{np.shape(self.curves.loss)[1]} steps, {self.gradient_evaluations} gradients an image, "
-            f"{int(self.failed.sum())} failed)"
+            f"{np.shape(self.curves.loss)[1]} steps, {self.gradient_evaluations.mean():.1f} gradients "
+            f"an image, {int(self.failed.sum())} failed)"
         )
 
     def to_pandas(self, targets: ArrayLike, target_maps: Any = None) -> Any:
@@ -192,7 +194,7 @@ def attack(
             ℓ_prd. With a `Preset` of your own a name must be that of its interpreter.
         threat: the threat model: `threats.linf` (8/255 unless given), `l2`, `flow`, `linf_flow`, or
             a `Threat` of your own.
-        preset: "default", "paper", "quick", or a `Preset` of your own.
+        preset: "default", "auto", "paper", "quick", or a `Preset` of your own.
         warm_steps, steps: replace those of the preset; its schedules stretch with `steps`.
         goal: "targeted" unless the preset has another; "untargeted" takes the strongest class beside
             the target, whichever it is at each step; "keep" says that targets are the classes that
@@ -267,14 +269,16 @@ def attack(
             )
             for i in range(resolved.restarts)
         ]
-        return each[0] if len(each) == 1 else _best(model, each, some, resolved, threat)
+        if len(each) == 1:
+            return each[0]
+        spent = np.sum([one.gradient_evaluations for one in each], axis=0)
+        best = _best(model, each, some, resolved, threat)
+        return best._replace(gradient_evaluations=spent)
 
     program = architecture(stepped), benign.shape[1:], resolved, threat
     result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)
     _check_failed(result.failed, all_may_fail)
-    with at(precision):  # as the steps were, so that nothing is traced again
-        evaluations = gradient_evaluations(model, resolved, threat, benign.shape[1:])
-    return result._replace(gradient_evaluations=evaluations)
+    return result
 
 
 def noise(
@@ -318,7 +322,7 @@ def noise(
     )
     curves, none = Info(*[np.zeros((n, 0))] * 3), np.zeros((0, 0, *benign.shape[1:]), np.uint8)
     x = to_unit(rounded, np.float32)
-    return Result(rounded, *seen, x, *seen, 0.0, params, curves, none, ~finite(seen))
+    return Result(rounded, *seen, x, *seen, np.zeros(n), params, curves, none, ~finite(seen))
 
 
 @partial(jax.jit, static_argnums=2)
@@ -368,9 +372,12 @@ def _best(
     threat: Threat,
 ) -> Result:
     """Return the best of several attacks for each image, by the criterion of the descent."""
-    values = []
+    values, least = [], joint_options(preset, threat).confidence
+    if preset.calibrated:
+        least = jax.device_get(thresholds(model, jax.device_put(problems.image)))
     for one in results:
         classes = reached(one.logits, problems.target, preset.goal)
+        hit = metrics.success(one.logits, classes)
         f_t, maps = metrics.confidence(one.logits, classes), jax.tree.leaves(one.maps)
         distance = 1 - f_t
         if preset.interpreters:
@@ -378,8 +385,7 @@ def _best(
             pairs = zip(maps, goals, strict=True)
             distance = np.mean([metrics.map_l1(m, goal) for m, goal in pairs], axis=0)
         excess = jax.device_get(excesses(model, to_unit(one.images, np.float32)))
-        confidence = joint_options(preset, threat).confidence
-        value = criterion(f_t, distance, confidence, excess)
+        value = criterion(f_t, distance, hit & (f_t >= least), excess)
         values.append(np.where(one.failed, np.inf, value))
     best = np.argmin(values, axis=0)
 
@@ -602,6 +608,15 @@ def gradient_evaluations(
         shape: of the image, [H, W, 3].
     """
     return _gradient_evaluations(architecture(model), preset, threat, tuple(shape))
+
+
+def _spent(
+    model: Classifier, preset: Preset, threat: Threat, shape: tuple[int, ...], steps: np.ndarray
+) -> np.ndarray:
+    """Return the `gradient_evaluations` of one attack on each image, by its number of joint steps."""
+    known, which = np.unique(steps, return_inverse=True)
+    once = [replace(preset, steps=int(n), restarts=1) for n in known]
+    return np.array([gradient_evaluations(model, one, threat, shape) for one in once])[which]
 
 
 @lru_cache(maxsize=256)  # a run asks once a batch
@@ -911,7 +926,7 @@ def _attack_batch(
     precision: str,
     devices: int,
 ) -> Result:
-    """Attack one batch, with snapshots of the first `pictured` images; cost is not counted here.
+    """Attack one batch, with snapshots of the first `pictured` images.
 
     The steps take `stepped`, what is returned is of `model`.
     """
@@ -929,9 +944,16 @@ def _attack_batch(
         )
     x = images_of(on_device.image, crafted.params, threat)
     # np.array: what `device_get` returns may be read-only, and failed images are overwritten below
-    x, params, last, curves = jax.tree.map(
-        np.array, jax.device_get((x, crafted.params, crafted.last, crafted.curves))
+    x, params, last, taken, curves = jax.tree.map(
+        np.array, jax.device_get((x, crafted.params, crafted.last, crafted.steps, crafted.curves))
     )
+    with at(precision):  # as the steps were, so that nothing is traced again
+        spent = _spent(model, preset, threat, benign.shape[1:], taken)
+    if preset.enough:  # an image that is done reports its last step from then on
+        step = np.arange(preset.warm_steps + preset.steps)
+        until = np.minimum(step, preset.warm_steps + taken[:, None] - 1)
+        rows = np.arange(len(taken))[:, None]
+        curves = jax.tree.map(lambda curve: curve[rows, until], curves)
     # steps of plain PGD draw no map, and report a distance of 0
     curves.map_l1[:, : preset.warm_steps if preset.interpreters else None] = np.nan
     pictures = (
@@ -968,9 +990,8 @@ def _attack_batch(
             images[failed] = old[failed]
             for values in jax.tree.leaves((logits, maps)):
                 values[failed] = np.nan
-    # () is a pytree without leaves: batches are concatenated leaf by leaf
     snapshots = to_uint8(pictures).swapaxes(0, 1)
-    return Result(*results, *float_results, (), params, curves, snapshots, failed)
+    return Result(*results, *float_results, spent, params, curves, snapshots, failed)
 
 
 def _rounded(x: np.ndarray, params: Params, benign: np.ndarray, threat: Threat) -> list[Any]:

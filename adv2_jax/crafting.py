@@ -7,7 +7,7 @@ after batch.
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,6 +19,7 @@ from jax import Array
 from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
 from adv2_jax.descent import (
+    CONFIDENCE,
     Driver,
     Info,
     Numbers,
@@ -31,7 +32,9 @@ from adv2_jax.descent import (
     descend,
     image_of,
     init,
+    is_done,
     keep_better,
+    reaches,
     solve,
 )
 from adv2_jax.detectors import parts_of
@@ -50,6 +53,7 @@ class Crafted(NamedTuple):
         params: the best parameters of the threat model, or the last ones if the preset keeps no
             best; a pytree whose leaves have a leading axis [B].
         last: the parameters after the last step.
+        steps: joint steps until each image was done (`Preset.enough`), or all, int32 [B].
         curves: the reports of the steps on the iterates they started from, [B, warm steps + joint
             steps].
         pictures: the 8-bit images in [0, 1] of the first M problems at `snapshot_steps`, the last
@@ -58,6 +62,7 @@ class Crafted(NamedTuple):
 
     params: Params
     last: Params
+    steps: Array
     curves: Info
     pictures: Array | None
 
@@ -71,6 +76,7 @@ class Stages(NamedTuple):
         apart: whether iterates are compared by the explained maps after each chunk of steps; else
             the steps compare them.
         keep_best: whether the best iterate is returned.
+        calibrated: whether benign images set the threshold of f_t (`thresholds`).
         cuts: the numbers of joint steps at which chunks begin and end.
         slots: for each chunk the index of the picture taken at its end, out of range for none.
         pictures: the numbers of images to take pictures of, and of pictures of each.
@@ -81,6 +87,7 @@ class Stages(NamedTuple):
     interpreters: tuple[Interpreter, ...]
     apart: bool
     keep_best: bool
+    calibrated: bool
     cuts: tuple[int, ...]
     slots: tuple[int, ...]
     pictures: tuple[int, int]
@@ -180,6 +187,8 @@ def _craft(
         stages.warm,
     )
     pictures = picture(pictures, 1 if len(schedules[0].alpha) else 0, states.params)
+    if stages.calibrated:
+        problems = problems._replace(confidence=thresholds(model, problems.image))
     images = images_of(problems.image, states.params, threat, True)
     # solved on the 8-bit image, as after each chunk: it is what the analyst will explain
     labels = classes_of(model, images, problems.target, stages.joint.goal)
@@ -194,13 +203,17 @@ def _craft(
     # mean nothing for the joint loss
     states = _start(problems.image, states.params, memory, stages.joint)
 
-    def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
-        states, curves, pictures = carry
+    def forward(c: Any, states: State) -> tuple[State, Info]:
         states, info = run(
             problems, states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1])
         )
         if stages.apart:
             states = _compare(model, problems, states, stages, driver)
+        return states, info
+
+    def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
+        states, curves, pictures = carry
+        states, info = _unless_done(partial(forward, c), states, curves, stages.joint.enough)
         # each report is a number at its own steps, and 0 at those of other chunks
         curves = jax.tree.map(operator.add, curves, info)
         return states, curves, picture(pictures, slots[c], states.params)
@@ -232,7 +245,24 @@ def _craft(
     pictures = picture(pictures, many - 1, params)  # these need not be the last iterate
     concatenate = np.concatenate if driver == "host" else jnp.concatenate
     curves = jax.tree.map(lambda *stage: concatenate(stage, axis=1), warm, joint)
-    return Crafted(params, states.params, curves, pictures)
+    return Crafted(params, states.params, states.step, curves, pictures)
+
+
+def _unless_done(
+    forward: Callable[[State], tuple[State, Info]], states: State, curves: Info, enough: float
+) -> tuple[State, Info]:
+    """Return the next states of a batch and the reports, or these and 0 if all images are done."""
+    if not enough:
+        return forward(states)
+    ended, nothing = _ended(states, enough), jax.tree.map(lambda curve: 0 * curve, curves)
+    if isinstance(ended, jax.core.Tracer):
+        return jax.lax.cond(ended, lambda states: (states, nothing), forward, states)
+    return (states, nothing) if jax.device_get(ended) else forward(states)
+
+
+@partial(jax.jit, static_argnames="enough")
+def _ended(states: State, enough: float) -> Array:
+    return is_done(states, enough).all()
 
 
 def scores_apart(preset: Preset) -> bool:
@@ -257,7 +287,9 @@ def snapshot_steps(preset: Preset) -> list[int]:
 
 def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
     apart, looks = scores_apart(preset), snapshot_steps(preset)
-    compared = range(preset.score_every, preset.steps, preset.score_every) if apart else ()
+    # where steps compare, every tenth asks whether all images are done
+    unit = preset.score_every if apart else 10 if preset.enough else 0
+    compared = range(unit, preset.steps, unit) if unit else ()
     looked = [step - preset.warm_steps for step in looks] if pictured > 0 else []
     cuts = sorted({0, preset.steps, *(step for step in (*compared, *looked) if step > 0)})
     ends = [preset.warm_steps + end for end in cuts[1:]]
@@ -267,6 +299,7 @@ def _stages(preset: Preset, threat: Threat, pictured: int) -> Stages:
         preset.interpreters,
         apart,
         preset.score_every > 0,
+        preset.calibrated,
         tuple(cuts),
         tuple(looks.index(end) if end in looks else len(looks) for end in ends),
         (pictured, len(looks)) if pictured > 0 else (0, 0),
@@ -318,8 +351,11 @@ def joint_options(preset: Preset, threat: Threat) -> Options:
         None if preset.interpreter is None else preset.interpreter.surrogate,
         map_loss=preset.map_loss,
         momentum=preset.momentum,
+        second_moment=preset.second_moment,
         smoothing=preset.smoothing,
         yielding=preset.yielding,
+        least_weight=preset.least_weight,
+        enough=preset.enough,
         rounded=preset.rounded,
         # a surrogate that is not faithful draws another map than the analyst sees: `_compare` does
         # it
@@ -346,7 +382,7 @@ def _compare(
     ]
     logits, maps = seen[0][0], packed([one[1] for one in seen], stages.joint)
     excess = excesses(model, images)
-    states = _keep_better(problems, states, logits, maps, excess, stages.joint.confidence)
+    states = _keep_better(problems, states, logits, maps, excess, stages.joint)
     old = states.memory if stages.joint.parts else (states.memory,)
     memories = [
         before if one.solver is None else after
@@ -370,17 +406,25 @@ def _photograph(
     return pictures.at[slot].set(images_of(*first, threat, True), mode="drop")
 
 
-@partial(jax.jit, static_argnames="confidence")
+@partial(jax.jit, static_argnames="options")
 def _keep_better(
-    problems: Problem, states: State, logits: Array, maps: Any, excess: Any, confidence: float
+    problems: Problem, states: State, logits: Array, maps: Any, excess: Any, options: Options
 ) -> State:
     def one(problem: Problem, state: State, logits: Logits, seen: Any, excess: Any) -> State:
         f_t = losses.probability(logits, problem.target)
         map_l1 = jax.tree.map(lambda m, goal: jnp.abs(m - goal).mean(), seen, problem.target_map)
         mean = jnp.stack(jax.tree.leaves(map_l1)).mean()
-        return keep_better(state, criterion(f_t, mean, confidence, excess))
+        value = criterion(f_t, mean, reaches(logits, problem, options), excess)
+        return keep_better(state, value, options.enough)
 
     return jax.vmap(one)(problems, states, logits, maps, excess)
+
+
+@jax.jit
+@partial(jax.vmap, in_axes=(None, 0))
+def thresholds(model: Classifier, image: Image) -> Array:
+    """Return for each image [B] the f_t that counts as confident: its own, .8 at most."""
+    return jnp.minimum(jax.nn.softmax(logits_of(model, image)).max(), CONFIDENCE)
 
 
 @jax.jit

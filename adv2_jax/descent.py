@@ -24,7 +24,7 @@ from adv2_jax import losses
 from adv2_jax.capabilities import logits_of
 from adv2_jax.detectors import Detector, Ensemble, parts_of
 from adv2_jax.interpreters import Context, Seen, Solver, Surrogate
-from adv2_jax.threats import Params, Threat
+from adv2_jax.threats import PIXEL, Params, Threat
 from adv2_jax.types import Classifier, Image, Label, Map
 
 # what the adversary wants of the class: a class of its own, any but the label, or the label
@@ -34,9 +34,11 @@ MapLoss = Callable[[Map, Map], Array]
 OnStep = Callable[[int], None]
 Step = Callable[[Classifier, Any, Any, Any], tuple[Any, Any]]
 
-# Lower bound of `State.weight`. Without it a hundred steps that miss the target would leave
-# .9^100 = 3e-5 of λ, and 1.1^k brings it back only after 111 steps that hit
+# Lower bound of `State.weight` unless a preset has another. Without it a hundred steps that miss the
+# target would leave .9^100 = 3e-5 of λ, and 1.1^k brings it back only after 111 steps that hit
 LEAST_WEIGHT = 1e-2
+# f_t above which an iterate is compared by its map
+CONFIDENCE = 0.8
 
 
 class Problem(NamedTuple):
@@ -48,12 +50,14 @@ class Problem(NamedTuple):
         target_map: [h, w] in [0, 1]; of several interpreters a tuple, in the order of `Options.parts`.
         key: raw data of a PRNG key (`jax.random.key_data`), for interpreters that draw random
             numbers; None for others.
+        confidence: threshold of f_t for this image, []; None for that of the options.
     """
 
     image: Image | Any
     target: Label | Any
     target_map: Map | Any
     key: Array | Any = None
+    confidence: Array | Any = None
 
 
 class Options(NamedTuple):
@@ -66,11 +70,17 @@ class Options(NamedTuple):
         map_loss: ℓ_int, (map, target map) -> [].
         momentum: decay of the running sum of normalised gradients that goes into `threat.steepest`,
             in [0, 1) (MI-FGSM, Dong et al. 2018). None steps by `threat.optimiser`.
+        second_moment: decay of the running mean of squares that the running sum is divided by, in
+            [0, 1): Adam on normalised gradients, for threat models with a `stride`. 0 is none.
         smoothing: label smoothing of ℓ_prd, in [0, 1).
         yielding: while f_t < confidence the weight of the map term is multiplied by 1 - yielding at
-            each step, afterwards by 1 + yielding, up to λ and not below λ / 100; 0 keeps λ. So the
-            map term gives way on images where it would keep the prediction from succeeding.
+            each step, afterwards by 1 + yielding, up to λ and not below `least_weight` of it; 0
+            keeps λ. So the map term gives way on images where it would keep the prediction from
+            succeeding.
+        least_weight: see there.
         confidence: threshold of f_t; above it an iterate is compared by its map.
+        enough: an image is done once its best map L1 is at most this: its best iterate stays. 0
+            goes on to the last step.
         rounded: take losses and gradients at the allowed 8-bit image nearest to the iterate
             (`Threat.round`), with the gradient passed straight through. Then the image that is
             optimised is the image that is returned.
@@ -87,9 +97,12 @@ class Options(NamedTuple):
     surrogate: Surrogate | None = None
     map_loss: MapLoss = losses.map_l2
     momentum: float | None = None
+    second_moment: float = 0.0
     smoothing: float = 0.0
     yielding: float = 0.0
-    confidence: float = 0.8
+    least_weight: float = LEAST_WEIGHT
+    confidence: float = CONFIDENCE
+    enough: float = 0.0
     rounded: bool = False
     keep_best: bool = False
     goal: str = "targeted"
@@ -116,11 +129,11 @@ class State(NamedTuple):
     Attributes:
         params: of the threat model, any pytree.
         optimiser: state of `direction`.
-        weight: [] in [.01, 1], factor of λ at present (see `Options.yielding`); of all interpreters.
+        weight: [] in [`Options.least_weight`, 1], factor of λ at present (see `Options.yielding`); of all interpreters.
         best: parameters with the lowest criterion so far.
         lowest: [] float32, their criterion; infinite before the first comparison.
         memory: of the surrogate, any pytree, or a tuple of those of several; None where it has none.
-        step: [] int32, the number of steps taken.
+        step: [] int32, the number of steps taken until the image was done (`Options.enough`).
     """
 
     params: Params
@@ -153,8 +166,17 @@ def image_of(params: Params, image: Image, threat: Threat, *, rounded: bool) -> 
     return x + jax.lax.stop_gradient(threat.round(x, params, image) - x) if rounded else x
 
 
-def criterion(f_t: Any, map_l1: Any, confidence: float, excess: Any = None) -> Any:
-    """Return what the best iterate minimises: map L1 where f_t >= confidence, else 2 - f_t.
+def reaches(logits: Array, problem: Problem, options: Options) -> Array:
+    """Return whether f_t is at its threshold or above: [K] -> []."""
+    f_t = losses.probability(logits, problem.target)
+    if problem.confidence is None:
+        return f_t >= options.confidence
+    # one of the image may be below ½, where another class may still be above the target
+    return (f_t >= problem.confidence) & (logits[problem.target] >= logits.max())
+
+
+def criterion(f_t: Any, map_l1: Any, hit: Any, excess: Any = None) -> Any:
+    """Return what the best iterate minimises: map L1 where the target is `hit`, else 2 - f_t.
 
     Arrays of NumPy or JAX, of one image or many. Under a detector, an iterate with a positive
     `excess` (`detectors.Detector.excess`) is worse than any that evades it.
@@ -162,19 +184,25 @@ def criterion(f_t: Any, map_l1: Any, confidence: float, excess: Any = None) -> A
     where = f_t.__array_namespace__().where
     if excess is not None:
         over = where(excess > 0, excess, 0)
-        # in (1, 2 - confidence): between those that evade and those that miss
-        map_l1 = where(excess > 0, 1 + (1 - confidence) * over / (1 + over), map_l1)
+        # in (1, 2 - CONFIDENCE): between those that evade and those that miss
+        map_l1 = where(excess > 0, 1 + (1 - CONFIDENCE) * over / (1 + over), map_l1)
     # maps lie in [0, 1], so any iterate that hits the target is better than any that misses
-    return where(f_t >= confidence, map_l1, 2 - f_t)
+    return where(hit, map_l1, 2 - f_t)
 
 
-def keep_better(state: State, value: Array) -> State:
+def keep_better(state: State, value: Array, enough: float = 0.0) -> State:
     """Return the state whose best parameters are the present ones if their criterion is lower."""
     # of a float64 network it is float64, which a loop does not carry
     value = value.astype(state.lowest.dtype)
-    best = optax.tree_utils.tree_where(value < state.lowest, state.params, state.best)
-    # fmin, not min: a criterion that is not a number must not win, nor erase the lowest one
-    return state._replace(best=best, lowest=jnp.fmin(value, state.lowest))
+    # one that is done stays, so that it does not depend on how long others in its batch go on
+    better = (value < state.lowest) & ~is_done(state, enough)
+    best = optax.tree_utils.tree_where(better, state.params, state.best)
+    return state._replace(best=best, lowest=jnp.where(better, value, state.lowest))
+
+
+def is_done(state: State, enough: float) -> Array:
+    """Return whether an image needs no more steps (`Options.enough`), bool [] or [B]."""
+    return state.lowest <= (enough or -jnp.inf)
 
 
 def direction(options: Options) -> optax.GradientTransformation:
@@ -184,7 +212,12 @@ def direction(options: Options) -> optax.GradientTransformation:
         return (threat.optimiser or threat.steepest)()
     # normalised first, so that momentum sums directions: gradients of a confident network are tiny,
     # and differ by orders of magnitude from step to step
-    return optax.chain(optax.normalize_by_update_norm(), optax.trace(momentum), threat.steepest())
+    unit = optax.normalize_by_update_norm()
+    if options.second_moment and threat.stride is not None:
+        # where the signs of a pixel take turns its steps get shorter by themselves
+        adam = optax.scale_by_adam(momentum, options.second_moment)
+        return optax.chain(unit, adam, optax.scale(threat.stride / PIXEL))
+    return optax.chain(unit, optax.trace(momentum), threat.steepest())
 
 
 def init(image: Image, options: Options, params: Params = None, memory: Any = None) -> State:
@@ -204,11 +237,11 @@ def joint_loss(
     options: Options,
     memory: Any = None,
     index: Any = 0,
-) -> tuple[Array, tuple[Info, Any]]:
-    """Return ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) (eq. 3), with (`Info`, next memory) beside it.
+) -> tuple[Array, tuple[Info, Any, Array]]:
+    """Return ℓ_prd(f(x), t) + λ ℓ_int(g(x; f), m_t) (eq. 3), with (`Info`, next memory, hit) beside it.
 
-    x is the image that the parameters make. Penalties of the surrogate and of the threat model are
-    added.
+    x is the image that the parameters make, hit whether it `reaches` the target. Penalties of the
+    surrogate and of the threat model are added.
     """
     x = image_of(params, problem.image, options.threat, rounded=options.rounded)
     plain, untargeted = options.surrogate is None, options.goal == "untargeted"
@@ -229,7 +262,8 @@ def joint_loss(
     prediction = losses.cross_entropy(seen.logits, problem.target, smoothing=options.smoothing)
     loss = prediction + numbers.lam * options.map_loss(seen.map, problem.target_map)
     loss += seen.penalty + options.threat.penalty(params)
-    return loss, (Info(loss, f_t, jnp.abs(seen.map - problem.target_map).mean()), seen.memory)
+    info = Info(loss, f_t, jnp.abs(seen.map - problem.target_map).mean())
+    return loss, (info, seen.memory, reaches(seen.logits, problem, options))
 
 
 def step(
@@ -248,8 +282,9 @@ def step(
         The next state, and the report on the present one.
     """
     weighed = numbers._replace(lam=state.weight * numbers.lam)
+    going = jnp.where(is_done(state, options.enough), 0, 1)
     model, detector = parts_of(model)
-    gradient, info, memory = _slope(model, problem, state, weighed, options)
+    gradient, info, memory, hit = _slope(model, problem, state, weighed, options)
     excess = None
     if detector is not None:
         away, excess = _away(detector, model, problem, state, options)
@@ -259,38 +294,37 @@ def step(
         plain = options.surrogate is None and not options.parts
         # the mean of several interpreters: the largest would always be that of the same one
         distance = 1 - info.confidence if plain else info.map_l1.mean()
-        value = criterion(info.confidence, distance, options.confidence, excess)
-        state = keep_better(state, info.loss if plain and detector is None else value)
+        value = criterion(info.confidence, distance, hit, excess)
+        value = info.loss if plain and detector is None else value
+        state = keep_better(state, value, options.enough)
     down, optimiser = direction(options).update(gradient, state.optimiser, state.params)
     # the step size is data, not an optax schedule: other values of it need no new program
     moved = jax.tree.map(lambda p, d: p - numbers.alpha * d, state.params, down)
-    holds = info.confidence >= options.confidence
-    weight = jnp.clip(
-        state.weight * jnp.where(holds, 1 + options.yielding, 1 - options.yielding), LEAST_WEIGHT, 1
-    )
+    factor = jnp.where(hit, 1 + options.yielding, 1 - options.yielding)
+    weight = jnp.clip(state.weight * factor, options.least_weight, 1)
     projected = options.threat.project(moved, problem.image)
     return state._replace(
-        params=projected, optimiser=optimiser, weight=weight, memory=memory, step=state.step + 1
+        params=projected, optimiser=optimiser, weight=weight, memory=memory, step=state.step + going
     ), info
 
 
 def _slope(
     model: Classifier, problem: Problem, state: State, numbers: Numbers, options: Options
-) -> tuple[Params, Info, Any]:
-    """Return the gradient of the joint loss in the parameters, the report and the next memory.
+) -> tuple[Params, Info, Any, Array]:
+    """Return the gradient of the joint loss in the parameters, the report, the next memory, the hit.
 
     Of several interpreters it is the sum of the directions in which each alone would step: a weight
     of each would have to be found for each network, and the loudest would drown the others.
     """
     if not options.parts:
-        gradient, (info, memory) = jax.grad(joint_loss, has_aux=True)(
+        gradient, beside = jax.grad(joint_loss, has_aux=True)(
             state.params, model, problem, numbers, options, state.memory, state.step
         )
-        return gradient, info, memory
+        return gradient, *beside
     inputs = zip(
         problem.target_map, state.memory, numbers.lam, numbers.tau, options.parts, strict=True
     )
-    gradients, infos, after = zip(
+    gradients, infos, after, hits = zip(
         *(
             _slope(
                 model,
@@ -305,7 +339,8 @@ def _slope(
     )
     gradient = jax.tree.map(lambda *leaves: sum(leaves), *map(_unit, gradients))
     map_l1 = jnp.stack([info.map_l1 for info in infos])
-    return gradient, Info(sum(info.loss for info in infos), infos[0].confidence, map_l1), after
+    info = Info(sum(info.loss for info in infos), infos[0].confidence, map_l1)
+    return gradient, info, after, hits[0]
 
 
 def _unit(gradient: Params) -> Params:

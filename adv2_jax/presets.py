@@ -1,7 +1,7 @@
 """The numbers of an attack, by preset and interpreter.
 
 `paper` holds the constants of the released code, `default` those found here by search, and `quick`
-as few steps as will do.
+as few steps as will do. `auto` takes what it can from the network, the image and the threat model.
 """
 
 import json
@@ -17,7 +17,7 @@ import optax
 
 from adv2_jax import losses
 from adv2_jax.activations import TAU
-from adv2_jax.descent import GOALS, MapLoss
+from adv2_jax.descent import GOALS, LEAST_WEIGHT, MapLoss
 from adv2_jax.errors import first_line
 from adv2_jax.interpreters import (
     FACTORIES,
@@ -117,9 +117,15 @@ class Preset:
         map_loss: ℓ_int; λ weighs a sum of squares in eq. 3, and a mean in the released CAM code.
         momentum: of the joint stage (see `descent.Options`); None is the optimiser of the threat
             model.
-        smoothing: label smoothing, joint stage.
-        yielding: how fast the map term gives way where the prediction fails (see
+        second_moment: decay of Adam's mean of squares, joint stage; 0 is none (see
             `descent.Options`).
+        smoothing: label smoothing, joint stage.
+        yielding, least_weight: how fast, and how far, the map term gives way where the prediction
+            fails (see `descent.Options`).
+        calibrated: an image is fooled once f_t reaches the confidence that the network has in the
+            benign image, where that is below .8; else at .8 throughout.
+        enough: map L1 at which an image is done, and costs no more steps; 0 takes all steps. Of
+            several interpreters their mean.
         rounded: take joint steps at 8-bit images (see `descent.Options`).
         score_every: 0 returns the last iterate; any other number the best, compared after every so
             many joint steps by the explained map if the interpreter is not `faithful`. Else, and in
@@ -142,8 +148,12 @@ class Preset:
     tau: Schedule = _TAU
     map_loss: MapLoss = losses.map_l2
     momentum: float | None = None
+    second_moment: float = 0.0
     smoothing: float = 0.0
     yielding: float = 0.0
+    least_weight: float = LEAST_WEIGHT
+    calibrated: bool = False
+    enough: float = 0.0
     rounded: bool = False
     score_every: int = 0
     warm_step_size: float = PIXEL
@@ -311,6 +321,35 @@ PRESETS: dict[str, dict[str, Preset]] = {
         "gradient_rollout": replace(_DEFAULT_GRAD, interpreter=gradient_rollout_interpreter()),
     },
 }
+# What a table cannot know is measured on what is attacked (docs/method.md, `auto`): the threshold of
+# f_t on the benign image, the pace of a pixel on its own gradients, the length of a step on the
+# radius, the widths of GRAD on how far the attack moves a neuron
+_MEASURED: dict[str, Any] = {"least_weight": 1e-3, "calibrated": True, "enough": PIXEL / 2}
+
+
+def _auto(name: str, known: Preset) -> Preset:
+    """Return the numbers of `auto` for an interpreter from those of `default`."""
+    if known.interpreter is None:  # plain PGD: both are compared with the same
+        return known
+    balance: Any = known.balance
+    if known.interpreter.solver is not None:  # each solve anew upsets the mean of squares
+        return replace(known, **_MEASURED)
+    second_order, share = "act" in known.interpreter.needs, 0.8
+    if name == "grad":
+        share, interpreter = 2 / 3, grad_interpreter(tau="matched", spread=True)
+        known = replace(known, interpreter=interpreter)
+    return replace(
+        known,
+        steps=round(share * known.steps),
+        second_moment=0.95,
+        step_size=decay((1.0 if second_order else 1.5) * PIXEL, PIXEL / 20),
+        # little at first, so that the class is reached, and more than enough at last
+        balance=ramp(balance.first / (1 if second_order else 3), 5 * balance.last),
+        **_MEASURED,
+    )
+
+
+PRESETS["auto"] = {name: _auto(name, known) for name, known in PRESETS["default"].items()}
 PRESETS["quick"] = {
     name: replace(PRESETS["default"][name], steps=steps, step_size=decay(4 * PIXEL, PIXEL / 5))
     for name, steps in _QUICK_STEPS.items()
@@ -397,6 +436,9 @@ def resolve(
         adjust = adjustments.get(preset) if isinstance(preset, str) else None
         preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
         preset = adjust(preset) if adjust else preset
+        if preset.second_moment and threat is not None and threat.stride is None:
+            pace = PRESETS["default"][name or "pgd"]
+            preset = replace(preset, second_moment=0.0, steps=pace.steps, step_size=pace.step_size)
     if not isinstance(interpreter, str | Joint):
         preset = replace(preset, interpreter=interpreter)
     counts = {"warm_steps": (warm_steps, 0), "steps": (steps, 0), "restarts": (restarts, 1)}
@@ -508,7 +550,7 @@ def _read(key: str, value: Any, default: Any) -> Any:
     # a bool is an int to Python
     if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < math.inf:
         raise ValueError(f"must be a {word} number, 0 or more")
-    if key in ("momentum", "smoothing", "yielding") and value >= 1:
+    if key in ("momentum", "second_moment", "smoothing", "yielding") and value >= 1:
         raise ValueError("must be below 1")
     return value
 

@@ -61,6 +61,8 @@ class Threat(NamedTuple):
             unit scales to it here.
         optimiser: the same for steps without momentum, plain PGD included; may have a state of its
             own (Adam). None is `steepest`.
+        stride: length of a step by Adam at a step size of one pixel value (`Options.second_moment`);
+            None steps by `steepest` there too.
         displacement: parameters -> flow [H, W, 2] in pixels, for threat models that have one.
         round: (x, parameters, benign image) -> the nearest *allowed* image to x = apply(parameters,
             image) with values k/255. It gets JAX arrays in the loop, and float64 NumPy arrays for
@@ -78,6 +80,7 @@ class Threat(NamedTuple):
     penalty: Callable[[Params], Array] = no_penalty
     steepest: Transformation = optax.scale_by_sign
     optimiser: Transformation | None = None
+    stride: float | None = None
     displacement: Callable[[Params], Array] | None = None
     round: Callable[[Image, Params, Image], Image] = nearest
     check: Callable[[np.ndarray], None] = accept
@@ -107,6 +110,8 @@ def linf(epsilon: float = 8 / 255) -> Threat:
         jnp.zeros_like,
         operator.add,
         bind(_into_box, epsilon=epsilon),
+        # an eighth of the radius: at 8/255 a step size of one pixel value is one
+        stride=epsilon / 8,
         round=bind(_round_in_box, epsilon=epsilon),
         noise=bind(_random_signs, epsilon=epsilon),
     )

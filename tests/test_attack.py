@@ -478,7 +478,7 @@ WRONG = {
         "target_maps must lie in [0, 1], got nan..nan",
     ),
     "interpreter": ({"interpreter": "lime"}, f"interpreter 'lime' is not one of {NAMES}"),
-    "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default, quick"),
+    "preset": ({"preset": "best"}, "preset 'best' is not one of paper, default, auto, quick"),
     "driver": ({"driver": "scan"}, "driver 'scan' is not one of auto, fori, host"),
     "batch size": ({"batch_size": 0}, "batch_size = 0 must be at least 1"),
     "steps": ({"steps": -1}, "steps = -1 must be a whole number, 0 or more"),
@@ -531,7 +531,7 @@ def test_explain_gives_logits_and_maps_in_any_batch_size(model, images, labels, 
         (CAM, "grad", "interpreter 'grad' is not that of the preset, 'cam'"),
         (PRESETS["paper"]["pgd"], "cam", "interpreter 'cam' is not that of the preset, None"),
         ("default", "pgd", f"interpreter 'pgd' is not one of {NAMES}"),
-        ("best", "cam", "preset 'best' is not one of paper, default, quick"),
+        ("best", "cam", "preset 'best' is not one of paper, default, auto, quick"),
     ],
 )
 def test_presets_that_do_not_fit_are_refused(preset, interpreter, message):

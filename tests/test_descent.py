@@ -25,6 +25,7 @@ CASES = {
     ),
     "yielding": Options(threats.linf(EPSILON), CAM, yielding=0.3),
     "momentum": Options(threats.linf(EPSILON), CAM, momentum=0.6),
+    "second moment": Options(threats.linf(EPSILON), CAM, momentum=0.6, second_moment=0.95),
     "plain gradient": Options(threats.linf(EPSILON)._replace(steepest=optax.identity), CAM),
     "penalised": Options(
         threats.linf(EPSILON)._replace(penalty=lambda delta: (delta**2).sum()), CAM
@@ -75,7 +76,13 @@ def plain_direction(options, gradient, memory):
         return gradient, memory
     if options.momentum is None:
         return np.sign(gradient), memory
-    memory = 0.6 * memory + gradient / np.sqrt((gradient**2).sum())
+    unit = gradient / np.sqrt((gradient**2).sum())
+    if options.second_moment:  # Adam (Kingma & Ba 2015, algorithm 1), times ε/8 at a pixel value
+        first, second, t = memory if isinstance(memory, tuple) else (0 * unit, 0 * unit, 0)
+        first, second, t = 0.6 * first + 0.4 * unit, 0.95 * second + 0.05 * unit**2, t + 1
+        direction = (first / (1 - 0.6**t)) / (np.sqrt(second / (1 - 0.95**t)) + 1e-8)
+        return direction * EPSILON / 8 * 255, (first, second, t)
+    memory = 0.6 * memory + unit
     return np.sign(memory), memory
 
 
@@ -145,7 +152,7 @@ def test_surrogate_is_given_the_width_of_the_step(linear, problem):
         return Seen(model.head(model.features(image)), jnp.full((4, 4), context.tau))
 
     options = Options(threats.linf(EPSILON), surrogate)
-    _, (info, _) = descent.joint_loss(
+    _, (info, *_) = descent.joint_loss(
         jnp.zeros_like(problem.image), linear, problem, NUMBERS._replace(tau=0.25), options
     )
     assert info.map_l1 == pytest.approx(
@@ -222,9 +229,9 @@ def test_8_bit_images_are_left_as_they_are(level):
 
 
 def test_success_comes_before_the_map():
-    failed = [descent.criterion(np.array(f_t), 0.0, 0.8) for f_t in (0.1, 0.5, 0.799)]
+    failed = [descent.criterion(np.array(f_t), 0.0, f_t >= 0.8) for f_t in (0.1, 0.5, 0.799)]
     succeeded = [
-        descent.criterion(np.array(f_t), map_l1, 0.8)
+        descent.criterion(np.array(f_t), map_l1, f_t >= 0.8)
         for f_t, map_l1 in ((0.8, 1.0), (1.0, 0.5), (0.9, 0.1))
     ]
     ranking = [float(score) for score in failed + succeeded]
@@ -240,7 +247,7 @@ def test_best_is_the_iterate_of_the_lowest_score(linear, problem, keep_best):
     for alpha in (0.05, 0.1, 0.2, 0.4, 0.02, 0.5):
         iterates.append(state.params)
         state, info = step(linear, problem, state, NUMBERS._replace(alpha=alpha))
-        scores.append(descent.criterion(info.confidence, info.map_l1, 0.5))
+        scores.append(descent.criterion(info.confidence, info.map_l1, info.confidence >= 0.5))
     best = int(np.argmin(scores)) if keep_best else 0
     np.testing.assert_array_equal(state.best, iterates[best])
     assert state.lowest == (scores[best] if keep_best else np.inf)

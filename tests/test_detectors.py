@@ -327,11 +327,11 @@ def test_a_step_adds_the_direction_of_the_detector(linear, pixels):
 def test_the_best_iterate_evades_first():
     order = [(0.9, 0.3, -1.0), (0.9, 0.9, 0.0), (0.9, 0.1, 0.1), (0.9, 0.1, 9.0), (0.7, 0.0, -1.0)]
     values = [
-        float(criterion(*(np.float32(x) for x in one[:2]), 0.8, np.float32(one[2])))
+        float(criterion(*(np.float32(x) for x in one[:2]), one[0] >= 0.8, np.float32(one[2])))
         for one in order
     ]
     assert values == sorted(values) and len(set(values)) == 5
-    assert criterion(np.float32(0.9), np.float32(0.3), 0.8) == np.float32(0.3)
+    assert criterion(np.float32(0.9), np.float32(0.3), True) == np.float32(0.3)
 
 
 @pytest.fixture(scope="module")

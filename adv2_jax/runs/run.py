@@ -41,6 +41,7 @@ from adv2_jax.presets import Preset, resolve, to_dict
 from adv2_jax.runs.doubts import counts, doubts
 from adv2_jax.runs.schema import (
     CONTROL,
+    COST,
     JOINT,
     KEPT,
     KINDS,
@@ -670,7 +671,7 @@ def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, n
     )
     if attack == "pgd":  # these maps are of both attacks: one part holds them
         arrays |= Aim.named(benign_maps=evaluated.benign_maps, target_maps=evaluated.target_maps)
-    measures |= doubts(evaluated, result)
+    measures |= doubts(evaluated, result) | {COST: result.gradient_evaluations}
     return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
 
 
@@ -714,6 +715,7 @@ def _rows(
         measures = {kind: store.measures(name, kind) for kind in kinds}
         for kind, numbers in measures.items():
             job, seconds = job_of[name, kind], float(numbers.pop("seconds").sum())
+            cost = numbers.get(COST, np.full(1, job.cost))
             rows.append(
                 {
                     **head,
@@ -721,7 +723,7 @@ def _rows(
                     "target_map": target_map,
                     **row(numbers, seed=settings.seed),
                     **({"doubts": found} if (found := counts(numbers)) else {}),
-                    "gradient_evaluations": job.cost,
+                    COST: round(float(cost.mean()), 1),
                     "seconds": round(seconds, 2),
                     "preset": None if job.preset is None else to_dict(job.preset),
                 }

@@ -233,8 +233,9 @@ DETECTION = tuple(
     for key, heading in {"auc": "ROC-AUC", "detected": "Detected", "evades": "Evades"}.items()
 )
 COUNTS = (Column("n", "Images", decimals=0), Column("failed", "Failed", decimals=0))
+COST = "gradient_evaluations"  # [N], of each image
 COSTS = (
-    Column("gradient_evaluations", "Gradients", decimals=1),
+    Column(COST, "Gradients", decimals=1),
     Column("seconds", "Seconds", decimals=1),
 )
 
