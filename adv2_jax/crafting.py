@@ -7,7 +7,7 @@ after batch.
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,18 +53,18 @@ class Crafted(NamedTuple):
         params: the best parameters of the threat model, or the last ones if the preset keeps no
             best; a pytree whose leaves have a leading axis [B].
         last: the parameters after the last step.
-        steps: joint steps until each image was done (`Preset.enough`), or all, int32 [B].
         curves: the reports of the steps on the iterates they started from, [B, warm steps + joint
             steps].
         pictures: the 8-bit images in [0, 1] of the first M problems at `snapshot_steps`, the last
             from `params`, [S, M, H, W, 3]; None unless asked for.
+        steps: joint steps until each image was done (`Preset.enough`), or all, int32 [B].
     """
 
     params: Params
     last: Params
-    steps: Array
     curves: Info
     pictures: Array | None
+    steps: Array
 
 
 class Stages(NamedTuple):
@@ -213,7 +213,20 @@ def _craft(
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
         states, curves, pictures = carry
-        states, info = _unless_done(partial(forward, c), states, curves, stages.joint.enough)
+        nothing = jax.tree.map(lambda curve: 0 * curve, curves)
+        if not enough:
+            states, info = forward(c, states)
+        elif driver == "fori":
+            ended = _ended(states, enough)
+            states, info = jax.lax.cond(
+                ended, lambda states: (states, nothing), partial(forward, c), states
+            )
+        elif not jax.device_get(_ended(states, enough)):
+            states, info = forward(c, states)
+        else:
+            info = nothing
+            if on_step:  # or progress would end short of its total
+                on_step(cuts[c + 1] - cuts[c])
         # each report is a number at its own steps, and 0 at those of other chunks
         curves = jax.tree.map(operator.add, curves, info)
         return states, curves, picture(pictures, slots[c], states.params)
@@ -221,6 +234,7 @@ def _craft(
     # `Any`: tuples on the host, arrays in a loop, where the number of the chunk is traced
     cuts: Any = stages.cuts
     slots: Any = stages.slots
+    enough = stages.joint.enough
     several = stages.joint.parts
     if several:  # plain PGD reports one distance, 0: as many as there are interpreters
         warm = warm._replace(map_l1=warm.map_l1[..., None].repeat(len(several), axis=-1))
@@ -245,23 +259,12 @@ def _craft(
     pictures = picture(pictures, many - 1, params)  # these need not be the last iterate
     concatenate = np.concatenate if driver == "host" else jnp.concatenate
     curves = jax.tree.map(lambda *stage: concatenate(stage, axis=1), warm, joint)
-    return Crafted(params, states.params, states.step, curves, pictures)
-
-
-def _unless_done(
-    forward: Callable[[State], tuple[State, Info]], states: State, curves: Info, enough: float
-) -> tuple[State, Info]:
-    """Return the next states of a batch and the reports, or these and 0 if all images are done."""
-    if not enough:
-        return forward(states)
-    ended, nothing = _ended(states, enough), jax.tree.map(lambda curve: 0 * curve, curves)
-    if isinstance(ended, jax.core.Tracer):
-        return jax.lax.cond(ended, lambda states: (states, nothing), forward, states)
-    return (states, nothing) if jax.device_get(ended) else forward(states)
+    return Crafted(params, states.params, curves, pictures, states.step)
 
 
 @partial(jax.jit, static_argnames="enough")
 def _ended(states: State, enough: float) -> Array:
+    """Return whether no image of a batch needs a further step."""
     return is_done(states, enough).all()
 
 

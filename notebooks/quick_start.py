@@ -20,7 +20,7 @@ N = 2 if SMOKE else 8
 EPSILON = 16  # @param {type: "slider", min: 1, max: 32, step: 1}
 INTERPRETER = "cam"  # @param ["grad", "cam", "grad_cam", "lrp", "smooth_grad", "integrated_gradients", "occlusion", "mask"]
 TARGET_MAP = "benign"  # @param ["benign", "image", "patch"]
-PRESET = "quick"  # @param ["quick", "default", "paper"]
+PRESET = "quick"  # @param ["quick", "auto", "default", "paper"]
 
 # %% [markdown]
 # `EPSILON`: no pixel value, 0 to 255, changes by more. `INTERPRETER`: who draws the map. `TARGET_MAP`:

@@ -68,7 +68,11 @@ def test_an_image_is_done_at_its_first_iterate_that_is_near_enough(
     # the step that finds it is spent; chunks of ten end a batch, but cost an image nothing
     steps = np.where(near.any(1), near.argmax(1) + 1, 40)
     assert len(set(steps)) > 2 and steps.min() < 30  # or the test would not tell
-    found = attack_cam(small, aims, enough=enough, driver=driver, batch_size=batch_size)
+    told = []
+    found = attack_cam(
+        small, aims, enough=enough, driver=driver, batch_size=batch_size, on_step=told.append
+    )
+    assert sum(told) == 40 * 6 // batch_size  # progress reaches its total
     np.testing.assert_allclose(found.gradient_evaluations, steps, rtol=0.02)
     for i, n in enumerate(steps):
         expected = whole.curves.map_l1[i, np.minimum(np.arange(40), n - 1)]
