@@ -95,8 +95,7 @@ class Result(NamedTuple):
         float_images: [N, H, W, 3] in [0, 1].
         float_logits: [N, K].
         float_maps: [N, h, w]; likewise.
-        gradient_evaluations: [N], work on each image in gradients of ℓ_prd (see the function of
-            this name).
+        work: [N], on each image in gradients of ℓ_prd (see the function `gradient_evaluations`).
         params: of the threat model, a pytree whose leaves have a leading axis [N].
         curves: the reports of the n steps, the warm start included, on the iterates they started
             from, [N, n]; `map_l1` is NaN where a step draws no map, and [N, n, P] of P interpreters.
@@ -111,7 +110,7 @@ class Result(NamedTuple):
     float_images: np.ndarray
     float_logits: np.ndarray
     float_maps: np.ndarray | Any
-    gradient_evaluations: np.ndarray
+    work: np.ndarray
     params: Params
     curves: Info
     snapshots: np.ndarray
@@ -121,9 +120,14 @@ class Result(NamedTuple):
         sizes = ", ".join(f"maps {list(m.shape)}" for m in jax.tree.leaves(self.maps) if m.size)
         return (
             f"Result(images {list(self.images.shape)}, {sizes or 'no maps'}, "
-            f"{np.shape(self.curves.loss)[1]} steps, {self.gradient_evaluations.mean():.1f} gradients "
+            f"{np.shape(self.curves.loss)[1]} steps, {self.gradient_evaluations} gradients "
             f"an image, {int(self.failed.sum())} failed)"
         )
+
+    @property
+    def gradient_evaluations(self) -> float:
+        """Return the mean work on an image, to one decimal."""
+        return round(float(self.work.mean()), 1)
 
     def to_pandas(self, targets: ArrayLike, target_maps: Any = None) -> Any:
         """Return a pandas data frame: a row for each image.
@@ -271,9 +275,9 @@ def attack(
         ]
         if len(each) == 1:
             return each[0]
-        spent = np.sum([one.gradient_evaluations for one in each], axis=0)
+        spent = np.sum([one.work for one in each], axis=0)
         best = _best(model, each, some, resolved, threat)
-        return best._replace(gradient_evaluations=spent)
+        return best._replace(work=spent)
 
     program = architecture(stepped), benign.shape[1:], resolved, threat
     result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)

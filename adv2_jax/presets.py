@@ -332,9 +332,11 @@ def _auto(name: str, known: Preset) -> Preset:
     if known.interpreter is None:  # plain PGD: both are compared with the same
         return known
     balance: Any = known.balance
-    if known.interpreter.solver is not None:  # each solve anew upsets the mean of squares
-        return replace(known, **_MEASURED)
     second_order, share = "act" in known.interpreter.needs, 0.8
+    # MASK, IG, SmoothGrad: the gradient is that of another map than the analyst's, and an Adam that
+    # follows it closely ends farther away
+    if second_order and not known.interpreter.faithful:
+        return replace(known, **_MEASURED)
     if name == "grad":
         share, interpreter = 2 / 3, grad_interpreter(tau="matched", spread=True)
         known = replace(known, interpreter=interpreter)

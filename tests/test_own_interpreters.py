@@ -121,7 +121,7 @@ def test_it_is_attacked_by_name_of_its_file(small, images):
     _, moved = explain(small, plain.images, targets, interpreter=interpreter)
     assert np.abs(joint.maps - benign).mean() < 0.6 * np.abs(moved - benign).mean()
     # a gradient of a gradient at each of eight points
-    assert joint.gradient_evaluations.mean() > 2 * 8 * 80
+    assert joint.gradient_evaluations > 2 * 8 * 80
 
 
 @pytest.mark.slow

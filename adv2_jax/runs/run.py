@@ -671,7 +671,7 @@ def _of_images(attack: str, evaluated: Evaluated, result: Result) -> dict[str, n
     )
     if attack == "pgd":  # these maps are of both attacks: one part holds them
         arrays |= Aim.named(benign_maps=evaluated.benign_maps, target_maps=evaluated.target_maps)
-    measures |= doubts(evaluated, result) | {COST: result.gradient_evaluations}
+    measures |= doubts(evaluated, result) | {COST: result.work}
     return arrays | {f"{MEASURE}{key}": values for key, values in measures.items()}
 
 
