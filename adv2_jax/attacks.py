@@ -273,11 +273,7 @@ def attack(
             )
             for i in range(resolved.restarts)
         ]
-        if len(each) == 1:
-            return each[0]
-        spent = np.sum([one.work for one in each], axis=0)
-        best = _best(model, each, some, resolved, threat)
-        return best._replace(work=spent)
+        return each[0] if len(each) == 1 else _best(model, each, some, resolved, threat)
 
     program = architecture(stepped), benign.shape[1:], resolved, threat
     result = _by_batches(attack_batch, (np.arange(n), problems), batch_size, count, program)
@@ -375,7 +371,10 @@ def _best(
     preset: Preset,
     threat: Threat,
 ) -> Result:
-    """Return the best of several attacks for each image, by the criterion of the descent."""
+    """Return the best of several attacks for each image, by the criterion of the descent.
+
+    Its work is that of all of them.
+    """
     values, least = [], joint_options(preset, threat).confidence
     if preset.calibrated:
         least = jax.device_get(thresholds(model, jax.device_put(problems.image)))
@@ -398,7 +397,8 @@ def _best(
         images = np.arange(len(leaves[0]))
         return np.stack(leaves)[best[images], images]
 
-    return jax.tree.map(choose, *results)
+    best_of_each = jax.tree.map(choose, *results)
+    return best_of_each._replace(work=np.sum([one.work for one in results], axis=0))
 
 
 def reached(logits: ArrayLike, targets: ArrayLike, goal: str) -> np.ndarray:

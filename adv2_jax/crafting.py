@@ -203,32 +203,26 @@ def _craft(
     # mean nothing for the joint loss
     states = _start(problems.image, states.params, memory, stages.joint)
 
-    def forward(c: Any, states: State) -> tuple[State, Info]:
+    def forward(c: Any, states: State, curves: Info) -> tuple[State, Info]:
         states, info = run(
             problems, states, schedules[1], stages.joint, span=(cuts[c], cuts[c + 1])
         )
         if stages.apart:
             states = _compare(model, problems, states, stages, driver)
-        return states, info
+        # each report is a number at its own steps, and 0 at those of other chunks
+        return states, jax.tree.map(operator.add, curves, info)
 
     def chunk(c: Any, carry: tuple[State, Info, Array | None]) -> tuple[State, Info, Array | None]:
         states, curves, pictures = carry
-        nothing = jax.tree.map(lambda curve: 0 * curve, curves)
-        if not enough:
-            states, info = forward(c, states)
-        elif driver == "fori":
-            ended = _ended(states, enough)
-            states, info = jax.lax.cond(
-                ended, lambda states: (states, nothing), partial(forward, c), states
+        ended = _ended(states, enough) if enough else False
+        if enough and driver == "fori":
+            states, curves = jax.lax.cond(
+                ended, lambda *same: same, partial(forward, c), states, curves
             )
-        elif not jax.device_get(_ended(states, enough)):
-            states, info = forward(c, states)
-        else:
-            info = nothing
-            if on_step:  # or progress would end short of its total
-                on_step(cuts[c + 1] - cuts[c])
-        # each report is a number at its own steps, and 0 at those of other chunks
-        curves = jax.tree.map(operator.add, curves, info)
+        elif not jax.device_get(ended):
+            states, curves = forward(c, states, curves)
+        elif on_step:  # or progress would end short of its total
+            on_step(cuts[c + 1] - cuts[c])
         return states, curves, picture(pictures, slots[c], states.params)
 
     # `Any`: tuples on the host, arrays in a loop, where the number of the chunk is traced

@@ -17,7 +17,7 @@ from adv2_jax.interpreters import joint
 from adv2_jax.presets import PRESETS, resolve
 from adv2_jax.runs.run import Settings, run
 
-WIDE, SHAPE = threats.linf(0.3), (16, 16, 3)
+WIDE = threats.linf(0.3)
 
 
 @pytest.fixture(scope="module")
