@@ -436,11 +436,12 @@ def resolve(
             name = name if interpreter.solver is None else "mask"
         adjustments = THREAT_ADJUSTMENTS.get(threat.name, {}) if threat else {}
         adjust = adjustments.get(preset) if isinstance(preset, str) else None
-        preset = known["pgd"] if name is None else look_up(named, "interpreter", name)
-        preset = adjust(preset) if adjust else preset
-        if preset.second_moment and threat is not None and threat.stride is None:
-            pace = PRESETS["default"][name or "pgd"]
-            preset = replace(preset, second_moment=0.0, steps=pace.steps, step_size=pace.step_size)
+        chosen = known["pgd"] if name is None else look_up(named, "interpreter", name)
+        chosen = adjust(chosen) if adjust else chosen
+        if preset == "auto" and threat is not None and threat.stride is None:
+            pace = resolve("default", name, threat=threat)
+            chosen = replace(chosen, second_moment=0.0, steps=pace.steps, step_size=pace.step_size)
+        preset = chosen
     if not isinstance(interpreter, str | Joint):
         preset = replace(preset, interpreter=interpreter)
     counts = {"warm_steps": (warm_steps, 0), "steps": (steps, 0), "restarts": (restarts, 1)}

@@ -148,10 +148,16 @@ def test_the_weight_has_its_own_bound(linear, pixels):
 @pytest.mark.parametrize(
     "threat", [threats.l2(), threats.flow(), threats.linf()._replace(stride=None)]
 )
-def test_threat_models_without_a_stride_keep_the_pace_of_default(threat):
-    plain, found = PRESETS["default"]["grad"], resolve("auto", "grad", threat=threat)
+@pytest.mark.parametrize("name", ["grad", "cam", "mask"])
+def test_threat_models_without_a_stride_keep_the_pace_of_default(threat, name):
+    plain, found = (resolve(preset, name, threat=threat) for preset in ("default", "auto"))
     assert (found.steps, found.step_size, found.second_moment) == (plain.steps, plain.step_size, 0)
     assert found.calibrated and found.enough
+
+
+def test_numbers_of_ones_own_are_kept_under_every_threat_model():
+    own = {"cam": replace(PRESETS["auto"]["cam"], steps=7)}
+    assert resolve(own, "cam", threat=threats.l2()) == own["cam"]
 
 
 def test_one_image_for_several_interpreters(small, aims):
